@@ -1,0 +1,329 @@
+"""The command line. Every verb imports what it needs when it is called, so that --help answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from landscape_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from landscape_ray.tracking.folder import SweepFolder
+
+app = typer.Typer(
+    name="landscape-ray",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Hyperparameter search and population training on Ray that understands the loss landscape it moves in.",
+)
+
+DEFAULT_RESULTS = Path("runs")
+
+Results = Annotated[
+    Path, typer.Option("--results", envvar="LANDSCAPE_RAY_RESULTS", help="Folder that holds the sweeps.")
+]
+Spec = Annotated[Path, typer.Argument(metavar="SPEC.toml", help="The sweep file; examples are in search_spaces/.")]
+Name = Annotated[str | None, typer.Option("--name", help="Folder name; default: name in the file, date and time.")]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", envvar="RAY_ADDRESS", help="Ray cluster to attach to; default: start Ray here."),
+]
+Tracking = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri", help="MLflow store or server; default: $MLFLOW_TRACKING_URI, else RESULTS/mlflow.db."
+    ),
+]
+Sweeps = Annotated[
+    list[str] | None, typer.Argument(metavar="[SWEEP]...", help="Names or folders of sweeps; default: the newest.")
+]
+OneSweep = Annotated[
+    str | None, typer.Argument(metavar="[SWEEP]", help="Name or folder of a sweep; default: the newest.")
+]
+
+
+@app.command()
+def sweep(
+    spec: Spec,
+    name: Name = None,
+    results: Results = DEFAULT_RESULTS,
+    address: Address = None,
+    tracking_uri: Tracking = None,
+) -> None:
+    """Run a sweep: every trial a training run, tracked in MLflow and as Parquet."""
+    from landscape_ray.sweep.session import new_sweep
+    from landscape_ray.sweep.spec import read_spec
+    from landscape_ray.sweep.tuner import drive
+
+    parsed, text = read_spec(spec)
+    if parsed.search is None and parsed.population is None:
+        raise UserError(f"{spec} must have a [search] or a [population] table; for a single run: landscape-ray train")
+    console = _console()
+    folder = new_sweep(parsed, text, results, name, tracking_uri)
+    console.print(f"sweep [bold]{folder.path.name}[/bold] in {_shown(folder.path)}")
+    _finish(drive(folder, console, address, tracking_uri), console)
+
+
+@app.command()
+def resume(
+    sweep: Annotated[
+        str | None, typer.Argument(metavar="[SWEEP]", help="Name or folder; default: the newest unfinished sweep.")
+    ] = None,
+    results: Results = DEFAULT_RESULTS,
+    address: Address = None,
+    tracking_uri: Tracking = None,
+) -> None:
+    """Go on with a sweep that was stopped, killed or left with failed trials."""
+    folder = _open(sweep, results, unfinished=True)
+    console = _console()
+    console.print(f"resuming [bold]{folder.path.name}[/bold] in {_shown(folder.path)}")
+    if folder.meta.get("single_run"):
+        from landscape_ray.sweep.session import train_one
+
+        _finish(train_one(folder, console, tracking_uri), console)
+    else:
+        from landscape_ray.sweep.tuner import drive
+
+        _finish(drive(folder, console, address, tracking_uri), console)
+
+
+@app.command()
+def train(spec: Spec, name: Name = None, results: Results = DEFAULT_RESULTS, tracking_uri: Tracking = None) -> None:
+    """Train the [train] table of a file as one run in this process, without Ray; searched values take their low end."""
+    from landscape_ray.sweep.session import new_sweep, train_one
+    from landscape_ray.sweep.spec import read_spec
+
+    parsed, text = read_spec(spec)
+    console = _console()
+    folder = new_sweep(parsed, text, results, name, tracking_uri)
+    folder.update_meta(single_run=True)
+    console.print(f"run [bold]{folder.path.name}[/bold] in {_shown(folder.path)}")
+    _finish(train_one(folder, console, tracking_uri), console)
+
+
+@app.command()
+def fit(
+    sweeps: Sweeps = None,
+    results: Results = DEFAULT_RESULTS,
+    num_bootstrap: Annotated[int, typer.Option(min=0, help="Resamples behind the intervals.")] = 200,
+) -> None:
+    """Fit the annealing law to a sweep's curves and test it on schedules that it has not seen."""
+    from landscape_ray.reports.analysis import fit_sweep
+    from landscape_ray.reports.terminal import fit_tables
+
+    console = _console()
+    for folder in _open_all(sweeps, results):
+        with console.status(f"fitting {folder.path.name} ..."):
+            result = fit_sweep(folder, num_bootstrap=num_bootstrap)
+        console.print(fit_tables(folder.path.name, result))
+        console.print(f"saved in {_shown(folder.fits_path)}", highlight=False)
+
+
+@app.command()
+def predict(
+    sweep: OneSweep = None,
+    schedule: Annotated[str, typer.Option(help="constant | linear | cosine | wsd")] = "wsd",
+    num_steps: Annotated[int | None, typer.Option(min=1, help="Updates; default: as in the fitted runs.")] = None,
+    peak_lr: Annotated[float | None, typer.Option(min=0, help="Default: the peak that the law was fitted at.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(min=0, help="Default: as in the fitted runs.")] = None,
+    final_ratio: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
+    cooldown_fraction: Annotated[float, typer.Option(min=0, max=1)] = 0.2,
+    cooldown_shape: Annotated[str, typer.Option(help="linear | sqrt | cosine")] = "linear",
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Forecast the final loss of a schedule from a sweep's fitted law, with its interval."""
+    from landscape_ray.reports.analysis import load_fit
+    from landscape_ray.reports.forecast import forecast_schedule
+
+    folder = _open(sweep, results)
+    fitted = load_fit(folder)
+    if fitted is None:
+        raise UserError(
+            f"sweep '{folder.path.name}' has no fitted law; run `landscape-ray fit {folder.path.name}` first"
+        )
+    forecast = forecast_schedule(
+        folder,
+        fitted,
+        schedule=schedule,
+        num_steps=num_steps,
+        peak_lr=peak_lr,
+        warmup_steps=warmup_steps,
+        final_ratio=final_ratio,
+        cooldown_fraction=cooldown_fraction,
+        cooldown_shape=cooldown_shape,
+    )
+    console = _console()
+    console.print(forecast.sentence)
+    for warning in forecast.warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+
+
+@app.command()
+def report(
+    sweeps: Sweeps = None,
+    results: Results = DEFAULT_RESULTS,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: report.html of the sweep.")] = None,
+    figures: Annotated[Path | None, typer.Option("--figures", help="Also write every figure as PNG here.")] = None,
+) -> None:
+    """Write one HTML page about one or several sweeps; it needs no network to be read."""
+    import tempfile
+
+    from landscape_ray.reports.page import export_figures, write_report
+
+    console = _console()
+    folders = _open_all(sweeps, results)
+    paths = [folder.path for folder in folders]
+    with console.status("writing the report ..."):
+        page = write_report(paths, out)
+        if figures is not None:
+            export_figures(paths, figures)
+    console.print(f"report: {_shown(page)}", highlight=False)
+    with console.status("adding it to MLflow ..."), tempfile.TemporaryDirectory() as temporary:
+        images = export_figures(paths, Path(temporary))
+        for folder in folders:
+            _attach(folder, [page, *images], console)
+
+
+@app.command()
+def sync(sweeps: Sweeps = None, results: Results = DEFAULT_RESULTS, tracking_uri: Tracking = None) -> None:
+    """Send to the tracking server what it has not received yet; sending twice changes nothing."""
+    from landscape_ray.tracking.projector import Projector
+
+    console = _console()
+    for folder in _open_all(sweeps, results):
+        with folder.lock():
+            uri = _tracking_uri(folder, tracking_uri)
+            Projector.check(uri)
+            outcome = Projector(folder, uri, folder.meta["experiment"]).close(timeout_seconds=600.0)
+        if outcome.behind:
+            raise UserError(f"sweep '{folder.path.name}' is not fully sent ({outcome.error}); run the command again")
+        console.print(f"{folder.path.name}: {outcome.points} points sent, the server is up to date")
+
+
+@app.command()
+def ui(
+    results: Results = DEFAULT_RESULTS,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than 127.0.0.1 open it to the network.")
+    ] = "127.0.0.1",
+    tracking_uri: Tracking = None,
+) -> None:
+    """Open the MLflow UI on the results, on this machine only. Ctrl-C ends it."""
+    from landscape_ray.tracking.ui import serve
+
+    serve(results, host=host, port=port, tracking_uri=tracking_uri, console=_console())
+
+
+@app.command(name="list")
+def list_sweeps(results: Results = DEFAULT_RESULTS) -> None:
+    """List the sweeps in the results folder, newest first."""
+    from landscape_ray.reports.terminal import sweep_table
+    from landscape_ray.tracking.folder import find_sweeps
+
+    console = _console()
+    found = find_sweeps(results)
+    if not found:
+        console.print(
+            f"no sweeps in {_shown(results)}; start one with `landscape-ray sweep search_spaces/quickstart.toml`"
+        )
+        return
+    console.print(sweep_table(found))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _shown(path: Path) -> str:
+    """Return the path as a person would type it from here."""
+    absolute = path.absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
+
+
+def _open(name: str | None, results: Path, *, unfinished: bool = False) -> SweepFolder:
+    """Return the sweep with this name or at this path; without one, the newest (unfinished) sweep."""
+    from landscape_ray.tracking.folder import SweepFolder, find_sweeps
+
+    if name is None:
+        found = [f for f in find_sweeps(results) if not (unfinished and f.meta.get("status") == "finished")]
+        if not found:
+            what = "unfinished sweep" if unfinished else "sweep"
+            raise UserError(f"no {what} in {results}; give its folder, or --results where it is")
+        return found[0]
+    path = Path(name)
+    if (path / "sweep.json").is_file() or path.is_absolute():
+        return SweepFolder.open(path)
+    if not (results / name / "sweep.json").is_file():
+        known = ", ".join(f.path.name for f in find_sweeps(results)[:8]) or "none"
+        raise UserError(f"no sweep '{name}' in {results}; there: {known}. Give --results if it is elsewhere")
+    return SweepFolder.open(results / name)
+
+
+def _open_all(names: list[str] | None, results: Path) -> list[SweepFolder]:
+    return [_open(name, results) for name in names] if names else [_open(None, results)]
+
+
+def _tracking_uri(folder: SweepFolder, explicit: str | None = None) -> str:
+    return explicit or os.environ.get("MLFLOW_TRACKING_URI") or str(folder.meta["tracking_uri"])
+
+
+def _attach(folder: SweepFolder, paths: list[Path], console: Console) -> None:
+    """Log files to the sweep's parent run; a server that is away doesn't take the report with it."""
+    from landscape_ray.tracking.projector import Projector
+
+    try:
+        uri = _tracking_uri(folder)
+        Projector.check(uri)
+        projector = Projector(folder, uri, folder.meta["experiment"])
+        projector.log_artifacts(paths)
+        outcome = projector.close()
+        problem = outcome.error if outcome.behind else None
+    except UserError as error:
+        problem = str(error)
+    if problem:
+        console.print(f"[yellow]not added to MLflow:[/yellow] {problem}", highlight=False)
+
+
+def _finish(outcome: object, console: Console) -> None:
+    """Print how a sweep ended and leave with its exit status: 0 done, 130 interrupted, 1 trials failed."""
+    from landscape_ray.sweep.session import Outcome, outcome_text
+
+    assert isinstance(outcome, Outcome)
+    console.print(outcome_text(outcome), highlight=False, soft_wrap=True)
+    code = {"finished": 0, "interrupted": 130}.get(outcome.status, 1)
+    if code:
+        raise typer.Exit(code)
+
+
+def main() -> NoReturn:
+    """Run the command line; a mistake of the user is one sentence and exit status 2."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

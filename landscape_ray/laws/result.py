@@ -1,0 +1,168 @@
+"""What a fit, a prediction and a forecast are: values with their uncertainty, their status and how they were made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from landscape_ray.errors import UserError
+
+Array: TypeAlias = NDArray[np.float64]
+
+Status: TypeAlias = Literal["certified", "weak", "failed"]
+"""certified: the optimum was found and the data determine it; weak: see the reasons; failed: not an optimum."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class FitResult:
+    """A fitted law.
+
+    Attributes:
+        law: its name in `LAWS`.
+        parameters: value of every parameter.
+        intervals: (low, high) of every parameter that the data identify, at the level `confidence`; empty without a
+            bootstrap.
+        confidence: level of the intervals, in (0, 1).
+        objective: what was minimised, and its value.
+        status: certified, weak or failed.
+        reasons: why it is not certified; empty if it is.
+        warnings: what to know before use, each "name: sentence".
+        certificate: how the optimum was checked: starts and their agreement, gradient, conditioning, bounds hit.
+        residuals: rmse_nats, max_abs_nats, r2, and quantiles of the log residuals.
+        data: what was fitted: runs, points, ranges, SHA-256.
+        sample_names: columns of `samples`.
+        samples: (num_bootstrap, p) parameters of every bootstrap sample.
+    """
+
+    law: str
+    parameters: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    confidence: float
+    objective: dict[str, Any]
+    status: Status
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
+    certificate: dict[str, Any]
+    residuals: dict[str, Any]
+    data: dict[str, Any]
+    sample_names: tuple[str, ...]
+    samples: Array
+
+    def to_json(self) -> str:
+        """Return the fit as JSON text with every digit; :meth:`from_json` gives back an equal fit."""
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        content["samples"] = self.samples.tolist()
+        return json.dumps(content, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> FitResult:
+        """Return the fit that :meth:`to_json` wrote.
+
+        Raises:
+            UserError: the text is not a fit.
+        """
+        try:
+            content = json.loads(text)
+            content["intervals"] = {name: (low, high) for name, (low, high) in content["intervals"].items()}
+            for name in ("reasons", "warnings", "sample_names"):
+                content[name] = tuple(content[name])
+            shape = (-1, len(content["sample_names"]))
+            content["samples"] = np.array(content["samples"], dtype=np.float64).reshape(shape)
+            return cls(**content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"fit must be the JSON text of a FitResult ({error}); write it with to_json()") from None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FitResult) and self.to_json() == other.to_json()
+
+    __hash__ = None  # type: ignore[assignment]  # holds an array and dictionaries
+
+    def __str__(self) -> str:
+        lines = [f"{self.law} law: {self.status}, {self.data['num_points']} points of {len(self.data['runs'])} runs"]
+        for name, value in self.parameters.items():
+            between = self.intervals.get(name)
+            text = f"  [{between[0]:.6g}, {between[1]:.6g}] at {self.confidence:.0%}" if between else ""
+            lines.append(f"  {name:<6} {value:.6g}{text}")
+        lines.append(
+            f"  rmse {self.residuals['rmse_nats']:.2e} nats, largest {self.residuals['max_abs_nats']:.2e}, "
+            f"R2 {self.residuals['r2']:.5f}, {self.objective['name']} {self.objective['value']:.6g}"
+        )
+        lines += [f"  {'not certified: '}{reason}" for reason in self.reasons]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Prediction:
+    """Losses that a fit expects of a schedule.
+
+    Attributes:
+        step: (k,) completed updates.
+        loss_nats: (k,) the fitted law.
+        low: (k,) lower end of the interval in which a measured loss is expected: parameters and residual noise.
+        high: (k,) upper end.
+        confidence: level of the interval.
+        warnings: in what respect the schedule lies outside what was fitted, each "name: sentence".
+    """
+
+    step: NDArray[np.int64]
+    loss_nats: Array
+    low: Array
+    high: Array
+    confidence: float
+    warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Forecast:
+    """A run as predicted by a fit that has not seen its schedule.
+
+    Attributes:
+        run_id: the run.
+        observed_final: its last loss.
+        predicted_final: what was predicted for it.
+        low: lower end of the interval of the prediction.
+        high: upper end.
+        relative_error: (predicted - observed) / observed.
+        curve_mae: mean absolute error over the fitted part of the curve, nats per token.
+        fitted_on: the runs that the fit has seen.
+        status: of that fit.
+        prediction: the whole predicted curve.
+    """
+
+    run_id: str
+    observed_final: float
+    predicted_final: float
+    low: float
+    high: float
+    relative_error: float
+    curve_mae: float
+    fitted_on: tuple[str, ...]
+    status: Status
+    prediction: Prediction
+
+    def __str__(self) -> str:
+        return (
+            f"{self.run_id}: observed {self.observed_final:.4f}, predicted {self.predicted_final:.4f} "
+            f"[{self.low:.4f}, {self.high:.4f}] ({self.relative_error:+.2%}), curve MAE {self.curve_mae:.4f} nats"
+        )
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Return rows of numbers as aligned text, one line a row under a line of column names.
+
+    >>> print(table({"huber": {"L0": 2.5, "A": 0.5}}))
+                    L0            A
+    huber          2.5          0.5
+    """
+    columns = list(next(iter(rows.values())))
+    width = max(len(name) for name in rows)
+    lines = [" " * width + "".join(f" {name:>12}" for name in columns)]
+    for name, row in rows.items():
+        lines.append(f"{name:<{width}}" + "".join(f" {row[column]:>12.6g}" for column in columns))
+    return "\n".join(lines)

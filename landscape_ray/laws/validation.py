@@ -1,0 +1,96 @@
+"""How far a fit can be trusted: schedules it has not seen, and objectives it was not fitted with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from landscape_ray.errors import UserError
+from landscape_ray.laws.annealing import NAMES, fit_annealing
+from landscape_ray.laws.curves import Curve, follows
+from landscape_ray.laws.prediction import predict_annealing
+from landscape_ray.laws.result import FitResult, Forecast
+
+LAD_DELTA = 1e-6
+"""A Huber threshold so far below any residual of a loss curve that the fit is one of least absolute deviations."""
+
+
+def leave_one_schedule_out(curves: Sequence[Curve], **options: Any) -> list[Forecast]:
+    """Return a forecast of every curve by a fit to the curves that have not seen its schedule.
+
+    Left out with a curve are all curves that made its whole schedule: repeats with another seed, and runs that went on
+    from its end.
+
+    Args:
+        curves: runs with one peak learning rate and at least two schedules.
+        **options: passed to :func:`landscape_ray.laws.fit_annealing`.
+
+    Returns:
+        One forecast a curve, in the order given.
+
+    Raises:
+        UserError: a curve has no other schedule to be predicted from.
+    """
+    fits: dict[tuple[int, ...], FitResult] = {}
+    forecasts = []
+    for curve in curves:
+        seen = tuple(number for number, other in enumerate(curves) if not follows(other, curve))
+        if not seen:
+            raise UserError(
+                f"curves must hold a second schedule to predict run '{curve.run_id}' from, got one; add a run with "
+                "another schedule"
+            )
+        if seen not in fits:
+            fits[seen] = fit_annealing([curves[number] for number in seen], **options)
+        forecasts.append(_forecast(fits[seen], curve, options.get("skip_steps", 0)))
+    return forecasts
+
+
+def _forecast(fit: FitResult, curve: Curve, skip_steps: int) -> Forecast:
+    kept = curve.step > max(curve.warmup_steps, skip_steps)
+    if not kept.any():
+        raise UserError(
+            f"run '{curve.run_id}' must have losses after the warm-up, got none; drop the run or lower skip_steps"
+        )
+    # A decay that the fit knows nothing about is part of the answer here: the forecast carries the warning.
+    prediction = predict_annealing(fit, curve.lr, curve.step[kept], curve.warmup_steps, allow_extrapolation=True)
+    observed = curve.loss_nats[kept]
+    final, expected = float(observed[-1]), float(prediction.loss_nats[-1])
+    return Forecast(
+        run_id=curve.run_id,
+        observed_final=final,
+        predicted_final=expected,
+        low=float(prediction.low[-1]),
+        high=float(prediction.high[-1]),
+        relative_error=(expected - final) / final,
+        curve_mae=float(np.abs(prediction.loss_nats - observed).mean()),
+        fitted_on=tuple(fit.data["runs"]),
+        status=fit.status,
+        prediction=prediction,
+    )
+
+
+def objective_sensitivity(curves: Sequence[Curve], **options: Any) -> dict[str, dict[str, float]]:
+    """Return the parameters under other objectives: Huber as asked, least absolute deviations, least squares.
+
+    All on the log loss. How far the rows differ is how much of the result is a choice; print with
+    :func:`landscape_ray.laws.table`.
+
+    Args:
+        curves: the runs.
+        **options: passed to :func:`landscape_ray.laws.fit_annealing`; `num_bootstrap` is 0 here.
+
+    Returns:
+        Parameters by name for each of "huber", "least_absolute" and "least_squares".
+    """
+    asked = options.pop("huber_delta", 1e-3)
+    options["num_bootstrap"] = 0
+    objectives = {"huber": asked, "least_absolute": LAD_DELTA, "least_squares": math.inf}
+    rows = {}
+    for name, delta in objectives.items():
+        fit = fit_annealing(curves, huber_delta=delta, **options)
+        rows[name] = {key: fit.parameters[key] for key in (*NAMES, "decay")}
+    return rows

@@ -1,0 +1,65 @@
+"""The explore step of population-based training: new values near those of the member that was copied.
+
+References:
+    Jaderberg et al. 2017, arXiv 1711.09846, section 3: perturb by a factor, or resample from the prior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from landscape_ray.domains import Domain, Value
+
+
+def explore(
+    values: dict[str, Value],
+    space: dict[str, Domain],
+    generator: np.random.Generator,
+    *,
+    factors: Sequence[float],
+    resample_probability: float,
+) -> dict[str, Value]:
+    """Return mutated values that lie inside their domains.
+
+    A numeric value is multiplied by one of `factors` and clipped to its domain; a choice moves to a neighbour. With
+    `resample_probability`, a value is instead drawn anew from its domain. Values without a domain stay.
+
+    Args:
+        values: the donor's values.
+        space: domains by name.
+        generator: source of the draws; advanced.
+        factors: perturbation factors, such as (0.8, 1.25).
+        resample_probability: in [0, 1], for each value on its own.
+    """
+    mutated = dict(values)
+    for name in sorted(space.keys() & values.keys()):  # one order, so that one seed gives one history
+        domain, value = space[name], values[name]
+        resample, direction, position = generator.random(3)
+        if resample < resample_probability:
+            mutated[name] = domain.at(position)
+        elif domain.choices is not None:
+            index = domain.choices.index(value) + (1 if direction < 0.5 else -1)
+            mutated[name] = domain.choices[min(max(index, 0), len(domain.choices) - 1)]
+        else:
+            factor = factors[min(int(direction * len(factors)), len(factors) - 1)]
+            mutated[name] = domain.clip(float(value) * factor)
+    return mutated
+
+
+def initial_members(
+    space: dict[str, Domain], num_members: int, generator: np.random.Generator
+) -> list[dict[str, Value]]:
+    """Return starting values of each member: a Latin hypercube, so that every domain is covered evenly.
+
+    >>> space = {"lr": Domain(log_uniform=[1e-4, 1e-2])}
+    >>> members = initial_members(space, 4, np.random.default_rng(0))
+    >>> sorted(int(4 * np.log(m["lr"] / 1e-4) / np.log(100)) for m in members)
+    [0, 1, 2, 3]
+    """
+    columns = {
+        name: (generator.permutation(num_members) + generator.random(num_members)) / num_members
+        for name in sorted(space)
+    }
+    return [{name: space[name].at(float(columns[name][i])) for name in space} for i in range(num_members)]

@@ -1,0 +1,37 @@
+"""What every probe returns: a number, how far it can be trusted, and what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """One measurement.
+
+    Attributes:
+        value: the estimate; nan where weights or loss are not finite.
+        standard_error: how far off the value may be. A standard error for probes that sample. For an eigenvalue by
+            Lanczos, which samples nothing, it is the residual `||H v - value v||`: some eigenvalue of H lies within
+            that distance of the value. That it is the largest one is not in the bound. The true error is usually far
+            smaller, about residual^2 / gap.
+        num_matvecs: Hessian-vector products spent, checks included.
+        price_gradients: what was spent, in gradients (forward and backward) on the batches of the probe.
+        cost_seconds: wall-clock seconds, everything included.
+        converged: whether the iteration met its tolerance, with products that are good to that tolerance.
+        finite_difference_error: how much finite differences disagreed, relative, with an exact product or among
+            themselves; nan where none were used.
+        vector: the eigenvector that belongs to the value, flat over the trainable parameters; None where there is none.
+    """
+
+    value: float
+    standard_error: float
+    num_matvecs: int
+    price_gradients: float
+    cost_seconds: float
+    converged: bool
+    finite_difference_error: float = math.nan
+    vector: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)

@@ -1,0 +1,181 @@
+"""The narrow waist: the rows that training produces and law fitting reads, their columns and their units.
+
+Every run is one stream of records. A record is a small frozen dataclass; a row is the same thing as a flat
+dictionary; a table is rows under :data:`COLUMNS`. Nothing else passes between training and the laws, and foreign
+logs (a CSV file, another tracking server) enter by being mapped to the same columns.
+
+Conventions:
+    step: the number of optimizer updates completed when the record was made. The first update gives step 1; an
+        evaluation before any update has step 0.
+    loss_nats: mean cross-entropy per token in nats.
+    elapsed_seconds: wall-clock seconds of the run so far, evaluations and probes included, summed over resumes.
+    cost_seconds: wall-clock seconds that this one record took to produce.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+
+SCHEMA_VERSION = 1
+
+Dtype: TypeAlias = Literal["int64", "float64", "string"]
+
+
+class Column(NamedTuple):
+    """One column of the record table."""
+
+    name: str
+    dtype: Dtype
+    unit: str
+    meaning: str
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("run_id", "string", "", "identifier of the run inside its sweep"),
+    Column("kind", "string", "", "step | eval | probe | event"),
+    Column("step", "int64", "updates", "optimizer updates completed"),
+    Column("num_tokens", "int64", "tokens", "training tokens seen"),
+    Column("flops", "float64", "FLOPs", "training FLOPs spent, probes and evaluations excluded"),
+    Column("elapsed_seconds", "float64", "s", "wall-clock time of the run so far, summed over resumes"),
+    Column("cost_seconds", "float64", "s", "wall-clock time this record took"),
+    Column("time_unix", "float64", "s", "wall-clock time stamp (Unix epoch)"),
+    Column("loss_nats", "float64", "nats/token", "training loss (step) or held-out loss (eval)"),
+    Column("grad_norm", "float64", "", "L2 norm of the gradient before clipping (step)"),
+    Column("lr", "float64", "", "learning rate applied in this update (step)"),
+    Column("weight_decay", "float64", "", "weight decay applied in this update (step)"),
+    Column("momentum", "float64", "", "momentum or Adam's beta1 applied in this update (step)"),
+    Column("probe", "string", "", "name of the probe (probe)"),
+    Column("value", "float64", "probe's own", "estimate of the probe (probe)"),
+    Column("standard_error", "float64", "probe's own", "standard error or error bound of the value (probe)"),
+    Column("num_matvecs", "int64", "products", "Hessian-vector products spent (probe)"),
+    Column("event", "string", "", "exploit | mutate | diverged | resume (event)"),
+    Column("donor", "string", "", "run whose weights were copied (event: exploit)"),
+    Column("donor_step", "int64", "updates", "step of the copied weights (event: exploit)"),
+    Column("detail", "string", "", "JSON object with what changed (event)"),
+)
+
+COLUMN_NAMES: tuple[str, ...] = tuple(column.name for column in COLUMNS)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a run stands; the fields that every record shares."""
+
+    step: int
+    num_tokens: int
+    flops: float
+    elapsed_seconds: float
+    time_unix: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord(Progress):
+    """One optimizer update, with the hyperparameter values that were actually applied."""
+
+    kind: ClassVar[str] = "step"
+    cost_seconds: float
+    loss_nats: float
+    grad_norm: float
+    lr: float
+    weight_decay: float
+    momentum: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRecord(Progress):
+    """Held-out loss of the current weights."""
+
+    kind: ClassVar[str] = "eval"
+    cost_seconds: float
+    loss_nats: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeRecord(Progress):
+    """One probe: its estimate, how far it can be trusted, and what it cost."""
+
+    kind: ClassVar[str] = "probe"
+    cost_seconds: float
+    probe: str
+    value: float
+    standard_error: float
+    num_matvecs: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EventRecord(Progress):
+    """Something that changed the course of a run: an exploit, a mutation, a divergence, a resume."""
+
+    kind: ClassVar[str] = "event"
+    event: str
+    donor: str | None = None
+    donor_step: int | None = None
+    detail: str = "{}"
+
+
+Record: TypeAlias = StepRecord | EvalRecord | ProbeRecord | EventRecord
+
+RunStatus: TypeAlias = Literal["pending", "running", "finished", "stopped", "diverged", "failed"]
+"""What became of a run. `stopped`: ended early by a decision; `diverged`: a non-finite loss, which is a result."""
+
+TERMINAL_STATUSES: frozenset[str] = frozenset({"finished", "stopped", "diverged", "failed"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """One row a run: what was asked, what came out, and what it cost."""
+
+    run_id: str
+    status: RunStatus
+    config: dict[str, Any]
+    """The training configuration at the start, nested as in the TOML file."""
+    varied: dict[str, Any]
+    """The searched values only, under their dotted names."""
+    step: int = 0
+    num_steps: int = 0
+    num_tokens: int = 0
+    flops: float = 0.0
+    num_params: int = 0
+    num_params_non_embedding: int = 0
+    final_loss_nats: float = math.nan
+    """Held-out loss of the last evaluation."""
+    best_loss_nats: float = math.nan
+    elapsed_seconds: float = 0.0
+    probe_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    message: str = ""
+    """For a run that failed or diverged: one sentence that says how."""
+
+
+def to_row(run_id: str, record: Record) -> dict[str, Any]:
+    """Return the record as a row: every column of :data:`COLUMNS`, None where it does not apply."""
+    row: dict[str, Any] = dict.fromkeys(COLUMN_NAMES)
+    row.update((field.name, getattr(record, field.name)) for field in dataclasses.fields(record))
+    row["run_id"] = run_id
+    row["kind"] = record.kind
+    return row
+
+
+def metrics(row: dict[str, Any]) -> dict[str, float]:
+    """Return what a tracking server should chart for this row, under `group/name_unit` keys.
+
+    Non-finite values are left out: servers disagree on how to store them, and the Parquet copy keeps them.
+    """
+    match row["kind"]:
+        case "step":
+            named = {
+                "train/loss_nats": row["loss_nats"],
+                "train/lr": row["lr"],
+                "train/grad_norm": row["grad_norm"],
+                "train/num_tokens": row["num_tokens"],
+            }
+        case "eval":
+            named = {"eval/loss_nats": row["loss_nats"]}
+        case "probe":
+            probe = row["probe"]
+            named = {f"probe/{probe}": row["value"], f"probe/{probe}_standard_error": row["standard_error"]}
+        case _:
+            named = {}
+    return {key: float(value) for key, value in named.items() if value is not None and math.isfinite(value)}

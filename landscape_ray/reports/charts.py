@@ -1,0 +1,290 @@
+"""The figures of a report, as pure functions of sweeps; where there is nothing to draw, the reason why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from landscape_ray.reports import text
+from landscape_ray.reports.figures import SYMBOLS, Axis, ColorBar, Figure, Panel, Series, sequential, series, thin
+from landscape_ray.reports.lineage import ancestry_lr
+from landscape_ray.reports.runs import Run
+from landscape_ray.reports.views import Sweep, best_overall, edge_of_search, empty_reason, label, spread
+
+BEST_COLORS = ("c0", "c1", "c2", "c3", "c4", "c5")
+STEP = Axis(label="optimizer updates")
+
+
+def loss_curves(sweeps: Sequence[Sweep]) -> Figure | str:
+    """Return held-out loss against step: the best run of each sweep stands out, diverged runs end in a cross."""
+    drawn = [(sweep, run) for sweep in sweeps for run in sweep.runs if len(run.evals["step"])]
+    if not drawn:
+        return f"No held-out loss has been recorded ({empty_reason(sweeps)}); curves appear with the first evaluation."
+    limits = _loss_limits([run for _, run in drawn])
+    muted: list[Series] = []
+    main: list[Series] = []
+    others = sum(run is not sweep.best and run.summary.status != "diverged" for sweep, run in drawn)
+    for sweep, run in drawn:
+        x, y = thin(run.evals["step"], run.evals["loss_nats"])
+        name = label(sweeps, sweep, run.run_id)
+        if run is sweep.best:
+            color = BEST_COLORS[list(sweeps).index(sweep) % len(BEST_COLORS)]
+            entry = f"best: {name}" if len(sweeps) == 1 else f"best of {sweep.name}: {run.run_id}"
+            main.append(series("line", x, y, name=entry, color=color, weight="main", hover=name))
+        elif run.summary.status == "diverged":
+            muted.append(series("line", x, y, name="diverged", color="text", dash="dot", hover=f"{name} (diverged)"))
+            kept = np.flatnonzero(np.isfinite(y))[-1:]
+            # above a cut axis the cross stays at its edge
+            level = np.minimum(y[kept], limits[1] - 0.02 * (limits[1] - limits[0])) if limits else y[kept]
+            muted.append(series("points", x[kept], level, name="diverged", color="text", symbol="cross", size=10))
+        else:
+            entry = f"other runs ({others})"
+            muted.append(series("line", x, y, name=entry, color="muted", weight="muted", hover=describe(run, name)))
+    return Figure(
+        key="loss-curves",
+        title="Held-out loss during training",
+        takeaway=_loss_takeaway(sweeps),
+        x=STEP,
+        panels=(Panel(y=Axis(label="held-out loss", unit="nats/token", limits=limits), series=(*muted, *main)),),
+        note="The loss axis is cut above, where all runs start; double-click the figure to see everything."
+        if limits
+        else "",
+    )
+
+
+def schedules(sweeps: Sequence[Sweep]) -> Figure | str:
+    """Return the learning rate applied in every update of independent runs, coloured by the final loss."""
+    searches = [sweep for sweep in sweeps if not sweep.population]
+    runs = [(sweep, run) for sweep in searches for run in sweep.runs if len(run.steps["step"])]
+    if not runs:
+        return "No independent run has recorded an update; a sweep with [search] fills this figure."
+    finished = sorted((run.loss, run.run_id) for _, run in runs if run.has_result)
+    best, worst = (finished[0][0], _clipped_worst([loss for loss, _ in finished])) if finished else (0.0, 0.0)
+    drawn: list[Series] = []
+    order = sorted(runs, key=lambda pair: (not math.isnan(pair[1].loss), -pair[1].loss, pair[1].run_id))
+    for sweep, run in order:
+        x, y = thin(run.steps["step"], run.steps["lr"])
+        said = describe(run, label(sweeps, sweep, run.run_id))
+        if not run.has_result:
+            entry = "not finished or diverged"
+            drawn.append(series("line", x, y, name=entry, color="muted", weight="muted", dash="dot", hover=said))
+            continue
+        top = (run.loss, run.run_id) == finished[0]
+        style = {"weight": "main", "name": f"best: {run.run_id}"} if top else {"weight": "normal"}
+        drawn.append(series("line", x, y, color=sequential(run.loss, best, worst), hover=said, **style))
+    return Figure(
+        key="schedules",
+        title="Learning-rate schedules that were tried",
+        takeaway=_schedule_takeaway([run for _, run in runs if run.has_result]),
+        x=STEP,
+        panels=(Panel(y=_lr_axis([run for _, run in runs]), series=tuple(drawn)),),
+        note="The learning rate is the one that the optimizer applied, not the one that was configured.",
+        colorbar=ColorBar(label="final held-out loss (nats/token)", best=best, worst=worst) if worst > best else None,
+    )
+
+
+def lineage(sweeps: Sequence[Sweep], sweep: Sweep) -> Figure | str:
+    """Return who copied whom in a population, and the learning rates that the winner's weights went through."""
+    members = [run for run in sweep.runs if len(run.all_steps["step"])]
+    if not members:
+        return f"No member of {sweep.name} has recorded an update; a sweep with [population] fills this figure."
+    runs = {run.run_id: run for run in members}
+    rows = {run_id: index for index, run_id in enumerate(runs)}
+    copies = [copy for copy in sweep.copies if copy.run_id in rows]
+    path = sweep.ancestry
+    timeline: list[Series] = []
+    for run_id, row in rows.items():
+        end = float(np.nanmax(runs[run_id].all_steps["step"]))
+        style = {"color": "muted", "hover": describe(runs[run_id], run_id), "name": "member"}
+        timeline.append(series("line", [0.0, end], [row, row], **style))
+    for segment in path:
+        if segment.run_id in rows:
+            ends, level = [segment.start, segment.stop], rows[segment.run_id]
+            timeline.append(series("line", ends, [level, level], color="c1", weight="main", name="path of the winner"))
+    on_path = {(one.run_id, one.start) for one in path if one.life}
+    for copy in copies:
+        if copy.donor in rows:
+            color = "c1" if (copy.run_id, copy.step) in on_path else "c0"
+            ends = [rows[copy.donor], rows[copy.run_id]]
+            timeline.append(series("arrow", [copy.step] * 2, ends, name="weights copied", color=color, size=10))
+    told = tuple(
+        f"{copy.run_id} copies {copy.donor} at step {copy.step:,}"
+        + (f" → {_values(copy.values)}" if copy.values else "")
+        for copy in copies
+    )
+    if copies:
+        at, levels = [copy.step for copy in copies], [rows[copy.run_id] for copy in copies]
+        timeline.append(series("points", at, levels, color="c0", size=6, hover=told))
+    rates: list[Series] = []
+    for run_id, run in runs.items():
+        x, y = thin(run.steps["step"], run.steps["lr"])
+        rates.append(series("step", x, y, name="member", color="muted", weight="muted", hover=run_id))
+    if path:
+        x, y = thin(*ancestry_lr(runs, path))
+        found = {"name": "path of the winner", "color": "c1", "weight": "main", "hover": "path of the winner"}
+        rates.append(series("step", x, y, **found))
+    names = tuple(f"{run_id}  {text.loss(run.loss)}" for run_id, run in runs.items())
+    return Figure(
+        key=f"lineage-{list(sweeps).index(sweep)}" if len(sweeps) > 1 else "lineage",
+        title="Lineage of the population and the schedule that it found",
+        takeaway=_lineage_takeaway(sweep),
+        x=STEP,
+        panels=(
+            Panel(y=Axis(label="member and its final loss", categories=names), series=tuple(timeline)),
+            Panel(y=_lr_axis(members), series=tuple(rates), share=1.1),
+        ),
+        note="Arrows are exploits: the member at the tip takes over the weights of the one at the foot and mutates.",
+    )
+
+
+def search_result(sweeps: Sequence[Sweep]) -> Figure | str:
+    """Return final loss against the peak learning rate, one mark a run, shaped by its schedule."""
+    pairs = [(sweep, run) for sweep in sweeps for run in sweep.runs if run.peak_lr > 0]
+    finished = [(sweep, run) for sweep, run in pairs if run.has_result]
+    if not finished:
+        return f"No run has finished with a loss ({empty_reason(sweeps)}); each finished run becomes one mark."
+    losses = np.array([run.loss for _, run in finished])
+    ceiling = _clipped_worst(losses.tolist())
+    pad = 0.06 * max(ceiling - losses.min(), 1e-3 * losses.min())
+    top = ceiling + 2.4 * pad
+    drawn: list[Series] = []
+    for index, shape in enumerate(sorted({run.shape for _, run in finished})):
+        inside = [(sweep, run) for sweep, run in finished if run.shape == shape]
+        drawn.append(
+            series(
+                "points",
+                [run.peak_lr for _, run in inside],
+                [min(run.loss, top - pad) for _, run in inside],
+                name=shape,
+                color=BEST_COLORS[index % len(BEST_COLORS)],
+                symbol=SYMBOLS[index % len(SYMBOLS)],
+                size=11,
+                hover=tuple(_point(run, label(sweeps, sweep, run.run_id), top - pad) for sweep, run in inside),
+            )
+        )
+    gone = [(sweep, run) for sweep, run in pairs if run.summary.status == "diverged"]
+    if gone:
+        said = tuple(f"{label(sweeps, sweep, run.run_id)} diverged, drawn at the edge" for sweep, run in gone)
+        edge = [top - pad] * len(gone)
+        mark = {"color": "text", "symbol": "cross", "size": 11, "name": "diverged (at the upper edge)"}
+        drawn.append(series("points", [run.peak_lr for _, run in gone], edge, hover=said, **mark))
+    best = min((run for _, run in finished), key=lambda run: run.loss)
+    drawn.append(series("hline", [0, 0], [best.loss], name="best loss", color="faint", dash="dot", weight="muted"))
+    return Figure(
+        key="search-result",
+        title="Final loss against peak learning rate",
+        takeaway=_search_takeaway([run for _, run in finished], best),
+        x=Axis(label="peak learning rate applied", scale="log"),
+        panels=(
+            Panel(
+                y=Axis(label="final held-out loss", unit="nats/token", limits=(float(losses.min() - pad), float(top))),
+                series=tuple(drawn),
+            ),
+        ),
+        note="Runs far above the others are drawn at the upper edge; pointing at them tells their loss."
+        if losses.max() > ceiling
+        else "",
+    )
+
+
+def describe(run: Run, name: str) -> str:
+    """Return a run in one line, for hovering."""
+    parts = [name, run.shape]
+    if math.isfinite(run.peak_lr):
+        parts.append(f"peak LR {text.lr(run.peak_lr)}")
+    parts.append(f"final loss {text.loss(run.loss)}" if run.has_result else run.summary.status)
+    return " · ".join(parts)
+
+
+def _point(run: Run, name: str, edge: float) -> str:
+    above = f" (above the axis: {text.loss(run.loss)})" if run.loss > edge else ""
+    return describe(run, name) + above
+
+
+def _values(values: dict[str, object]) -> str:
+    return ", ".join(f"{key.split('.')[-1]} {text.value(value)}" for key, value in values.items())
+
+
+def _clipped_worst(losses: list[float]) -> float:
+    """Return the worst loss, or a loss beyond which runs are outliers that would flatten the rest."""
+    best, upper = min(losses), float(np.quantile(losses, 0.75))
+    return min(max(losses), best + 4 * (upper - best)) if len(losses) >= 4 and upper > best else max(losses)
+
+
+def _loss_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
+    """Return the range in which the curves differ: from the best loss to where runs are after a tenth of them."""
+    lowest, early, highest = [], [], []
+    for run in runs:
+        step, loss = run.evals["step"], run.evals["loss_nats"]
+        kept = np.isfinite(loss)
+        if run.summary.status == "diverged" or not kept.any():
+            continue
+        step, loss = step[kept], loss[kept]
+        lowest.append(float(loss.min()))
+        highest.append(float(loss.max()))
+        early.append(float(loss[min(np.searchsorted(step, 0.1 * step[-1]), len(loss) - 1)]))
+    if not lowest:
+        return None
+    low, high = min(lowest), float(np.quantile(early, 0.75))
+    if max(highest) <= high + 0.3 * (high - low) or high <= low:
+        return None
+    pad = 0.05 * (high - low)
+    return low - pad, high + pad
+
+
+def _lr_axis(runs: Sequence[Run]) -> Axis:
+    """Return a linear axis where the peaks are of one size, a logarithmic one where they differ tenfold."""
+    peaks = [run.peak_lr for run in runs if run.peak_lr > 0]
+    if not peaks or max(peaks) < 12 * min(peaks):
+        return Axis(label="learning rate")
+    return Axis(label="learning rate", scale="log", limits=(min(peaks) / 20, max(peaks) * 1.3))
+
+
+def _loss_takeaway(sweeps: Sequence[Sweep]) -> str:
+    found = best_overall(sweeps)
+    runs = [run for sweep in sweeps for run in sweep.runs]
+    diverged = sum(run.summary.status == "diverged" for run in runs)
+    tail = f" {text.plural(diverged, 'run')} diverged." if diverged else ""
+    if found is None:
+        return f"No run has finished yet: {empty_reason(sweeps)}."
+    sweep, best = found
+    median, _ = spread([run for one in sweeps for run in one.finished])
+    name = label(sweeps, sweep, best.run_id)
+    gain = f", {median - best.loss:.4f} below the median run" if median > best.loss else ""
+    return f"{name} ends lowest, at {text.loss(best.loss)} nats/token{gain}.{tail}"
+
+
+def _schedule_takeaway(finished: Sequence[Run]) -> str:
+    if not finished:
+        return "No run has finished yet."
+    by_shape: dict[str, list[float]] = {}
+    for run in finished:
+        by_shape.setdefault(run.shape, []).append(run.loss)
+    ranked = sorted(by_shape, key=lambda shape: min(by_shape[shape]))
+    told = [f"{shape} {text.loss(min(by_shape[shape]))}" for shape in ranked]
+    return f"Lowest final loss by schedule: {', '.join(told)} nats/token."
+
+
+def _search_takeaway(finished: Sequence[Run], best: Run) -> str:
+    start = (
+        f"The lowest loss, {text.loss(best.loss)}, was reached at peak LR {text.lr(best.peak_lr)} with {best.shape}."
+    )
+    return f"{start} {edge_of_search(finished)}".strip()
+
+
+def _lineage_takeaway(sweep: Sweep) -> str:
+    copies, path, best = sweep.copies, sweep.ancestry, sweep.best
+    if best is None:
+        return (
+            f"{text.plural(len(copies), 'copy').replace('copys', 'copies')} of weights so far; no member has finished."
+        )
+    known = {run.run_id: run for run in sweep.runs}
+    _, rates = ancestry_lr(known, path)
+    seen = f"; its learning rate went from {text.lr(rates[0])} to {text.lr(rates[-1])}" if len(rates) else ""
+    if len(path) == 1:
+        return f"The winner {best.run_id} never copied another member{seen}."
+    chain = " → ".join(dict.fromkeys(segment.run_id for segment in path))
+    count = "1 copy" if len(copies) == 1 else f"{len(copies)} copies"
+    return f"After {count} of weights the winner's came by way of {chain}{seen}."

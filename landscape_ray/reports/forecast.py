@@ -1,0 +1,87 @@
+"""The forecast of one schedule that was not run, from the law of a sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from landscape_ray.errors import UserError
+from landscape_ray.laws import Prediction, predict_annealing
+from landscape_ray.reports.analysis import SweepFit
+from landscape_ray.reports.text import loss, lr
+from landscape_ray.schedules import Schedule
+
+if TYPE_CHECKING:
+    from landscape_ray.tracking.folder import SweepFolder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleForecast:
+    """What a law expects of a schedule."""
+
+    schedule: Schedule
+    prediction: Prediction
+    best_run: str
+    """The run of the fit with the lowest final loss, to compare with."""
+    best_loss_nats: float
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """In what respect the schedule lies outside what was fitted."""
+        return self.prediction.warnings
+
+    @property
+    def sentence(self) -> str:
+        """The forecast in words."""
+        curve, schedule = self.prediction, self.schedule
+        value, low, high = (float(ends[-1]) for ends in (curve.loss_nats, curve.low, curve.high))
+        return (
+            f"{schedule.name} at peak LR {lr(schedule.peak)} for {schedule.num_steps} updates: {loss(value)} nats/token, "
+            f"{curve.confidence:.0%} interval {loss(low)} to {loss(high)}; "
+            f"best run of the fit: {self.best_run} with {loss(self.best_loss_nats)}"
+        )
+
+
+def forecast_schedule(
+    folder: SweepFolder,
+    fitted: SweepFit,
+    *,
+    schedule: str,
+    num_steps: int | None = None,
+    peak_lr: float | None = None,
+    warmup_steps: int | None = None,
+    **shape: Any,
+) -> ScheduleForecast:
+    """Return the loss that a sweep's law expects at the end of a schedule.
+
+    Args:
+        folder: the sweep.
+        fitted: its law.
+        schedule: name of the schedule.
+        num_steps: updates; None for as many as the fitted runs have.
+        peak_lr: None for the peak of the fitted runs; another one is refused, the law doesn't compare peaks.
+        warmup_steps: None for those of the fitted runs.
+        **shape: further fields of `Schedule`.
+
+    Raises:
+        UserError: a field out of its range, another peak, or the fitted runs are gone.
+    """
+    summaries = {trial.trial_id: trial.summary() for trial in folder.trials()}
+    runs = [summary for run_id in fitted.run_ids if (summary := summaries.get(run_id)) is not None]
+    if not runs:
+        raise UserError(
+            f"sweep '{folder.path.name}' lacks the runs that its law was fitted to; run `landscape-ray fit`"
+        )
+    usual = runs[0].config
+    planned = Schedule(
+        name=schedule,
+        peak=fitted.peak_lr if peak_lr is None else peak_lr,
+        num_steps=num_steps or int(usual["num_steps"]),
+        warmup_steps=int(usual["schedule"]["warmup_steps"]) if warmup_steps is None else warmup_steps,
+        **shape,
+    )
+    prediction = predict_annealing(fitted.fit, planned.values(), [planned.num_steps], planned.warmup_steps)
+    best = min(runs, key=lambda run: run.final_loss_nats)
+    return ScheduleForecast(
+        schedule=planned, prediction=prediction, best_run=best.run_id, best_loss_nats=best.final_loss_nats
+    )

@@ -1,0 +1,99 @@
+"""Who copied whom in a population, and the path of the weights that won: the schedule that was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from landscape_ray.reports.figures import Floats
+from landscape_ray.reports.runs import Run
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Exploit:
+    """Member `run_id` gave its weights up and went on from those that `donor` had at `step`."""
+
+    run_id: str
+    donor: str
+    step: int
+    time: float
+    """When it happened, in any unit that orders the copies of a sweep."""
+    values: dict[str, Any]
+    """Values after the copy, as recorded."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Updates start < step <= stop in one life of a member: a part of an ancestry."""
+
+    run_id: str
+    life: int
+    """How many times the member had copied before."""
+    start: int
+    stop: int
+
+
+def exploits(runs: Sequence[Run]) -> list[Exploit]:
+    """Return all copies of weights, in the order in which they happened."""
+    found = []
+    for run in runs:
+        rows = run.events
+        for index in np.flatnonzero(rows["event"].astype(str) == "exploit"):
+            donor_step, stamp = float(rows["donor_step"][index]), float(rows["time_unix"][index])
+            step = int(donor_step) if math.isfinite(donor_step) else int(rows["step"][index])
+            found.append(
+                Exploit(
+                    run_id=run.run_id,
+                    donor=str(rows["donor"][index]),
+                    step=step,
+                    time=stamp if math.isfinite(stamp) else float(step),
+                    values=_detail(rows["detail"][index]),
+                )
+            )
+    return sorted(found, key=lambda one: (one.time, one.step, one.run_id))
+
+
+def ancestry(copies: Sequence[Exploit], winner: str, end: int) -> list[Segment]:
+    """Return where the weights of `winner` at step `end` were at every update, oldest segment first.
+
+    >>> copy = Exploit(run_id="b", donor="a", step=10, time=1.0, values={})
+    >>> [(s.run_id, s.life, s.start, s.stop) for s in ancestry([copy], "b", 30)]
+    [('a', 0, 0, 10), ('b', 1, 10, 30)]
+    """
+    segments: list[Segment] = []
+    member, stop, before = winner, end, math.inf
+    while True:
+        # what the donor copied after it was copied from is not part of these weights
+        own = [one for one in copies if one.run_id == member and one.time < before and one.step <= stop]
+        start = own[-1].step if own else 0
+        segments.append(Segment(run_id=member, life=len(own), start=start, stop=stop))
+        if not own:
+            return segments[::-1]
+        member, stop, before = own[-1].donor, own[-1].step, own[-1].time
+
+
+def ancestry_lr(runs: Mapping[str, Run], segments: Sequence[Segment]) -> tuple[Floats, Floats]:
+    """Return (steps, learning rates) of the updates that the surviving weights went through, in order."""
+    steps, rates = [np.zeros(0)], [np.zeros(0)]
+    for segment in segments:
+        if segment.run_id not in runs:
+            continue
+        run = runs[segment.run_id]
+        step = np.asarray(run.all_steps["step"], dtype=np.float64)
+        inside = (run.lives == segment.life) & (step > segment.start) & (step <= segment.stop)
+        steps.append(step[inside])
+        rates.append(np.asarray(run.all_steps["lr"], dtype=np.float64)[inside])
+    return np.concatenate(steps), np.concatenate(rates)
+
+
+def _detail(text: Any) -> dict[str, Any]:
+    try:
+        loaded = json.loads(text) if isinstance(text, str) else {}
+    except json.JSONDecodeError:
+        return {}
+    return loaded if isinstance(loaded, dict) else {}

@@ -1,0 +1,38 @@
+"""The small pieces of HTML that the sections are made of. Every text is escaped here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+
+def tile(term: str, value: str, unit: str = "", more: str = "") -> str:
+    """Return one result as a tile: what it is, its value with a unit, and a line of context."""
+    after = f' <span class="unit">{escape(unit)}</span>' if unit else ""
+    return (
+        f'<div class="tile"><div class="term">{escape(term)}</div><div class="value">{escape(value)}{after}</div>'
+        f'<div class="more">{escape(more)}</div></div>'
+    )
+
+
+def definitions(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return terms with their texts."""
+    return "<dl>" + "".join(f"<dt>{escape(term)}</dt><dd>{escape(said)}</dd>" for term, said in pairs) + "</dl>"
+
+
+def warnings(head: str, warnings: Sequence[str]) -> str:
+    """Return a box of warnings under a headline; nothing without any."""
+    if not warnings:
+        return ""
+    items = "".join(f"<li>{escape(one)}</li>" for one in warnings)
+    return f'<div class="warnings"><strong>{escape(head)}</strong><ul>{items}</ul></div>'
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int]) -> str:
+    """Return a table; the columns numbered in `texts` are aligned as text, the others as numbers."""
+    def row(cells: Sequence[str], tag: str) -> str:
+        kinds = [" class=text" if index in texts else "" for index in range(len(cells))]
+        return "<tr>" + "".join(f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True)) + "</tr>"
+
+    body = "".join(row(cells, "td") for cells in rows)
+    return f'<div class="scroll"><table><thead>{row(columns, "th")}</thead><tbody>{body}</tbody></table></div>'

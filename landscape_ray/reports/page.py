@@ -1,0 +1,204 @@
+"""The report: one HTML file that opens without a network, and the same figures as PNG files."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from landscape_ray.errors import UserError
+from landscape_ray.files import write_atomic
+from landscape_ray.reports import charts, insight, law_section, sections
+from landscape_ray.reports.figures import Figure, palette
+from landscape_ray.reports.interactive import legend, plotly_js, specification
+from landscape_ray.reports.template import PAGE, POLICY, SCRIPT, STYLE
+from landscape_ray.reports.views import Sweep, open_sweep
+
+if TYPE_CHECKING:
+    from landscape_ray.tracking.folder import SweepFolder
+
+Folders: TypeAlias = "SweepFolder | Path | str | Sequence[SweepFolder | Path | str]"
+
+PIXELS_PER_PANEL = 400
+
+MARKS = {
+    "circle": '<circle cx="13" cy="7" r="4.5" fill="currentColor"/>',
+    "square": '<rect x="9" y="3" width="8" height="8" fill="currentColor"/>',
+    "diamond": '<path d="M13 1.5 18 7l-5 5.5L8 7z" fill="currentColor"/>',
+    "triangle-up": '<path d="M13 2 18 11H8z" fill="currentColor"/>',
+    "cross": '<path d="M9 3l8 8M17 3l-8 8" stroke="currentColor" stroke-width="3"/>',
+    "triangle-down": '<path d="M13 12 18 3H8z" fill="currentColor"/>',
+    "star": '<path d="M13 1l2 4 4 .4-3 3 1 4.600-4-2.400-4 2.400 1-4.600-3-3 4-.4z" fill="currentColor"/>',
+    "band": '<rect x="2" y="2" width="22" height="10" rx="2" fill="currentColor" opacity=".35"/>',
+    "bar": '<rect x="6" y="2" width="14" height="10" rx="2" fill="currentColor"/>',
+    "arrow": '<path d="M2 7h17" stroke="currentColor" stroke-width="2"/><path d="M18 3l6 4-6 4z" fill="currentColor"/>',
+}
+"""Small drawings of the marks of a legend, in a box of 26 x 14."""
+
+
+def write_report(folders: Folders, out: Path | None = None) -> Path:
+    """Write one HTML page about one sweep or several and return its path.
+
+    Args:
+        folders: a sweep folder, or several that are shown together, such as a search and a population.
+        out: the file to write; None for `report.html` in the first sweep's folder.
+
+    Raises:
+        UserError: no folder given, not a sweep folder, or the page cannot be written.
+    """
+    opened = _open(folders)
+    path = Path(out) if out is not None else opened[0].report_path
+    write_atomic(path, render_page([open_sweep(folder) for folder in opened]))
+    return path
+
+
+def export_figures(folders: Folders, out_dir: Path) -> list[Path]:
+    """Write every figure that has data as a PNG file, 1280 pixels wide, and return the paths.
+
+    Args:
+        folders: a sweep folder or several.
+        out_dir: where to write; made when missing.
+
+    Raises:
+        UserError: no folder given, not a sweep folder, or a file cannot be written.
+    """
+    from landscape_ray.reports.static import render  # matplotlib takes a second to import, the page does without
+
+    paths = []
+    for figure in figures([open_sweep(folder) for folder in _open(folders)]):
+        path = Path(out_dir) / f"{figure.key}.png"
+        write_atomic(path, render(figure))
+        paths.append(path)
+    return paths
+
+
+def figures(sweeps: Sequence[Sweep]) -> list[Figure]:
+    """Return the figures of a report that have data, in the order of the page."""
+    return [item for drawn in _drawings(sweeps).values() for item in drawn if isinstance(item, Figure)]
+
+
+def render_page(sweeps: Sequence[Sweep]) -> str:
+    """Return the whole page; equal sweeps give equal text.
+
+    Args:
+        sweeps: at least one.
+    """
+    drawings = _drawings(sweeps)
+    parts = [sections.heading(sweeps), sections.found(sweeps)]
+
+    def chapter(key: str, title: str, before: str = "", after: str = "") -> None:
+        drawn = "".join(_block(item) for item in drawings.get(key, []))
+        parts.append(f'<section><h2 id="{key}">{html.escape(title)}</h2>{before}{drawn}{after}</section>')
+
+    chapter("curves", "Loss curves")
+    chapter("schedules", "Schedules")
+    chapter("search", "Learning rate and loss")
+    chapter("sharpness", "Sharpness")
+    chapter("law", "Law and forecast", after="".join(law_section.law(sweep, sweeps) for sweep in sweeps if sweep.fit))
+    chapter("runs", "All runs", before=sections.runs_table(sweeps))
+    chapter("cost", "Cost", after=sections.cost_text(sweeps))
+    chapter("again", "How to run it again", before=sections.reproduce(sweeps))
+    shown = {item.key: item for drawn in drawings.values() for item in drawn if isinstance(item, Figure)}
+    data = {
+        "themes": {"light": palette("light"), "dark": palette("dark")},
+        "figures": {key: _embedded(figure) for key, figure in shown.items()},
+    }
+    return PAGE.format(
+        title=html.escape(sections.title(sweeps)),
+        policy=html.escape(POLICY),
+        style=STYLE,
+        body="\n".join(parts),
+        figures=safe_json(data),
+        plotly=plotly_js(),
+        script=SCRIPT,
+    )
+
+
+def safe_json(data: Any) -> str:
+    r"""Return JSON that cannot end the script element it stands in, whatever the data says.
+
+    >>> safe_json({"a": "</script><b>&"})
+    '{"a":"\\u003c/script\\u003e\\u003cb\\u003e\\u0026"}'
+    """
+    dumped = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        dumped = dumped.replace(character, f"\\u{ord(character):04x}")
+    return dumped
+
+
+def _drawings(sweeps: Sequence[Sweep]) -> dict[str, list[Figure | str]]:
+    """Return the figures of every chapter, or in their place the sentence that says why there is none."""
+    populations = [sweep for sweep in sweeps if sweep.population]
+    schedules: list[Figure | str] = [charts.schedules(sweeps)] if len(populations) < len(sweeps) else []
+    schedules += [charts.lineage(sweeps, sweep) for sweep in populations]
+    # a population has no fixed schedules, so nobody expects a law of it unless one was fitted
+    lawful = [sweep for sweep in sweeps if sweep.fit or not sweep.population] or list(sweeps)
+    keys = [f"forecast-{index}" if len(lawful) > 1 else "forecast" for index in range(len(lawful))]
+    return {
+        "curves": [charts.loss_curves(sweeps)],
+        "schedules": schedules,
+        "search": [charts.search_result(sweeps)],
+        "sharpness": [insight.sharpness(sweeps)],
+        "law": [insight.forecast(sweep, key) for sweep, key in zip(lawful, keys, strict=True)],
+        "cost": [insight.time_spent(sweeps)],
+    }
+
+
+def _block(item: Figure | str) -> str:
+    """Return a figure's place in the page, or the reason that there is none."""
+    if isinstance(item, str):
+        return f'<p class="empty">{html.escape(item)}</p>'
+    note = f'<p class="note">{html.escape(item.note)}</p>' if item.note else ""
+    save = f'<button type="button" class="save" data-figure="{item.key}" title="Save this figure as PNG">PNG</button>'
+    caption = f'<h3>{html.escape(item.title)}{save}</h3><p class="takeaway">{html.escape(item.takeaway)}</p>'
+    said = html.escape(f"{item.title}. {item.takeaway}")
+    return (
+        f'<figure id="{item.key}"><figcaption>{caption}</figcaption>'
+        f'<div class="legend" id="legend-{item.key}">{"".join(_legend_buttons(item))}</div>'
+        f'<div class="plot" id="plot-{item.key}" role="img" aria-label="{said}"></div>{note}</figure>'
+    )
+
+
+def _legend_buttons(figure: Figure) -> Iterable[str]:
+    for index, entry in enumerate(legend(figure)):
+        yield (
+            f'<button type="button" aria-pressed="true" data-figure="{figure.key}" data-index="{index}" '
+            f'data-color="{entry["color"]}">{_swatch(entry)}{html.escape(entry["name"])}</button>'
+        )
+
+
+def _swatch(entry: dict[str, str]) -> str:
+    """Return a small drawing of a series as it looks in the figure."""
+    if entry["mark"] in MARKS:
+        shape = MARKS[entry["mark"]]
+    else:
+        dash = {"dash": ' stroke-dasharray="6 4"', "dot": ' stroke-dasharray="2 3"'}.get(entry["mark"], "")
+        width = {"main": 3.5, "normal": 2.2, "muted": 1.6}[entry["weight"]]
+        shape = f'<path d="M2 7h22" stroke="currentColor" stroke-width="{width}"{dash}/>'
+    return f'<svg width="26" height="14" viewBox="0 0 26 14" aria-hidden="true">{shape}</svg>'
+
+
+def _embedded(figure: Figure) -> dict[str, Any]:
+    """Return what the page's script needs of a figure."""
+    rows = max(len(panel.y.categories) for panel in figure.panels)
+    bars = any(series.role == "bar" for panel in figure.panels for series in panel.series)
+    height = 90 + 44 * rows if bars else PIXELS_PER_PANEL + 260 * (len(figure.panels) - 1)
+    names = [html.escape(entry["name"]) for entry in legend(figure)]
+    traces = specification(figure)
+    for trace in traces["data"]:
+        if "legendgroup" in trace:
+            trace["legendgroup"] = html.escape(trace["legendgroup"])
+    return {**traces, "height": height, "legend": names}
+
+
+def _open(folders: Folders) -> list[SweepFolder]:
+    from landscape_ray.tracking.folder import SweepFolder  # pyarrow is needed here only
+
+    one = isinstance(folders, (SweepFolder, str, os.PathLike))
+    given: list[Any] = [folders] if one else list(folders)  # type: ignore[arg-type]
+    if not given:
+        raise UserError("folders must name at least one sweep, got none; give the path of a sweep folder")
+    return [item if isinstance(item, SweepFolder) else SweepFolder.open(Path(item)) for item in given]

@@ -1,0 +1,71 @@
+"""Results as tables in a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from landscape_ray.reports.analysis import SweepFit
+from landscape_ray.reports.text import loss, lr, number
+
+if TYPE_CHECKING:
+    from landscape_ray.tracking.folder import SweepFolder
+
+STATUS_STYLE = {"certified": "green", "weak": "yellow", "failed": "red"}
+
+
+def fit_tables(name: str, result: SweepFit) -> RenderableType:
+    """Return a law as two tables: its parameters, and its forecasts of schedules that it did not see."""
+    fit = result.fit
+    headline = Text.assemble(
+        (f"annealing law of {name}: ", "bold"),
+        (fit.status, STATUS_STYLE[fit.status]),
+        f", {fit.data['num_points']} points of {len(result.run_ids)} runs at peak LR {lr(result.peak_lr)}, "
+        f"rmse {fit.residuals['rmse_nats']:.4f} nats",
+    )
+    parameters = _table(("parameter", "value", f"{fit.confidence:.0%} interval"))
+    for key, value in fit.parameters.items():
+        between = fit.intervals.get(key)
+        parameters.add_row(key, number(value), f"{number(between[0])} to {number(between[1])}" if between else "")
+    forecasts = _table(("held out", "schedule", "observed", "forecast", f"{fit.confidence:.0%} interval", "error"))
+    for one in result.forecasts:
+        style = "bold" if one.run_id == result.headline else ""
+        forecasts.add_row(
+            one.run_id,
+            result.shapes[one.run_id],
+            loss(one.observed_final),
+            loss(one.predicted_final),
+            f"{loss(one.low)} to {loss(one.high)}",
+            f"{one.relative_error:+.2%}",
+            style=style,
+        )
+    notes = [Text(f"not certified: {reason}", style="yellow") for reason in fit.reasons]
+    notes += [Text(f"warning: {warning}", style="yellow") for warning in fit.warnings]
+    left_out = [Text(f"left out: {run_id}, {why}", style="dim") for run_id, why in sorted(result.excluded.items())]
+    rule = Text(f"bold: {result.rule}", style="dim")
+    return Group(headline, parameters, forecasts, rule, *notes, *left_out)
+
+
+def sweep_table(folders: Sequence[SweepFolder]) -> Table:
+    """Return one row a sweep: when, how far, best loss."""
+    table = _table(("sweep", "started", "status", "trials ended", "best loss"), right=(3, 4))
+    for folder in folders:
+        meta = folder.meta
+        summaries = [summary for trial in folder.trials() if (summary := trial.summary()) is not None]
+        ended = [s for s in summaries if s.status in ("finished", "diverged", "stopped")]
+        best = min((s.final_loss_nats for s in ended if s.status == "finished"), default=float("nan"))
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(meta.get("created_unix", 0))))
+        table.add_row(folder.path.name, started, str(meta.get("status")), f"{len(ended)}/{len(summaries)}", loss(best))
+    return table
+
+
+def _table(headings: Sequence[str], right: Sequence[int] = ()) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for position, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if position in right else "left", no_wrap=True)
+    return table

@@ -1,0 +1,13 @@
+"""Sweeps: one file in, many tracked runs out.
+
+spec.py        the sweep file as a validated value
+run.py         one trial and its folder, no Ray
+session.py     what every driver does around the training: checks, tracking, outcome; a single run without Ray
+display.py     the live table
+searcher.py    Optuna as Ray Tune's searcher
+population.py  population-based training through Ray's scheduler
+trainable.py   a trial as a Ray actor
+tuner.py       a sweep on Ray Tune
+
+Ray is imported by the last four only: a single run needs neither Ray nor Optuna.
+"""

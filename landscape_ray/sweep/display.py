@@ -1,0 +1,184 @@
+"""The live table of a running sweep: what each trial does, how far it is, and when the sweep will end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from landscape_ray.records import RunSummary
+
+STYLES = {"finished": "green", "running": "cyan", "diverged": "magenta", "failed": "red", "waiting": "dim"}
+MAX_ROWS = 24
+PLAIN_SECONDS = 30.0
+"""Without a terminal, a line at most this often."""
+
+
+@dataclass
+class Row:
+    """What the table knows of one trial."""
+
+    trial_id: str
+    num_steps: int
+    values: Mapping[str, Any] = field(default_factory=dict)
+    status: str = "waiting"
+    step: int = 0
+    loss_nats: float = math.nan
+    lr: float = math.nan
+    first_step: int = 0
+    """Where this driver found the trial; steps before it cost this driver no time."""
+
+
+def short_values(values: Mapping[str, Any]) -> str:
+    """Return searched values in one short line, by the last part of their names.
+
+    >>> short_values({"schedule.peak_lr": 0.0031415, "schedule.name": "wsd"})
+    'peak_lr=0.00314 name=wsd'
+    """
+    return " ".join(
+        f"{name.rsplit('.', 1)[-1]}={value:.3g}" if isinstance(value, float) else f"{name.rsplit('.', 1)[-1]}={value}"
+        for name, value in values.items()
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return a time span for people.
+
+    >>> duration(42), duration(192), duration(7260)
+    ('42 s', '3 min 12 s', '2 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Dashboard:
+    """Rows of trials as a rich table; also estimates the end of the sweep.
+
+    Args:
+        console: where to draw.
+        name: of the sweep.
+        num_trials: how many trials it has in all.
+        num_steps: updates of a trial, for those not yet started.
+    """
+
+    def __init__(self, console: Console, name: str, num_trials: int, num_steps: int) -> None:
+        self.console, self.name, self.num_trials, self.num_steps = console, name, num_trials, num_steps
+        self.rows: dict[str, Row] = {}
+        self.note = ""
+        self._started = time.monotonic()
+        self._last_plain = 0.0
+        self._live = Live(self, console=console, refresh_per_second=2, transient=False)
+
+    def __enter__(self) -> Dashboard:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def known(self, summary: RunSummary) -> None:
+        """Enter what an earlier driver left of a trial."""
+        status = summary.status if summary.status in ("finished", "diverged") else "waiting"
+        row = Row(summary.run_id, summary.num_steps or self.num_steps, summary.varied, status, summary.step)
+        row.loss_nats, row.first_step = summary.final_loss_nats, summary.step
+        self.rows[summary.run_id] = row
+
+    def update(self, trial_id: str, values: Mapping[str, Any], status: str, result: Mapping[str, Any]) -> None:
+        """Take over the latest news of a trial."""
+        row = self.rows.setdefault(trial_id, Row(trial_id, self.num_steps))
+        news = status != row.status and status in ("finished", "diverged", "failed")
+        row.values, row.status = values, status
+        row.step = int(result.get("step", row.step))
+        row.loss_nats = float(result.get("loss_nats", row.loss_nats))
+        row.lr = float(result.get("lr", row.lr))
+        if not self.console.is_terminal:
+            now = time.monotonic()
+            if news:
+                self.console.print(
+                    f"{trial_id} {status}: {_number(row.loss_nats)} nats/token  {short_values(values)}", soft_wrap=True
+                )
+            if news or now - self._last_plain > PLAIN_SECONDS:
+                self._last_plain = now
+                self.console.print(self.headline(), soft_wrap=True)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many trials have each status."""
+        counts: dict[str, int] = {}
+        for row in self.rows.values():
+            counts[row.status] = counts.get(row.status, 0) + 1
+        return counts
+
+    def remaining_seconds(self) -> float:
+        """Return the estimated time to the end: steps to do over steps per second of this driver; nan before any."""
+        done = sum(row.step - row.first_step for row in self.rows.values())
+        elapsed = time.monotonic() - self._started
+        if done <= 0:
+            return math.nan
+        ended = ("finished", "diverged", "failed")
+        to_do = sum(row.num_steps - row.step for row in self.rows.values() if row.status not in ended)
+        to_do += (self.num_trials - len(self.rows)) * self.num_steps
+        return to_do * elapsed / done
+
+    def headline(self) -> str:
+        """Return one line: how many are done, best loss, time spent and left."""
+        counts = self.counts()
+        ended = sum(counts.get(status, 0) for status in ("finished", "diverged", "failed"))
+        best = min((r.loss_nats for r in self.rows.values() if math.isfinite(r.loss_nats)), default=math.nan)
+        left = self.remaining_seconds()
+        parts = [
+            f"{self.name}: {ended}/{self.num_trials} trials ended",
+            f"best {_number(best)} nats/token",
+            f"{duration(time.monotonic() - self._started)} spent",
+        ]
+        if math.isfinite(left) and ended < self.num_trials:
+            end = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
+            parts.append(f"about {duration(left)} left (until {end})")
+        parts += [f"{number} {status}" for status in ("diverged", "failed") if (number := counts.get(status))]
+        return " · ".join(parts)
+
+    def __rich__(self) -> RenderableType:
+        """Return the table as it stands."""
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for heading, justify in (("trial", "left"), ("status", "left"), ("progress", "left"), ("step", "right")):
+            table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column("held-out loss", justify="right", no_wrap=True)
+        table.add_column("lr now", justify="right", no_wrap=True)
+        table.add_column("searched values", overflow="ellipsis", no_wrap=True, ratio=1)
+        order = {"running": 0, "failed": 1, "waiting": 2}
+        rows = sorted(self.rows.values(), key=lambda r: (order.get(r.status, 3), _nan_last(r.loss_nats), r.trial_id))
+        for row in rows[:MAX_ROWS]:
+            table.add_row(
+                row.trial_id,
+                Text(row.status, style=STYLES.get(row.status, "")),
+                ProgressBar(total=row.num_steps, completed=row.step, width=16),
+                f"{row.step}/{row.num_steps}",
+                _number(row.loss_nats),
+                _number(row.lr, "{:.2e}"),
+                short_values(row.values),
+            )
+        more = [Text(f"... and {len(rows) - MAX_ROWS} more", style="dim")] if len(rows) > MAX_ROWS else []
+        foot = [Text(self.note, style="yellow")] if self.note else []
+        return Group(Text(self.headline(), style="bold"), table, *more, *foot)
+
+
+def _number(value: float, form: str = "{:.4f}") -> str:
+    return form.format(value) if math.isfinite(value) else "-"
+
+
+def _nan_last(value: float) -> float:
+    return value if math.isfinite(value) else math.inf

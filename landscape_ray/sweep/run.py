@@ -1,0 +1,168 @@
+"""One trial and its folder: records to Parquet, checkpoints beside them, nothing lost and nothing twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from landscape_ray.records import EventRecord, RunStatus, RunSummary
+from landscape_ray.sweep.spec import SweepSpec
+from landscape_ray.tracking.folder import TrialFolder
+from landscape_ray.tracking.parts import PartWriter
+from landscape_ray.training import TrainState, read_checkpoint, train
+
+CHECKPOINT = "state.pt"
+
+
+def trial_id_of(index: int) -> str:
+    """Return the identifier of trial number `index`.
+
+    >>> trial_id_of(7)
+    't0007'
+    """
+    return f"t{index:04d}"
+
+
+def index_of(trial_id: str) -> int:
+    """Return the number of the trial with this identifier.
+
+    >>> index_of("t0007")
+    7
+    """
+    return int(trial_id[1:])
+
+
+class TrialRun:
+    """One trial and its folder. Used by the Ray trainable and by `landscape-ray train` alike.
+
+    Args:
+        spec: the sweep.
+        folder: the trial's folder; a checkpoint found there is continued.
+        index: number of the trial.
+        values: searched values, which win over those of a checkpoint.
+        attempt: counts the drivers that this sweep has had; a trial continued by another one is noted as resumed.
+    """
+
+    def __init__(
+        self, spec: SweepSpec, folder: TrialFolder, index: int, values: dict[str, Any], attempt: int = 0
+    ) -> None:
+        self.spec, self.folder, self.values, self.attempt = spec, folder, values, attempt
+        self.config = spec.train_config(values, index)
+        self.lr = math.nan
+        self.adopted = ""
+        checkpoint = folder.checkpoint_path / CHECKPOINT
+        if checkpoint.exists():
+            self.state, extra = TrainState.load(checkpoint, self.config)
+            self.adopted = str(extra["adopted"])
+            self.writer = PartWriter(folder, int(extra["num_parts"]))
+            # Nothing is committed here: mutated values become durable together with the weights that they came with.
+            if extra["attempt"] != attempt and not self.state.finished:
+                self._event("resume")
+        else:
+            self.state = TrainState.create(self.config)
+            self.writer = PartWriter(folder)
+            self.commit()
+
+    def advance(self) -> None:
+        """Train to the next commit and make it durable."""
+        until = self._next_stop()
+        for record in train(self.state, until):
+            self.writer.append(record)
+            if record.kind == "step":
+                self.lr = record.lr  # type: ignore[union-attr]
+        self.commit()
+
+    def _next_stop(self) -> int:
+        """Return the step of the next commit: a multiple of commit_steps or of the population's interval."""
+        strides = [self.spec.commit_steps]
+        if self.spec.population is not None:
+            strides.append(self.spec.population.interval_steps)
+        return min((self.state.step // stride + 1) * stride for stride in strides)
+
+    def commit(self) -> None:
+        """Make everything so far durable: rows, then the checkpoint that counts them, then the summary.
+
+        A crash in between leaves rows that no checkpoint counts; they are dropped on resume and made again.
+        """
+        num_parts = self.writer.flush()
+        self.save(self.folder.checkpoint_path / CHECKPOINT, num_parts)
+        self.folder.commit(self.summary(), num_parts)
+
+    def save(self, path: Path, num_parts: int = 0) -> None:
+        """Write the state with what a continuation or a copy needs to know about its origin."""
+        self.state.save(
+            path, num_parts=num_parts, run_id=self.folder.trial_id, adopted=self.adopted, attempt=self.attempt
+        )
+
+    def adopt(self, checkpoint: Path) -> None:
+        """Continue from another member's checkpoint under this trial's own values; the lineage is recorded.
+
+        The donor's name and step come from the checkpoint itself, so they are those of the weights. A checkpoint of
+        this trial, and one that it has adopted before (Ray hands both out after a pause or a crash), change nothing:
+        the durable state in the trial's folder is at least as far.
+        """
+        payload = read_checkpoint(checkpoint)
+        donor, donor_step = str(payload["extra"]["run_id"]), int(payload["counters"]["step"])
+        origin = f"{donor}@{donor_step}"
+        if donor == self.folder.trial_id or origin == self.adopted:
+            return
+        self.adopted = origin
+        own = self.state
+        clocks = {name: getattr(own, name) for name in ("elapsed_seconds", "eval_seconds", "probe_seconds")}
+        own.restore(payload)
+        for name, seconds in clocks.items():  # time is this trial's own, weights and steps are the donor's
+            setattr(own, name, seconds)
+        self._event("exploit", donor=donor, donor_step=donor_step)
+        self.commit()
+
+    def _event(self, event: str, **lineage: Any) -> None:
+        state = self.state
+        self.writer.append(
+            EventRecord(
+                step=state.step,
+                num_tokens=state.num_tokens,
+                flops=state.flops,
+                elapsed_seconds=state.elapsed_seconds,
+                time_unix=time.time(),
+                event=event,
+                detail=json.dumps(self.values),
+                **lineage,
+            )
+        )
+
+    def summary(self) -> RunSummary:
+        """Return the trial's row as it stands."""
+        state = self.state
+        status: RunStatus = "diverged" if state.diverged else "finished" if state.finished else "running"
+        return RunSummary(
+            run_id=self.folder.trial_id,
+            status=status,
+            config=self.config.model_dump(mode="json"),
+            varied=dict(self.values),
+            step=state.step,
+            num_steps=self.config.num_steps,
+            num_tokens=state.num_tokens,
+            flops=state.flops,
+            num_params=state.module.num_params(),
+            num_params_non_embedding=state.module.num_params(embedding=False),
+            final_loss_nats=state.loss_nats,
+            best_loss_nats=state.best_loss_nats,
+            elapsed_seconds=state.elapsed_seconds,
+            probe_seconds=state.probe_seconds,
+            eval_seconds=state.eval_seconds,
+            message=state.diverged or "",
+        )
+
+    def result(self) -> dict[str, Any]:
+        """Return what the driver needs to know."""
+        state = self.state
+        return {
+            "loss_nats": state.loss_nats if not state.diverged else math.nan,
+            "step": state.step,
+            "lr": self.lr,
+            "diverged": state.diverged is not None,
+            "done": state.finished,
+        }

@@ -1,0 +1,246 @@
+"""What every driver of a sweep does around the training itself: check, make the folder, keep MLflow current, sum up.
+
+Needs neither Ray nor Optuna, so that a single run can be trained where they are not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from landscape_ray import __version__
+from landscape_ray.config import config_id
+from landscape_ray.data import open_text
+from landscape_ray.errors import UserError
+from landscape_ray.records import RunSummary
+from landscape_ray.sweep.display import Dashboard, duration
+from landscape_ray.sweep.run import TrialRun, trial_id_of
+from landscape_ray.sweep.spec import SweepSpec, read_spec
+from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.tracking.projector import Projector, SyncReport
+from landscape_ray.tracking.uris import resolve_tracking_uri
+from landscape_ray.training import TrainConfig
+
+FREE_BYTES_FLOOR = 256 * 2**20
+"""A sweep doesn't start with less free space than this plus its own checkpoints."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sweep ended.
+
+    Attributes:
+        folder: where everything is.
+        status: finished (every trial ended), interrupted (by the user) or incomplete (some trials failed).
+        counts: number of trials by status.
+        failures: for each failed trial, one sentence that says why.
+        best: the run with the lowest final held-out loss, None if none has one.
+        sync: what the tracking server has received.
+        seconds: wall-clock time of this driver.
+    """
+
+    folder: SweepFolder
+    status: str
+    counts: dict[str, int]
+    failures: dict[str, str]
+    best: RunSummary | None
+    sync: SyncReport
+    seconds: float
+
+
+def new_sweep(spec: SweepSpec, text: str, results: Path, name: str | None, tracking_uri: str | None) -> SweepFolder:
+    """Return the folder of a new sweep, after checking everything that can be checked beforehand.
+
+    Raises:
+        UserError: the data can't be opened, no space, the tracking server doesn't answer, the folder exists.
+    """
+    name = name or f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = results / name
+    if path.exists():
+        raise UserError(f"{path} exists; use another --name, or `landscape-ray resume {name}` to go on with it")
+    check_space(results, spec)
+    uri = resolve_tracking_uri(tracking_uri, results)
+    results.mkdir(parents=True, exist_ok=True)
+    Projector.check(uri)
+    config = first_config(spec)
+    open_text(config.data)
+    meta = {
+        "name": name,
+        "seed": spec.seed,
+        "tracking_uri": uri,
+        "experiment": spec.experiment,
+        "spec_id": config_id(spec),
+        "status": "pending",
+        "attempts": 0,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    return SweepFolder.create(path, spec_text=text, meta=meta)
+
+
+def first_config(spec: SweepSpec) -> TrainConfig:
+    """Return the configuration of a run at the first extreme of every domain."""
+    return spec.train_config(spec.first_values(), 0)
+
+
+def check_space(results: Path, spec: SweepSpec) -> None:
+    """Raise if the disk can't hold the sweep's checkpoints.
+
+    Raises:
+        UserError: names the folder, what is free and what is needed.
+    """
+    existing = next(p for p in (results, *results.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < FREE_BYTES_FLOOR:
+        raise UserError(
+            f"no space left for {results}: {free / 2**20:.0f} MiB free, at least {FREE_BYTES_FLOOR / 2**20:.0f} MiB "
+            "needed; free some space or choose another --results folder"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what determines results."""
+    packages = ("torch", "ray", "optuna", "mlflow-skinny", "pyarrow", "numpy", "scipy")
+    found = {"landscape_ray": __version__, "python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Return what the driver's machine is."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpus": os.cpu_count(), "gpus": gpus, "machine": platform.machine(), "system": platform.system()}
+
+
+def train_one(folder: SweepFolder, console: Console, tracking_uri: str | None = None) -> Outcome:
+    """Run the [train] table as a single run in this process, without Ray; continues where a checkpoint is."""
+    spec, _ = read_spec(folder.spec_path)
+    started = time.monotonic()
+    with projected(folder, spec, tracking_uri) as projector, quiet_termination():
+        values = spec.first_values() if spec.space else {}
+        trial_id = trial_id_of(0)
+        torch.set_num_threads(spec.resources.num_threads)
+        with Dashboard(console, folder.path.name, 1, first_config(spec).num_steps) as dashboard:
+            attempt = next_attempt(folder)
+            run = TrialRun(spec, folder.trial(trial_id), 0, values, attempt)
+            dashboard.known(run.summary())
+            try:
+                while not run.state.finished:
+                    dashboard.update(trial_id, values, "running", run.result())
+                    run.advance()
+                dashboard.update(trial_id, values, run.summary().status, run.result())
+            except KeyboardInterrupt:
+                pass  # everything up to the last commit is durable; the outcome says how to go on
+        return conclude(folder, spec, projector, {}, started, 1)
+
+
+def next_attempt(folder: SweepFolder) -> int:
+    """Count a driver in, and return its number."""
+    attempt = int(folder.meta.get("attempts", 0)) + 1
+    folder.update_meta(status="running", attempts=attempt)
+    return attempt
+
+
+def conclude(
+    folder: SweepFolder,
+    spec: SweepSpec,
+    projector: Projector,
+    failures: dict[str, str],
+    started: float,
+    num_trials: int,
+) -> Outcome:
+    """Settle statuses on disk, bring the tracking server up to date, and sum up."""
+    for trial_id, why in failures.items():
+        folder.trial(trial_id).set_status("failed", why)
+    summaries = [s for trial in folder.trials() if (s := trial.summary()) is not None]
+    counts: dict[str, int] = {}
+    for summary in summaries:
+        counts[summary.status] = counts.get(summary.status, 0) + 1
+    ended = counts.get("finished", 0) + counts.get("diverged", 0)
+    status = "finished" if ended >= num_trials else "incomplete" if failures else "interrupted"
+    folder.update_meta(status=status, ended_unix=time.time())
+    finished = [s for s in summaries if s.status == "finished"]
+    best = min(finished, key=lambda s: s.final_loss_nats, default=None)
+    projector.set_parent(
+        metrics={"sweep/best_loss_nats": best.final_loss_nats, "sweep/num_trials": float(ended)} if best else {},
+        tags={"landscape_ray.status": status},
+        description=describe(spec, counts, best),
+    )
+    sync = projector.close(timeout_seconds=30.0)
+    return Outcome(folder, status, counts, failures, best, sync, time.monotonic() - started)
+
+
+def describe(spec: SweepSpec, counts: dict[str, int], best: RunSummary | None) -> str:
+    """Return the result of a sweep as a few lines of Markdown, for the parent run."""
+    lines = [spec.description, ""] if spec.description else []
+    lines.append(f"**{spec.name}**: " + ", ".join(f"{number} {status}" for status, number in sorted(counts.items())))
+    if best is not None:
+        values = ", ".join(f"`{name}` = {value}" for name, value in best.varied.items())
+        lines.append(f"Best run **{best.run_id}**: {best.final_loss_nats:.4f} nats/token with {values}")
+    return "\n\n".join(line for line in lines if line)
+
+
+@contextlib.contextmanager
+def projected(folder: SweepFolder, spec: SweepSpec, tracking_uri: str | None) -> Iterator[Projector]:
+    """Hold the sweep's lock, with a projector running in the background."""
+    with folder.lock():
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or folder.meta.get("tracking_uri")
+        uri = uri or resolve_tracking_uri(None, folder.path.parent)
+        Projector.check(uri)
+        projector = Projector(folder, uri, spec.experiment)
+        projector.start()
+        try:
+            yield projector
+        except BaseException:
+            projector.close(timeout_seconds=5.0)
+            raise
+
+
+@contextlib.contextmanager
+def quiet_termination() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does, so that a batch system's stop is as clean as a person's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """Return how a sweep ended, for the terminal: result, failures, and what to do next."""
+    name = outcome.folder.path.name
+    counts = ", ".join(f"{number} {status}" for status, number in sorted(outcome.counts.items())) or "no trial started"
+    lines = [f"sweep {name} {outcome.status} in {duration(outcome.seconds)}: {counts}"]
+    if outcome.best is not None:
+        bits = outcome.best.final_loss_nats / 0.6931471805599453
+        lines.append(f"best: {outcome.best.run_id}, {outcome.best.final_loss_nats:.4f} nats/token ({bits:.4f} bits)")
+    lines += [f"{trial_id} failed: {why}" for trial_id, why in sorted(outcome.failures.items())]
+    if outcome.sync.behind:
+        lines.append(f"tracking server is behind ({outcome.sync.error}); `landscape-ray sync {name}` sends the rest")
+    if outcome.status == "finished":
+        lines.append(f"next: landscape-ray report {name}")
+    else:
+        lines.append(f"to go on: landscape-ray resume {name}")
+    return "\n".join(lines)

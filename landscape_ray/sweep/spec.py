@@ -1,0 +1,202 @@
+"""One file, one sweep: the TOML file as a validated `SweepSpec`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from landscape_ray.config import Model, flatten, parse, read_toml, with_values
+from landscape_ray.domains import Domain, Value, applies, in_order
+from landscape_ray.errors import UserError
+from landscape_ray.training import TrainConfig
+
+Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc"]
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class SearchConfig(Model):
+    """The table [search]: independent trials proposed by an Optuna sampler."""
+
+    sampler: Sampler = "tpe"
+    num_trials: int = Field(ge=1)
+    initial: list[dict[str, Value]] = []
+    """Points that are tried first, as values of searched names. At least three schedules at one peak learning rate let
+    the annealing law be fitted and tested."""
+
+
+class PopulationConfig(Model):
+    """The table [population]: members that train together, copy the better ones and mutate (Jaderberg et al. 2017)."""
+
+    num_members: int = Field(default=4, ge=2)
+    interval_steps: int = Field(ge=1)
+    """Updates between two decisions of a member."""
+    quantile_fraction: float = Field(default=0.25, gt=0, le=0.5)
+    """Share of the population that is replaced, and share that is copied."""
+    resample_probability: float = Field(default=0.1, ge=0, le=1)
+    factors: list[float] = Field(default=[0.8, 1.25], min_length=1)
+    synchronous: bool = False
+    """Whether members wait for each other at every interval."""
+
+    @field_validator("factors")
+    @classmethod
+    def _positive(cls, factors: list[float]) -> list[float]:
+        if min(factors) <= 0:
+            raise ValueError(f"factors must be positive, got {factors}")
+        return factors
+
+
+class ResourcesConfig(Model):
+    """The table [resources]: what one trial gets."""
+
+    cpus_per_trial: float = Field(default=1.0, gt=0)
+    """Ray CPUs; also the number of torch threads, at least one. Below 1, several trials share a core."""
+    gpus_per_trial: float = Field(default=0.0, ge=0)
+    max_failures: int = Field(default=1, ge=0)
+    """How often a crashed trial is started again, from its last checkpoint."""
+
+    @property
+    def num_threads(self) -> int:
+        """Torch threads of a trial."""
+        return max(1, int(self.cpus_per_trial))
+
+
+class SweepSpec(Model):
+    """A sweep file."""
+
+    name: str
+    description: str = ""
+    experiment: str = Field(default="landscape_ray", min_length=1)
+    """MLflow experiment that the sweep goes to."""
+    seed: int = Field(default=0, ge=0)
+    vary_seed: bool | None = None
+    """Whether trials differ in initial weights and order of data. Default: populations yes, searches no, so that
+    schedules are compared on the same draws."""
+    commit_steps: int = Field(default=50, ge=1)
+    """Updates between two checkpoints of a trial; at most this much work is lost when a machine dies."""
+    train: dict[str, Any]
+    """The fixed values of every run, as a TrainConfig without `seed`."""
+    space: dict[str, Domain] = {}
+    """Searched names (dotted, below [train]) and their domains."""
+    search: SearchConfig | None = None
+    population: PopulationConfig | None = None
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"name must be letters, digits, '.', '_' or '-', got '{name}'")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SweepSpec:
+        if self.search is not None and self.population is not None:
+            raise ValueError("a sweep must have one of [search] and [population], got both; split it into two files")
+        if "seed" in self.train:
+            raise ValueError("train.seed must not be given; set `seed` at the top of the file, it seeds every run")
+        order = list(in_order(self.space))
+        train = self._check_train(order)
+        if self.search is not None:
+            self._check_initial(self.search, order)
+        if self.population is not None:
+            self._check_population(self.population, train)
+        return self
+
+    def _check_train(self, order: list[tuple[str, Domain]]) -> TrainConfig:
+        """Validate [train] under the extremes of every domain; return it under the first ones."""
+        first = self.first_values()
+        config = self._train_config(first, "[train]" if not self.space else "[train] with values of [space]")
+        for name, domain in order:
+            for value in domain.extremes:
+                self._train_config({**first, **domain.when, name: value}, f"space.{name} = {value!r}")
+        return config
+
+    def _train_config(self, values: dict[str, Value], source: str) -> TrainConfig:
+        try:
+            return parse(TrainConfig, with_values(self.train, values), source)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    def _check_initial(self, search: SearchConfig, order: list[tuple[str, Domain]]) -> None:
+        if len(search.initial) > search.num_trials:
+            raise ValueError(
+                f"search.initial must have at most num_trials = {search.num_trials} points, got {len(search.initial)}"
+            )
+        for number, point in enumerate(search.initial):
+            for name, value in point.items():
+                if name not in self.space:
+                    raise ValueError(
+                        f"search.initial[{number}] names '{name}', which is not searched; "
+                        f"searched: {', '.join(self.space)}"
+                    )
+                if not self.space[name].contains(value):
+                    raise ValueError(
+                        f"search.initial[{number}].{name} must lie in its domain {self.space[name].extremes}, "
+                        f"got {value!r}"
+                    )
+            chosen = {name: value for name, value in point.items() if applies(self.space[name], point)}
+            missing = [name for name, domain in order if applies(domain, chosen) and name not in chosen]
+            if missing:
+                raise ValueError(
+                    f"search.initial[{number}] lacks '{missing[0]}'; give every searched value that applies"
+                )
+
+    def _check_population(self, population: PopulationConfig, train: TrainConfig) -> None:
+        if not self.space:
+            raise ValueError("a population needs at least one entry in [space]; name what the members may change")
+        for name, domain in self.space.items():
+            if name == "num_steps" or name.split(".")[0] in ("model", "data"):
+                raise ValueError(f"space.{name} cannot change during training; search it with [search] instead")
+            if domain.when:
+                raise ValueError(f"space.{name}.when has no meaning in a population; remove it")
+        if population.interval_steps % train.eval.every_steps:
+            raise ValueError(
+                f"population.interval_steps must be a multiple of train.eval.every_steps = {train.eval.every_steps}, "
+                f"got {population.interval_steps}; decisions are made on a fresh evaluation"
+            )
+
+    def first_values(self) -> dict[str, Value]:
+        """Return the first extreme of every domain that applies."""
+        first: dict[str, Value] = {}
+        for name, domain in in_order(self.space):
+            if applies(domain, first):
+                first[name] = domain.extremes[0]
+        return first
+
+    def train_config(self, values: dict[str, Value], index: int) -> TrainConfig:
+        """Return the configuration of trial number `index` under the searched `values`."""
+        vary = self.vary_seed if self.vary_seed is not None else self.population is not None
+        seed = int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0]) if vary else self.seed
+        data = with_values(self.train, {**values, "seed": seed})
+        return parse(TrainConfig, data, f"trial {index} of sweep '{self.name}'")
+
+    @property
+    def num_trials(self) -> int:
+        """How many runs the sweep has."""
+        if self.search is not None:
+            return self.search.num_trials
+        return self.population.num_members if self.population is not None else 1
+
+    @property
+    def report_steps(self) -> int:
+        """Updates between two results of a trial."""
+        return self.commit_steps if self.population is None else min(self.commit_steps, self.population.interval_steps)
+
+    def params(self) -> dict[str, Any]:
+        """Return the whole file under dotted names."""
+        return flatten(self.model_dump(mode="json", exclude_none=True))
+
+
+def read_spec(path: Path) -> tuple[SweepSpec, str]:
+    """Return the sweep described by a TOML file, and the file's text.
+
+    Raises:
+        UserError: no such file, not TOML, or values that don't fit.
+    """
+    data = read_toml(path)
+    return parse(SweepSpec, data, str(path)), path.read_text(encoding="utf-8")

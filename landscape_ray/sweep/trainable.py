@@ -1,0 +1,64 @@
+"""One trial in a Ray actor: the trial's folder has everything, Ray gets a few numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from landscape_ray.sweep.run import CHECKPOINT, TrialRun, index_of
+from landscape_ray.sweep.spec import read_spec
+from landscape_ray.tracking.folder import SweepFolder
+
+
+class SweepTrainable(tune.Trainable):
+    """Ray Tune's view of a `TrialRun`. An actor is reused by many trials, one after the other.
+
+    The trial's folder is opened by the first step, load or save, not by the constructor: Ray starts actors for a trial
+    and then lets another one, which became free, run it. An actor that is never asked to work must touch nothing.
+
+    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `trial` (`trial_id`, `values`). A population's scheduler
+    overwrites a member's whole configuration with its donor's, so identity is taken from the trial's name, which stays.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Take note of the trial."""
+        self._given = config
+        self._opened: TrialRun | None = None
+
+    @property
+    def _run(self) -> TrialRun:
+        """The trial, continued where its folder stands."""
+        if self._opened is None:
+            torch.set_num_threads(self._given["num_threads"])
+            folder = SweepFolder.open(Path(self._given["sweep_path"]))
+            spec, _ = read_spec(folder.spec_path)
+            self._opened = TrialRun(
+                spec,
+                folder.trial(self.trial_name),
+                index_of(self.trial_name),
+                dict(self._given["trial"]["values"]),
+                self._given["attempt"],
+            )
+        return self._opened
+
+    def step(self) -> dict[str, Any]:
+        """Train to the next commit."""
+        if not self._run.state.finished:
+            self._run.advance()
+        return self._run.result()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Hand the state to Ray, which a population's exploit copies from."""
+        self._run.save(Path(checkpoint_dir) / CHECKPOINT)
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
+        """Take over a state from Ray: a donor's weights, or this member's own after a pause."""
+        self._run.adopt(Path(checkpoint_dir) / CHECKPOINT)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Become another trial, or the same one under mutated values."""
+        self.setup(new_config)
+        return True

@@ -1,0 +1,222 @@
+"""A sweep on Ray Tune.
+
+Ray runs the trials and keeps nothing: what is proposed, done and open is in the sweep's folder. Resuming therefore
+starts a fresh Tuner on what is left, instead of restoring Ray's pickled experiment state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import optuna
+import ray
+from ray import tune
+from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+from rich.console import Console
+
+from landscape_ray.errors import UserError
+from landscape_ray.sweep.display import Dashboard
+from landscape_ray.sweep.population import build_population_scheduler, members
+from landscape_ray.sweep.searcher import OBJECTIVE, OptunaSearcher
+from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected, quiet_termination
+from landscape_ray.sweep.spec import SweepSpec, read_spec
+from landscape_ray.sweep.trainable import SweepTrainable
+from landscape_ray.tracking.folder import SweepFolder
+
+CHECKPOINTS_KEPT = 6
+"""Ray's own checkpoints of a population's member; an exploit needs the donor's last one or two."""
+
+
+def drive(
+    folder: SweepFolder, console: Console, address: str | None = None, tracking_uri: str | None = None
+) -> Outcome:
+    """Run what is left of a sweep on Ray.
+
+    Args:
+        folder: a new sweep, or one that an earlier driver left unfinished.
+        console: where progress is shown.
+        address: of a Ray cluster; None starts Ray on this machine.
+        tracking_uri: overrides the one that the sweep was made with.
+
+    Raises:
+        UserError: another driver runs the sweep, the cluster can't be reached or is too small, or the tracking server
+            doesn't answer.
+    """
+    spec, _ = read_spec(folder.spec_path)
+    started = time.monotonic()
+    with projected(folder, spec, tracking_uri) as projector, quiet_termination():
+        console.print(f"[dim]starting Ray {'at ' + address if address else 'on this machine'} ...[/dim]")
+        with _ray(address, spec):
+            attempt = next_attempt(folder)
+            failures = _fit(folder, spec, console, attempt)
+        return conclude(folder, spec, projector, failures, started, spec.num_trials)
+
+
+def _fit(folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int) -> dict[str, str]:
+    """Run Ray Tune on the trials that are left; return why trials failed."""
+    known = {trial.trial_id: s for trial in folder.trials() if (s := trial.summary()) is not None}
+    shutil.rmtree(folder.ray_path, ignore_errors=True)  # Ray's scratch of an earlier driver; nothing is read from it
+    fixed = {
+        "sweep_path": str(folder.path),
+        "num_threads": spec.resources.num_threads,
+        "attempt": attempt,
+    }
+    tune_config: dict[str, Any] = {
+        "metric": OBJECTIVE,
+        "mode": "min",
+        "reuse_actors": True,
+        "trial_name_creator": _name_of,
+        "trial_dirname_creator": _name_of,
+    }
+    param_space: dict[str, Any] = {}
+    if spec.search is not None:
+        searcher = OptunaSearcher(spec, folder.study_path, known.get, fixed)
+        tune_config |= {"search_alg": searcher, "num_samples": -1}
+        if searcher.num_left() == 0:
+            return {}
+    else:
+        left = members(spec, known)
+        if not left:
+            return {}
+        population = [{"trial_id": trial_id, "values": values} for trial_id, values in left.items()]
+        param_space = {**fixed, "trial": tune.grid_search(population)}
+        tune_config |= {"scheduler": build_population_scheduler(spec, attempt)}
+
+    resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
+    with Dashboard(console, folder.path.name, spec.num_trials, first_config(spec).num_steps) as dashboard:
+        for summary in known.values():
+            dashboard.known(summary)
+        callback = DashboardCallback(dashboard)
+        tuner = Tuner(
+            tune.with_resources(SweepTrainable, resources),
+            param_space=param_space,
+            tune_config=TuneConfig(**tune_config),
+            run_config=RunConfig(
+                name="tune",
+                storage_path=str(folder.ray_path),
+                callbacks=[callback],
+                verbose=0,
+                failure_config=FailureConfig(max_failures=spec.resources.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT, checkpoint_at_end=False),
+            ),
+        )
+        try:
+            tuner.fit()
+        except KeyboardInterrupt:
+            dashboard.note = "stopping; work up to the last checkpoint of each trial is safe"
+    shutil.rmtree(folder.ray_path, ignore_errors=True)
+    return {trial_id: reason(error) for trial_id, error in callback.failures.items()}
+
+
+class DashboardCallback(Callback):
+    """Feeds Ray Tune's events to the dashboard, and keeps the reason why a trial failed."""
+
+    def __init__(self, dashboard: Dashboard) -> None:
+        self._dashboard = dashboard
+        self.failures: dict[str, BaseException] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: Ray pickles the callback into its experiment state, which is never read."""
+        return {}
+
+    def _update(self, trial: Any, status: str, result: Mapping[str, Any] | None = None) -> None:
+        self._dashboard.update(str(trial), trial.config["trial"]["values"], status, result or {})
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Show the trial as running."""
+        self._update(trial, "running")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Show progress."""
+        self._update(trial, "running", result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Show the end of a trial."""
+        result = trial.last_result or {}
+        status = "diverged" if result.get("diverged") else "finished" if result.get("done") else "waiting"
+        self._update(trial, status, result)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Show the failure; called once, when no attempt is left."""
+        error = trial.get_pickled_error() or trial.get_error() or RuntimeError("the process died")
+        self.failures[str(trial)] = error if isinstance(error, BaseException) else RuntimeError(str(error))
+        self._update(trial, "failed", trial.last_result)
+
+
+def _name_of(trial: Any) -> str:
+    """Return our identifier of a Ray trial, which Ray keeps through every change of its configuration."""
+    return str(trial.config["trial"]["trial_id"])
+
+
+def reason(error: BaseException) -> str:
+    """Return in one line why a trial failed: the innermost error, without the traceback."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, UserError):
+        return str(cause)
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else ""
+    name = type(cause).__name__
+    return last if name in last or name in ("TuneError", "RayTaskError") else f"{name}: {last}"
+
+
+@contextlib.contextmanager
+def _ray(address: str | None, spec: SweepSpec) -> Iterator[None]:
+    """Start Ray on this machine or attach to a cluster; a session that is up already is used and left up.
+
+    Raises:
+        UserError: the cluster doesn't answer, or no node can hold a trial.
+    """
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our records replace Ray's CSV, JSON and TensorBoard files
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: state is durable, nothing needs to be saved first
+        "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's experiment state is never read
+        "RAY_AIR_NEW_OUTPUT": "0",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"ray\..*")
+    started_here = not ray.is_initialized()
+    if started_here:
+        try:
+            options = {"include_dashboard": False} if address is None else {}
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+        except ConnectionError as error:
+            raise UserError(
+                f"no Ray cluster answers at '{address}' ({error}); check --address, or leave it out to run here"
+            ) from None
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    try:
+        _check_resources(spec)
+        yield
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _check_resources(spec: SweepSpec) -> None:
+    """Raise if no node of the cluster could ever hold one trial.
+
+    Raises:
+        UserError: names the resource, what a trial asks for and what the largest node has.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for field, resource, wanted in (
+        ("cpus_per_trial", "CPU", spec.resources.cpus_per_trial),
+        ("gpus_per_trial", "GPU", spec.resources.gpus_per_trial),
+    ):
+        largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
+        if wanted > largest:
+            raise UserError(
+                f"resources.{field} must fit on one node, got {wanted:g}; the largest node has {largest:g} {resource}"
+            )

@@ -1,0 +1,10 @@
+"""Where results live and how they get out: sweep folders, Parquet parts, the MLflow projection, collecting tables.
+
+The sweep folder is the truth, Parquet parts are its spool, MLflow is a projection of both: workers only write files,
+and one thread of the driver copies committed rows to MLflow. This is the only package that imports mlflow.
+"""
+
+import os
+
+# MLflow reads this once, when it is first imported; nothing here should report its use to anybody unasked.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

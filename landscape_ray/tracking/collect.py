@@ -1,0 +1,67 @@
+"""Finished or running sweeps, MLflow servers and foreign files to one table in the `records` schema."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+
+from landscape_ray.errors import UserError
+from landscape_ray.tracking.collected import Collected, run_columns
+from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.tracking.foreign import collect_csv
+from landscape_ray.tracking.parts import ARROW_SCHEMA, read_part
+
+__all__ = ["Collected", "collect", "collect_csv", "collect_mlflow", "run_columns"]
+
+
+def collect(path_or_folder: Path | str | SweepFolder) -> Collected:
+    """Return all committed rows and summaries of a sweep, finished or running.
+
+    A damaged or missing part loses its own rows only and is named in `warnings`; trials that have not committed
+    anything are left out.
+
+    Raises:
+        UserError: not a sweep folder.
+    """
+    folder = path_or_folder if isinstance(path_or_folder, SweepFolder) else SweepFolder.open(Path(path_or_folder))
+    tables, runs, warnings = [ARROW_SCHEMA.empty_table()], [], []
+    for trial in folder.trials():
+        try:
+            commit = trial.read()
+        except UserError as error:
+            warnings.append(str(error))
+            continue
+        if commit is None:
+            continue
+        runs.append(commit.summary)
+        for index in range(commit.num_parts):
+            try:
+                tables.append(read_part(trial.part_path(index)))
+            except OSError as error:
+                reason = os.strerror(error.errno).lower() if error.errno else str(error)
+                warnings.append(f"{trial.part_path(index)}: {reason}; its rows cannot be read")
+            except UserError as error:
+                warnings.append(str(error))
+    return Collected(pa.concat_tables(tables), runs, warnings)
+
+
+def collect_mlflow(tracking_uri: str, experiment: str) -> Collected:
+    """Return what an MLflow experiment holds of our metrics, for when the Parquet parts are not at hand.
+
+    Slower than :func:`collect` (one request for each run and metric) and thinner: `train/*` was thinned when it was
+    projected, time stamps are whole milliseconds, non-finite values and columns that are no metrics are missing.
+    `num_tokens` of an evaluation is there when a step row of the same step is. Runs of other programs are read as
+    well when they log the same keys (`train/loss_nats`, `train/lr`, `eval/loss_nats`, `probe/<name>` ...).
+
+    Args:
+        tracking_uri: address of an MLflow server or `sqlite:///` store.
+        experiment: name of the experiment.
+
+    Raises:
+        UserError: the server does not answer, or has no such experiment.
+    """
+    from landscape_ray.tracking.from_mlflow import read_experiment  # here: importing mlflow takes a second
+
+    return read_experiment(tracking_uri, experiment)

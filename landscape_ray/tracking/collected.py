@@ -1,0 +1,71 @@
+"""What collecting gives: one table of rows, one summary a run, and what could not be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from landscape_ray.records import RunSummary
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Collected:
+    """The rows of many runs under the schema of `records.COLUMNS`, in the order in which they were made."""
+
+    records: pa.Table
+    runs: list[RunSummary]
+    warnings: list[str]
+    """What could not be read and is therefore missing, one sentence each."""
+
+
+def run_columns(table: pa.Table, run_id: str, kind: str) -> dict[str, np.ndarray]:
+    """Return the rows of one run and one kind as arrays, one for each column.
+
+    Args:
+        table: `Collected.records`.
+        run_id: the run.
+        kind: step, eval, probe or event.
+
+    Returns:
+        float64 columns with NaN where there is no value; int64 columns, as float64 with NaN if a value is missing;
+        text columns as object arrays with None.
+    """
+    mask = pc.and_(pc.equal(table["run_id"], run_id), pc.equal(table["kind"], kind))
+    rows = table.filter(mask)
+    return {name: rows[name].combine_chunks().to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def summarize(table: pa.Table, run_id: str, extra: dict[str, Any]) -> RunSummary:
+    """Return the summary of a run that brought none along, from its rows.
+
+    Args:
+        table: rows of many runs.
+        run_id: the run.
+        extra: fields that are known from elsewhere and win over what the rows say.
+    """
+    rows = table.filter(pc.equal(table["run_id"], run_id))
+    losses = [v for v in rows.filter(pc.equal(rows["kind"], "eval"))["loss_nats"].to_pylist() if v is not None]
+    finite = [value for value in losses if math.isfinite(value)]
+    fields: dict[str, Any] = {
+        "status": "finished",
+        "config": {},
+        "varied": {},
+        "step": _largest(rows["step"].to_pylist(), 0),
+        "num_tokens": _largest(rows["num_tokens"].to_pylist(), 0),
+        "flops": _largest(rows["flops"].to_pylist(), 0.0),
+        "elapsed_seconds": _largest(rows["elapsed_seconds"].to_pylist(), 0.0),
+        "final_loss_nats": losses[-1] if losses else math.nan,
+        "best_loss_nats": min(finite, default=math.nan),
+    }
+    fields["num_steps"] = fields["step"]
+    return RunSummary(run_id=run_id, **(fields | extra))
+
+
+def _largest(values: Iterable[Any], default: Any) -> Any:
+    return max((value for value in values if value is not None), default=default)

@@ -1,0 +1,246 @@
+"""MLflow as this project uses it: explicit addresses, bounded requests, our tags, and text for parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from mlflow import MlflowClient
+from mlflow.entities import Param, Run, ViewType
+from mlflow.exceptions import MlflowException
+
+from landscape_ray.config import flatten
+from landscape_ray.errors import UserError
+from landscape_ray.tracking.uris import mask_secrets, sqlite_path
+
+SWEEP_ID: Final = "landscape_ray.sweep_id"
+TRIAL_ID: Final = "landscape_ray.trial_id"
+KIND: Final = "landscape_ray.kind"
+"""sweep (the parent run) or trial."""
+STATUS: Final = "landscape_ray.status"
+SUMMARY: Final = "landscape_ray.summary"
+NUM_REWINDS: Final = "landscape_ray.num_rewinds"
+PARENT: Final = "mlflow.parentRunId"
+DESCRIPTION: Final = "mlflow.note.content"
+
+# Limits of MLflow's REST interface.
+MAX_METRICS = 1000
+MAX_PARAMS = 100
+MAX_PARAM_CHARACTERS = 6000
+MAX_TAG_CHARACTERS = 8000
+_MAX_PARAM_BYTES = 500_000  # half of the 1 MB that a request may have
+
+_CHECK_SECONDS = 5.0
+_BAD_KEY_CHARACTERS = re.compile(r"[^\w.\-/ :]")
+
+# MLflow reads these at every request, from the environment only; hence one user of them at a time.
+_HTTP_LOCK = threading.RLock()
+
+
+@contextlib.contextmanager
+def bounded_http(timeout_seconds: float, max_retries: int = 0) -> Iterator[None]:
+    """Bound MLflow's requests inside the block; its default against a dead server is four minutes for each.
+
+    No retries by default: whoever sends repeats the whole in its own time, and a `create_run` that is repeated
+    blindly makes a second run when the first answer was lost.
+    """
+    wanted = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout_seconds))),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(max_retries),
+    }
+    with _HTTP_LOCK:
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def open_client(tracking_uri: str) -> MlflowClient:
+    """Return a client for exactly this address; MLflow's global address is neither read nor set."""
+    # Otherwise the making of a new store's tables is announced in the middle of a live display.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=tracking_uri)
+
+
+def check_server(tracking_uri: str) -> None:
+    """Raise unless runs can be written to this address; bounded to about six seconds.
+
+    Raises:
+        UserError: unsupported address, no answer, not an MLflow server, no access, or a folder that cannot be written.
+    """
+    shown = mask_secrets(tracking_uri)
+    database = sqlite_path(tracking_uri)
+    if database is not None:
+        if str(database) in (".", ":memory:"):
+            raise UserError(f"tracking_uri must name a file, got {shown}; write sqlite:////absolute/path/mlflow.db")
+        _check_writable(database.parent)
+        if not database.exists():
+            return  # made at the first sync
+    elif not tracking_uri.startswith(("http://", "https://")):
+        raise UserError(
+            f"tracking_uri must begin with http://, https:// or sqlite:///, got {shown}; for another store run "
+            "`mlflow server --backend-store-uri ...` and give its http address"
+        )
+    problem = _ask(tracking_uri)
+    if problem:
+        raise UserError(
+            f"the MLflow store {shown} does not answer: {problem}; start it, correct the tracking URI (credentials "
+            "belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), or leave it out to use a local file"
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(f"tracking_uri must lie in a folder that can be written, got {folder}; choose another place")
+
+
+def _ask(tracking_uri: str) -> str:
+    """Return why the store does not answer one small question, "" when it does."""
+    outcome = [f"nothing within {_CHECK_SECONDS:.0f} seconds"]
+
+    def ask() -> None:
+        try:
+            with bounded_http(_CHECK_SECONDS - 1):
+                open_client(tracking_uri).search_experiments(max_results=1)
+            outcome[0] = ""
+        except Exception as error:
+            outcome[0] = describe(error)
+
+    # In a thread, because looking up a host name has no time limit of its own.
+    thread = threading.Thread(target=ask, daemon=True, name="landscape_ray-check")
+    thread.start()
+    thread.join(_CHECK_SECONDS)
+    return outcome[0]
+
+
+def describe(error: Exception) -> str:
+    """Return an error in one line without secrets."""
+    lines = mask_secrets(str(error)).splitlines()
+    return (lines[0] if lines else type(error).__name__)[:400]
+
+
+def is_refusal(error: Exception) -> bool:
+    """Return whether the server answered and refused this one thing, so that others may go through."""
+    refused = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST"}
+    return isinstance(error, MlflowException) and error.error_code in refused
+
+
+def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
+    """Return the identifier of the experiment, made when there is none."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        database = sqlite_path(tracking_uri)
+        # Without a server the default place of artifacts depends on the working folder.
+        location = (database.absolute().parent / "mlartifacts").as_uri() if database else None
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)  # another sweep was faster
+    if experiment.lifecycle_stage != "active":
+        raise UserError(f"experiment '{name}' is deleted in MLflow; restore it there or use another experiment name")
+    return str(experiment.experiment_id)
+
+
+def find_runs(client: MlflowClient, experiment: str, sweep_id: str | None = None) -> list[Run]:
+    """Return the runs of an experiment, or of one sweep in it, oldest first; deleted ones are left out."""
+    found: list[Run] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment],
+            filter_string=f"tags.`{SWEEP_ID}` = '{sweep_id}'" if sweep_id else "",
+            run_view_type=ViewType.ACTIVE_ONLY,
+            max_results=1000,
+            page_token=token,
+        )
+        found.extend(page)
+        token = page.token
+        if not token:
+            return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+
+
+def clean_key(name: str) -> str:
+    """Return a metric or parameter name that MLflow accepts.
+
+    >>> clean_key("probe/my.module:top*2")
+    'probe/my.module:top_2'
+    """
+    return _BAD_KEY_CHARACTERS.sub("_", name)[:250]
+
+
+def encode_value(value: Any) -> str:
+    """Return a configuration value as the text of a parameter, such that `decode_value` gives it back.
+
+    >>> encode_value("wsd"), encode_value(0.1), encode_value("0.1"), encode_value(None), encode_value([1, 2])
+    ('wsd', '0.1', '"0.1"', 'null', '[1, 2]')
+    """
+    if isinstance(value, str) and value and decode_value(value) == value:
+        text = value
+    else:
+        text = json.dumps(value, default=str)
+    return text if len(text) <= MAX_PARAM_CHARACTERS else text[: MAX_PARAM_CHARACTERS - 1] + "…"
+
+
+def decode_value(text: str) -> Any:
+    """Return the configuration value behind the text of a parameter; text that is not JSON is itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def to_params(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return a nested configuration as MLflow parameters under dotted names."""
+    return {clean_key(key): encode_value(value) for key, value in flatten(config).items()}
+
+
+def param_batches(params: Mapping[str, str]) -> Iterator[list[Param]]:
+    """Yield parameters in lists that one request may carry."""
+    batch: list[Param] = []
+    num_bytes = 0
+    for key, value in params.items():
+        size = len(json.dumps([key, value]))
+        if batch and (len(batch) == MAX_PARAMS or num_bytes + size > _MAX_PARAM_BYTES):
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(Param(key, value))
+        num_bytes += size
+    if batch:
+        yield batch
+
+
+def run_name(trial_id: str, varied: Mapping[str, Any]) -> str:
+    """Return what to call a trial's run: its identifier and what was searched.
+
+    >>> run_name("t0003", {"schedule.name": "wsd", "optimizer.lr": 0.00213})
+    't0003 wsd lr=0.00213'
+    """
+    words = [trial_id]
+    for key, value in varied.items():
+        short = key.rpartition(".")[2]
+        words.append(value if isinstance(value, str) else f"{short}={_short(value)}")
+    return " ".join(words)[:120]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

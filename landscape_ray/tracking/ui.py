@@ -1,0 +1,121 @@
+"""The MLflow UI on a results folder: one server process, on this machine only unless told otherwise."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from rich.console import Console
+
+from landscape_ray.errors import UserError
+from landscape_ray.tracking.uris import mask_secrets, resolve_tracking_uri, sqlite_path
+
+START_SECONDS = 60.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(results: Path, *, host: str, port: int, tracking_uri: str | None, console: Console) -> None:
+    """Run the MLflow UI until it is interrupted.
+
+    Args:
+        results: folder with the sweeps and their store.
+        host: address to listen on.
+        port: to listen on.
+        tracking_uri: store to show; None for the environment's or the results folder's.
+        console: where the address is printed.
+
+    Raises:
+        UserError: no store there, the port is taken, or the server does not come up.
+    """
+    uri = resolve_tracking_uri(tracking_uri, results)
+    if uri.startswith(("http://", "https://")):
+        console.print(f"the runs are on an MLflow server already: {mask_secrets(uri)}", highlight=False)
+        return
+    database = sqlite_path(uri)
+    if database is not None and not database.exists():
+        raise UserError(
+            f"no tracked runs in {results} ({database.name} is missing); run a sweep first or give --results"
+        )
+    check_port(host, port)
+    if host not in LOOPBACK:
+        console.print(
+            f"[yellow]anybody who reaches {host}:{port} can read and delete runs; it has no password[/yellow]"
+        )
+    process = start_server(uri, host=host, port=port)
+    try:
+        with console.status("starting the MLflow UI ..."):
+            wait_until_up(process, host, port)
+        console.print(f"MLflow UI: {address(host, port)}/#/experiments  (Ctrl-C ends it)", highlight=False)
+        process.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        stop_server(process)
+
+
+def start_server(uri: str, *, host: str, port: int) -> subprocess.Popen[bytes]:
+    """Start `mlflow server` with one worker and without its job runner: two processes instead of thirteen."""
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host]
+    command += ["--port", str(port), "--workers", "1"]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def stop_server(process: subprocess.Popen[bytes]) -> None:
+    """End the server and its workers."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def address(host: str, port: int) -> str:
+    """Return the URL to open in a browser on this machine."""
+    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise when somebody listens there already.
+
+    Raises:
+        UserError: the port is taken, or the address is not one of this machine.
+    """
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port} ({error.strerror or error}); give another --port") from None
+
+
+def wait_until_up(process: subprocess.Popen[bytes], host: str, port: int) -> None:
+    """Return once the server answers.
+
+    Raises:
+        UserError: it ended, or does not answer in time.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            text = process.stderr.read().decode(errors="replace").strip() if process.stderr else ""
+            last = text.splitlines()[-1] if text else f"exit status {process.returncode}"
+            raise UserError(f"the MLflow server ended at once: {last}; check --tracking-uri and the installation")
+        try:
+            with urllib.request.urlopen(f"{address(host, port)}/health", timeout=1):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise UserError(
+        f"the MLflow server did not answer on {host}:{port} within {START_SECONDS:.0f} s; try another --port"
+    )

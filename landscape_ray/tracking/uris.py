@@ -1,0 +1,47 @@
+"""Tracking addresses: the default one, which one wins, and how to write one down without its password."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+_USER_INFO = re.compile(r"://[^/\s]*@")
+
+
+def default_tracking_uri(results: Path) -> str:
+    """Return the address of the MLflow store that lies beside the sweeps: `sqlite:///<results>/mlflow.db`, absolute.
+
+    >>> default_tracking_uri(Path("/data/results"))
+    'sqlite:////data/results/mlflow.db'
+    """
+    return f"sqlite:///{results.expanduser().absolute() / 'mlflow.db'}"
+
+
+def resolve_tracking_uri(explicit: str | None, results: Path) -> str:
+    """Return the address to use: the explicit one, else MLFLOW_TRACKING_URI, else the store beside the sweeps.
+
+    >>> resolve_tracking_uri("http://127.0.0.1:5000", Path("results"))
+    'http://127.0.0.1:5000'
+    """
+    return explicit or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(results)
+
+
+def mask_secrets(text: str) -> str:
+    """Return the text with every `user:password@` of an address replaced by `***@`.
+
+    >>> mask_secrets("no answer from https://ada:s3cret@mlflow.example.org/api")
+    'no answer from https://***@mlflow.example.org/api'
+    """
+    return _USER_INFO.sub("://***@", text)
+
+
+def sqlite_path(tracking_uri: str) -> Path | None:
+    """Return the file behind a `sqlite:///...` address, None for any other address.
+
+    >>> sqlite_path("sqlite:////data/mlflow.db")
+    PosixPath('/data/mlflow.db')
+    """
+    if not tracking_uri.startswith("sqlite:///"):
+        return None
+    return Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0])

@@ -1,0 +1,215 @@
+"""Everything a run is between two updates, and its checkpoint: saved atomically, loaded without running any code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from landscape_ray.config import parse
+from landscape_ray.data import TextData, open_text
+from landscape_ray.errors import UserError
+from landscape_ray.files import write_atomic_with
+from landscape_ray.models import GPT
+from landscape_ray.probes import PROBES, Probe
+from landscape_ray.training.config import TrainConfig
+
+CHECKPOINT_VERSION = 1
+
+ABSOLUTE_FIELDS = ("model", "data")
+"""Tables that weights depend on: a checkpoint cannot continue under other values of them."""
+
+
+class TrainState:
+    """The state of one run. `train` advances it; `save` and `load` move it between processes.
+
+    Attributes:
+        config: what the run is; may differ from the one that the weights were trained under (see `load`).
+        step: updates completed.
+        observed_step: the last step whose evaluations and probes were made, -1 before any.
+        elapsed_seconds: sum of the cost of all records so far.
+        loss_nats: held-out loss of the last evaluation; nan before any.
+        best_loss_nats: the lowest held-out loss so far.
+        diverged: one sentence that says how, None while the run is sound.
+    """
+
+    def __init__(self, config: TrainConfig, data: TextData) -> None:
+        self.config = config
+        self.data = data
+        self.device = select_device(config.device)
+        self.module = GPT(
+            config.model,
+            vocab_size=data.vocab_size,
+            context_length=config.data.context_length,
+            generator=torch.Generator().manual_seed(config.seed),
+        ).to(self.device)
+        self.forward: nn.Module = torch.compile(self.module) if config.compile else self.module  # type: ignore[assignment]
+        self.optimizer = build_optimizer(self.module, config)
+        self.probes = build_probes(config, data, self.device)
+        self.validation = [
+            (inputs.to(self.device), targets.to(self.device))
+            for inputs, targets in data.validation_batches(config.eval.num_batches, config.eval.batch_size)
+        ]
+        self.step = 0
+        self.observed_step = -1
+        self.num_tokens = 0
+        self.flops = 0.0
+        self.elapsed_seconds = 0.0
+        self.eval_seconds = 0.0
+        self.probe_seconds = 0.0
+        self.loss_nats = math.nan
+        self.best_loss_nats = math.nan
+        self.diverged: str | None = None
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> TrainState:
+        """Return a run at step 0: data opened, weights drawn from the seed."""
+        return cls(config, open_text(config.data))
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do: all updates done and observed, or diverged."""
+        return self.diverged is not None or self.observed_step >= self.config.num_steps
+
+    COUNTERS = (
+        "step",
+        "observed_step",
+        "num_tokens",
+        "flops",
+        "elapsed_seconds",
+        "eval_seconds",
+        "probe_seconds",
+        "loss_nats",
+        "best_loss_nats",
+        "diverged",
+    )
+
+    def save(self, path: Path, **extra: str | int) -> None:
+        """Write a checkpoint: all of it, or nothing.
+
+        Args:
+            path: file to write or replace.
+            extra: small values that `load` hands back.
+
+        Raises:
+            UserError: no space left, or no permission.
+        """
+        payload = {
+            "version": CHECKPOINT_VERSION,
+            "config": self.config.model_dump(mode="json"),
+            "counters": {name: getattr(self, name) for name in self.COUNTERS},
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "probes": {name: probe.state_dict() for name, probe in self.probes.items()},
+            "extra": extra,
+        }
+        write_atomic_with(path, lambda file: torch.save(payload, file))
+
+    @classmethod
+    def load(cls, path: Path, config: TrainConfig | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """Return the run saved at `path` and the extra values saved with it.
+
+        Args:
+            path: a file written by `save`.
+            config: continue under these values instead of the saved ones. Model and data must be equal; every other
+                value of `config` wins over the saved one, the learning rate in the optimizer's state included.
+
+        Raises:
+            UserError: missing, truncated or foreign file; unknown version; another model or other data.
+        """
+        payload = read_checkpoint(path)
+        saved = parse(TrainConfig, payload["config"], f"checkpoint {path}")
+        config = config or saved
+        for field in ABSOLUTE_FIELDS:
+            if getattr(config, field) != getattr(saved, field):
+                raise UserError(
+                    f"checkpoint {path} was made with {field} = {getattr(saved, field)!r}, "
+                    f"the run asks for {getattr(config, field)!r}; keep {field} or start a new run"
+                )
+        state = cls.create(config)
+        state.restore(payload)
+        return state, payload["extra"]
+
+    def restore(self, payload: Mapping[str, Any]) -> None:
+        """Take over weights, optimizer, counters and probes of a checkpoint; the configuration stays."""
+        self.module.load_state_dict(payload["module"])
+        # Values of the configuration are written into the parameter groups at every update, so those of the
+        # checkpoint's optimizer cannot win over a mutated one.
+        self.optimizer.load_state_dict(payload["optimizer"])
+        for name in self.COUNTERS:
+            setattr(self, name, payload["counters"][name])
+        for name, probe in self.probes.items():
+            if name in payload["probes"]:
+                probe.load_state_dict(payload["probes"][name])
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint, tensors and plain values only.
+
+    Raises:
+        UserError: missing, truncated or foreign file, or an unknown version.
+    """
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}") from None
+    except Exception as error:  # torch.load raises many types for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} cannot be read ({reason}); delete it to start this run anew") from None
+    if not isinstance(payload, dict) or "version" not in payload:
+        raise UserError(f"{path} is not a checkpoint of landscape_ray; give a file that TrainState.save wrote")
+    if payload["version"] != CHECKPOINT_VERSION:
+        raise UserError(
+            f"checkpoint {path} has version {payload['version']}, this program reads {CHECKPOINT_VERSION}; "
+            "use the version of landscape_ray that wrote it"
+        )
+    return payload
+
+
+def select_device(name: str) -> torch.device:
+    """Return the device called `auto`, `cpu` or `cuda`.
+
+    Raises:
+        UserError: cuda asked for and not there.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("train.device must be available, got 'cuda' on a machine without a CUDA device; use 'auto'")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW with two groups: matrices decay, vectors (norms, biases) don't."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() > 1], "decays": True},
+        {"params": [p for p in parameters if p.dim() <= 1], "decays": False},
+    ]
+    optimizer = config.optimizer
+    return torch.optim.AdamW(
+        groups,
+        lr=config.schedule.peak_lr,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        fused=True,
+    )
+
+
+def build_probes(config: TrainConfig, data: TextData, device: torch.device) -> dict[str, Probe]:
+    """Return the probes that the configuration names, each with its fixed batch."""
+    probes: dict[str, Probe] = {}
+    if (sharpness := config.probes.sharpness) is not None:
+        batch: tuple[Tensor, Tensor] = data.probe_batch(config.seed, sharpness.batch_size)
+        probes["sharpness"] = PROBES["sharpness"](
+            batches=[(batch[0].to(device), batch[1].to(device))],
+            tol=sharpness.tolerance,
+            max_matvecs=sharpness.max_matvecs,
+            route=sharpness.route,
+            seed=config.seed,
+        )
+    return probes
