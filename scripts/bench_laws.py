@@ -18,6 +18,7 @@ import csv
 import itertools
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
@@ -74,9 +75,10 @@ def multi_power(folder: Path, size: str) -> list[Curve]:
 
 def peer_fit(curves: list[Curve], decay: float, starts: int) -> tuple[float, float]:
     """Return seconds and the best objective of the multi-start fit, L0, A, alpha and C searched jointly."""
-    s1 = np.concatenate([curve.s1()[curve.step - 1] for curve in curves])
-    s2 = np.concatenate([curve.s2(decay)[curve.step - 1] for curve in curves])
-    log_loss = np.log(np.concatenate([curve.loss_nats for curve in curves]))
+    kept = [curve.step[curve.step > curve.warmup_steps] for curve in curves]
+    s1 = np.concatenate([curve.s1()[step - 1] for curve, step in zip(curves, kept, strict=True)])
+    s2 = np.concatenate([curve.s2(decay)[step - 1] for curve, step in zip(curves, kept, strict=True)])
+    log_loss = np.log(np.concatenate([curve.loss_nats[curve.step > curve.warmup_steps] for curve in curves]))
 
     def objective(parameters: np.ndarray) -> float:
         l0, a, alpha, c = parameters
@@ -89,8 +91,8 @@ def peer_fit(curves: list[Curve], decay: float, starts: int) -> tuple[float, flo
     )
     started = time.perf_counter()
     bounds = [(0, None), (0, None), (0.01, 5), (0, None)]
-    options = {"ftol": 1e-15, "gtol": 1e-12, "maxiter": 10_000, "maxfun": 100_000}
-    best = min(minimize(objective, x0, method="L-BFGS-B", bounds=bounds, options=options).fun for x0 in grid)
+    options: Any = {"ftol": 1e-15, "gtol": 1e-12, "maxiter": 10_000, "maxfun": 100_000}
+    best = min(minimize(objective, np.array(x0), method="L-BFGS-B", bounds=bounds, options=options).fun for x0 in grid)
     return time.perf_counter() - started, best
 
 

@@ -124,12 +124,14 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.context_length = context_length
-        self.embedding = nn.Embedding(vocab_size, config.width)
-        self.position = nn.Embedding(context_length, config.width) if config.positions == "learned" else None
-        self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, context_length) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, vocab_size, bias=False)
+        # The layers' own initial draws come from the global generator and are overwritten below: it must not advance.
+        with torch.random.fork_rng(devices=[]):
+            self.embedding = nn.Embedding(vocab_size, config.width)
+            self.position = nn.Embedding(context_length, config.width) if config.positions == "learned" else None
+            self.drop = nn.Dropout(config.dropout)
+            self.blocks = nn.ModuleList(Block(config, context_length) for _ in range(config.depth))
+            self.norm = nn.LayerNorm(config.width)
+            self.head = nn.Linear(config.width, vocab_size, bias=False)
         if config.tied_head:
             self.head.weight = self.embedding.weight
         self._initialise(generator)

@@ -112,7 +112,6 @@ def read_runs(collected: Collected) -> list[Run]:
         rows = {
             kind: run_columns(collected.records, summary.run_id, kind) for kind in ("step", "eval", "probe", "event")
         }
-        steps, evals = _ordered(rows["step"]), _ordered(rows["eval"])
         rest: dict[str, Any] = {"summary": summary, "probes": rows["probe"], "events": rows["event"]}
         steps, evals = _ordered(rows["step"]), _ordered(rows["eval"])
         runs.append(Run(steps=steps, evals=evals, all_steps=rows["step"], **rest))

@@ -47,8 +47,10 @@ MARKER = {
 
 
 def height_inches(figure: Figure) -> float:
-    """Return the height that a figure is drawn at: one panel 4.6 in, each further share adds in proportion."""
+    """Return the height that a figure is drawn at: one panel 4.6 in, further panels add in proportion, bars less."""
     first = figure.panels[0].share
+    if any(item.role == "bar" for item in figure.panels[0].series):
+        return 1.9 + 0.6 * len(figure.panels[0].y.categories)
     return 4.6 + sum(3.4 * panel.share / first for panel in figure.panels[1:])
 
 
@@ -65,7 +67,7 @@ def render(figure: Figure, kind: Literal["png", "svg"] = "png", theme: Theme = "
         figsize=(WIDTH_INCHES, height_inches(figure)), dpi=DPI, layout="constrained", facecolor=colors["ground"]
     )
     FigureCanvasAgg(canvas)
-    canvas.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
+    canvas.get_layout_engine().set(w_pad=0.12, h_pad=0.06)  # type: ignore[union-attr, call-arg]
     shares = [panel.share for panel in figure.panels]
     grid = canvas.subplots(len(shares), 1, sharex=True, squeeze=False, height_ratios=shares)
     axes: list[Axes] = [row[0] for row in grid]
@@ -105,7 +107,14 @@ def _draw(ax: Axes, item: Series, colors: dict[str, str]) -> None:
             ax.step(item.x, item.y, where="post", **style)
         case "points":
             style = {"marker": MARKER[item.symbol], "color": color, "alpha": alpha, "zorder": order + 0.5}
-            ax.scatter(item.x, item.y, s=item.size**2 * 0.6, edgecolors=colors["ground"], linewidths=0.6, **style)
+            ax.scatter(
+                item.x,
+                item.y,
+                s=item.size**2 * (1.1 if item.symbol == "star" else 0.6),
+                edgecolors=colors["ground"],
+                linewidths=0.6,
+                **style,
+            )
         case "band":
             assert item.low is not None
             assert item.high is not None

@@ -42,7 +42,7 @@ button.save { font-size:.75rem; font-weight:400; color:var(--faint); padding:0 8
 dl { display:grid; grid-template-columns:max-content minmax(0,1fr); gap:4px 18px; margin:8px 0 18px; font-size:.95rem; }
 dt { color:var(--faint); } dd { margin:0; overflow-wrap:anywhere; }
 figure { margin:16px 0 30px; } figcaption { margin-bottom:6px; }
-.plot { width:100%; min-height:300px; }
+.plot { width:100%; min-height:120px; overflow:hidden; }
 .legend { display:flex; flex-wrap:wrap; gap:4px 8px; margin:6px 0 4px; padding:0; font-size:.86rem; }
 .legend button { border-color:transparent; border-radius:6px; padding:2px 8px 2px 4px; display:inline-flex; gap:6px;
   align-items:center; color:var(--text); text-align:left; overflow-wrap:anywhere; }
@@ -61,7 +61,7 @@ th, td { text-align:right; padding:6px 10px; border-bottom:1px solid var(--line)
 tbody tr:last-child td { border-bottom:0; }
 th { background:var(--raised); font-weight:600; color:var(--faint); }
 th.text, td.text { text-align:left; } tr.best td { background:color-mix(in srgb, var(--accent) 12%, transparent); }
-table.sortable th { cursor:pointer; user-select:none; }
+table.sortable th { cursor:pointer; user-select:none; white-space:normal; vertical-align:bottom; }
 table.sortable th[aria-sort=ascending]::after { content:" ▲"; }
 table.sortable th[aria-sort=descending]::after { content:" ▼"; }
 td.wrap { white-space:normal; min-width:16ch; overflow-wrap:anywhere; }
@@ -108,7 +108,7 @@ SCRIPT = """
   }
   // Touch screens scroll with the finger: no dragging inside figures there.
   var touch = matchMedia('(pointer: coarse)').matches;
-  var settings = { responsive: true, displaylogo: false, displayModeBar: false };
+  var settings = { displaylogo: false, displayModeBar: false };
 
   function draw(key) {
     var spec = page.figures[key], node = document.getElementById('plot-' + key), colors = page.themes[theme()];
@@ -123,7 +123,7 @@ SCRIPT = """
       }
     });
     layout.height = spec.height * (narrow ? 0.86 : 1);
-    if (printing) layout.width = 660;
+    layout.width = printing ? 660 : node.clientWidth;
     if (narrow) {
       layout.font.size = 11;
       Object.keys(layout).forEach(function (name) {
@@ -198,6 +198,14 @@ SCRIPT = """
     });
   });
   all();
+  // a figure is laid out anew when its width changes: a phone that is turned, a window that is dragged
+  var width = root.clientWidth, waiting = 0;
+  new ResizeObserver(function () {
+    if (printing || root.clientWidth === width) return;
+    width = root.clientWidth;
+    clearTimeout(waiting);
+    waiting = setTimeout(all, 120);
+  }).observe(root);
 })();
 """
 

@@ -59,7 +59,9 @@ class TrialRun:
             self.adopted = str(extra["adopted"])
             self.writer = PartWriter(folder, int(extra["num_parts"]))
             # Nothing is committed here: mutated values become durable together with the weights that they came with.
-            if extra["attempt"] != attempt and not self.state.finished:
+            if self.state.finished:
+                self.commit()  # its last commit may have been cut off after the checkpoint
+            elif extra["attempt"] != attempt:
                 self._event("resume")
         else:
             self.state = TrainState.create(self.config)

@@ -68,7 +68,12 @@ def rows(first: int, last: int, base: float = 1.7e9, seed: int = 0) -> list[Reco
     made: list[Record] = []
     for step in range(first, last + 1):
         loss = 2.0 + 1.0 / (step + seed + 1)
-        place = {"step": step, "num_tokens": 512 * step, "flops": 6e6 * step, "elapsed_seconds": 0.25 * step}
+        place: dict[str, Any] = {
+            "step": step,
+            "num_tokens": 512 * step,
+            "flops": 6e6 * step,
+            "elapsed_seconds": 0.25 * step,
+        }
         common = place | {"time_unix": base + 0.25 * step}
         made.append(
             StepRecord(

@@ -142,7 +142,8 @@ def test_a_damaged_part_is_an_error_that_names_it(folder: SweepFolder, make: Sim
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[200] ^= 0xFF  # inside the first data page: only its checksum can tell
-    path.write_bytes({"truncate": content[: len(content) // 2], "flip": content, "empty": b""}[damage])
+    damaged = {"truncate": content[: len(content) // 2], "flip": content, "empty": bytearray()}
+    path.write_bytes(damaged[damage])
     with pytest.raises(UserError, match=r"part-000000.parquet is damaged"):
         read_part(path)
 

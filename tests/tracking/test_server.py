@@ -92,6 +92,9 @@ def test_check_is_bounded_even_when_the_name_lookup_hangs(monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="nothing within 0 seconds"):
         Projector.check("http://127.0.0.1:1")
     release.set()
+    for thread in threading.enumerate():  # it still holds the environment
+        if thread.name == "landscape_ray-check":
+            thread.join(30)
 
 
 def test_bounded_http_restores_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
