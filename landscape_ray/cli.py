@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -274,7 +273,9 @@ def _open_all(names: list[str] | None, results: Path) -> list[SweepFolder]:
 
 
 def _tracking_uri(folder: SweepFolder, explicit: str | None = None) -> str:
-    return explicit or os.environ.get("MLFLOW_TRACKING_URI") or str(folder.meta["tracking_uri"])
+    from landscape_ray.tracking.uris import resolve_tracking_uri
+
+    return resolve_tracking_uri(explicit, folder.path.parent, folder.meta.get("tracking_uri"))
 
 
 def _attach(folder: SweepFolder, paths: list[Path], console: Console) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -14,40 +14,50 @@ from landscape_ray.errors import UserError
 
 
 def write_atomic_with(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file through `write(file)`: readers see the old content or the new one, never a part.
+    """Write a file through `write(file)`: readers see the old content or the new one, also after a power cut.
+
+    Args:
+        path: the file; its folder is made when missing.
+        write: called once with the open binary file.
 
     Raises:
-        UserError: no space left on the device, or the folder cannot be written. The old content is untouched.
+        UserError: the disk is full, or the place cannot be written. The old content, if any, is untouched.
     """
-    temporary: str | None = None
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        if isinstance(error, OSError) and (told := storage_error(error, path)) is not None:
-            raise told from None
-        raise
+        try:
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(path, error) from None
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write `content` to `path` as `write_atomic_with` does."""
-    data = content.encode() if isinstance(content, str) else content
-    write_atomic_with(path, lambda file: file.write(data))
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write `data` to `path` as `write_atomic_with` does; text is written as UTF-8."""
+    content = data.encode() if isinstance(data, str) else data
+    write_atomic_with(path, lambda file: file.write(content))
 
 
-def storage_error(error: OSError, path: Path) -> UserError | None:
-    """Return a full disk or a missing permission as a sentence, None for any other error."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"no space left to write {path}; free some space, then `landscape-ray resume` goes on")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"cannot write {path}: {error.strerror}; choose a folder that you may write")
-    return None
+def sync_folder(path: Path) -> None:
+    """Make a rename durable. Not every file system lets a folder be opened or synced; the rename stands regardless."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def storage_error(path: Path, error: OSError) -> UserError:
+    """Return a full disk, or a place that cannot be written, as a sentence with its remedy."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some space and run `landscape-ray resume`" if full else "choose a place that you may write to"
+    return UserError(f"cannot write {path}: {(error.strerror or str(error)).lower()}; {remedy}")

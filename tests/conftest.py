@@ -1,6 +1,8 @@
 """Shared by all tests: a small real corpus, tiny configurations, one Ray session."""
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +49,35 @@ def tiny() -> dict[str, Any]:
 @pytest.fixture
 def tiny_config(tiny: dict[str, Any]) -> TrainConfig:
     return parse(TrainConfig, tiny, "tiny")
+
+
+SPACE: dict[str, Any] = {
+    "schedule.name": {"choices": ["constant", "linear", "cosine", "wsd"]},
+    "schedule.peak_lr": {"log_uniform": [1e-3, 1e-1]},
+    "schedule.cooldown_fraction": {"uniform": [0.2, 0.8], "when": {"schedule.name": "wsd"}},
+}
+
+
+def to_toml(entry: Any) -> str:
+    """Return a value as inline TOML. But for tables, JSON is TOML."""
+    if isinstance(entry, dict):
+        return "{ " + ", ".join(f'"{key}" = {to_toml(value)}' for key, value in entry.items()) + " }"
+    return "[" + ", ".join(map(to_toml, entry)) + "]" if isinstance(entry, list) else json.dumps(entry)
+
+
+@pytest.fixture
+def sweep_text(tiny: dict[str, Any]) -> Callable[..., str]:
+    """Return a function that writes a sweep file: five trials, or a population of four, of the tiny model."""
+
+    def write(kind: str = "search", **changes: Any) -> str:
+        data: dict[str, Any] = {"name": "tiny", "seed": 1, "commit_steps": 5, "train": tiny}
+        data["resources"] = {"cpus_per_trial": 0.5}
+        if kind == "search":
+            first = [{"schedule.name": name, "schedule.peak_lr": 0.02} for name in ("constant", "linear", "cosine")]
+            data |= {"space": SPACE, "search": {"num_trials": 5, "initial": first}}
+        else:
+            data |= {"space": {"schedule.peak_lr": SPACE["schedule.peak_lr"]}}
+            data |= {"population": {"num_members": 4, "interval_steps": 5}}
+        return "".join(f"{key} = {to_toml(entry)}\n" for key, entry in (data | changes).items())
+
+    return write

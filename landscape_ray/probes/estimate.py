@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from torch import Tensor
 
@@ -21,9 +20,8 @@ class Estimate:
         num_matvecs: Hessian-vector products spent, checks included.
         price_gradients: what was spent, in gradients (forward and backward) on the batches of the probe.
         cost_seconds: wall-clock seconds, everything included.
-        converged: whether the iteration met its tolerance, with products that are good to that tolerance.
-        finite_difference_error: how much finite differences disagreed, relative, with an exact product or among
-            themselves; nan where none were used.
+        converged: whether the requested accuracy was reached.
+        route: which products the value rests on, where there is a choice; "" where there is none.
         vector: the eigenvector that belongs to the value, flat over the trainable parameters; None where there is none.
     """
 
@@ -33,5 +31,5 @@ class Estimate:
     price_gradients: float
     cost_seconds: float
     converged: bool
-    finite_difference_error: float = math.nan
+    route: str = ""
     vector: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)

@@ -75,6 +75,7 @@ def lanczos(
     start: Tensor | None = None,
     tol: float = 0.03,
     max_matvecs: int = 30,
+    max_asymmetry: float = math.inf,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -99,6 +100,7 @@ def lanczos(
         start: first vector, finite and not zero. None draws a random direction.
         tol: requested residual relative to |theta|, >= 0; 0 never stops before max_matvecs.
         max_matvecs: most products, >= 1; more than `size` are never made.
+        max_asymmetry: relative to ||T||; an operator less symmetric than that is given up.
         seed: of the random start.
         dtype: of the vectors.
         device: of the vectors.
@@ -157,7 +159,7 @@ def lanczos(
         residual = beta * abs(float(weights[-1]))
         exhausted = beta <= eps * norm or m == size
         converged = exhausted or residual < tol * max(abs(theta), math.sqrt(eps) * norm)
-        if converged:
+        if converged or asymmetry > max_asymmetry * norm:
             break
         torch.div(new, beta, out=basis[m])
 

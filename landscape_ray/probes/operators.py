@@ -259,15 +259,17 @@ class HessianOperator(CurvatureOperator):
 
 
 class FiniteDifferenceHessian(CurvatureOperator):
-    """Products by a forward difference of gradients, one gradient each, for smooth networks.
+    """Products by differences of gradients, for smooth networks: one gradient each, or two for a central one.
 
         H v = |v| (g(w + eps v/|v|) - g(w)) / eps + O(eps)
 
-    Networks with kinks (ReLU, max pooling) are not for this: a difference sees the kinks that it crosses, and the
-    product is wrong by its own size for random v. Check one product against :class:`HessianOperator` first, as
-    `sharpness(route="auto")` does. Fused attention and compiled modules work and keep their speed.
+    The error sits where it matters: on a GPT with 241k weights, early in training, eps = 0.02 is off by 0.3 % for a
+    random v, but by 9 % along the sharpest direction, where the curvature changes within the step; 0.005 by 0.1 % and
+    2 %. So check along the vector that was found, not along a random one. Networks with kinks (ReLU, max pooling) are
+    not for this: a difference sees the kinks that it crosses, and stops being symmetric.
 
-    The weights are moved during a product and put back bit by bit, also after an exception.
+    Fused attention and compiled modules work and keep their speed. The weights are moved during a product and put back
+    bit by bit, also after an exception.
     """
 
     needs_second_derivatives = False
@@ -283,8 +285,8 @@ class FiniteDifferenceHessian(CurvatureOperator):
             module: see :class:`CurvatureOperator`.
             loss: see :data:`Loss`.
             batches: see :data:`Batches`.
-            eps: length of the step in parameter space, > 0. None: 0.02 in float32, where rounding and curvature of
-                the gradient weigh the same on small GPTs (1.6e-3 of the product); scaled by sqrt(machine epsilon).
+            eps: length of the step in parameter space, > 0. None: 0.005 in float32, where rounding and curvature
+                weigh the same for random vectors on small GPTs; in proportion to sqrt(machine epsilon).
             seed: of the noise that the loss may contain.
 
         Raises:
@@ -292,9 +294,9 @@ class FiniteDifferenceHessian(CurvatureOperator):
         """
         super().__init__(module, loss, batches, seed=seed)
         if eps is None:
-            eps = 0.02 * math.sqrt(torch.finfo(self.dtype).eps / torch.finfo(torch.float32).eps)
+            eps = 0.005 * math.sqrt(torch.finfo(self.dtype).eps / torch.finfo(torch.float32).eps)
         if not (math.isfinite(eps) and eps > 0):
-            raise UserError(f"eps must be positive and finite, got {eps}; 0.02 suits float32")
+            raise UserError(f"eps must be positive and finite, got {eps}; 0.005 suits float32")
         self.eps = eps
         self._base: Tensor | None = None
 
@@ -304,9 +306,24 @@ class FiniteDifferenceHessian(CurvatureOperator):
         length = float(torch.linalg.vector_norm(vector))
         if length == 0.0:
             return torch.zeros_like(vector)
-        with self._moved_by(self.unflatten(vector * (self.eps / length))):
-            _, moved = self._mean_gradient()
-        return moved.sub_(self._base).mul_(length / self.eps)
+        ahead = self._gradient_at(vector * (self.eps / length))
+        return ahead.sub_(self._base).mul_(length / self.eps)
+
+    def central(self, vector: Tensor) -> Tensor:
+        """Return the product with `vector`, not zero, to second order in a quarter of the step; two gradients.
+
+        Meant for eigenvectors, whose products are large enough for the shorter step.
+        """
+        self.num_matvecs += 2
+        length = float(torch.linalg.vector_norm(vector))
+        step = vector * (0.25 * self.eps / length)
+        with self._surroundings():
+            ahead, behind = self._gradient_at(step), self._gradient_at(-step)
+        return ahead.sub_(behind).mul_(length / (0.5 * self.eps))
+
+    def _gradient_at(self, step: Tensor) -> Tensor:
+        with self._moved_by(self.unflatten(step)):
+            return self._mean_gradient()[1]
 
     def _mean_gradient(self) -> tuple[float, Tensor]:
         total = torch.zeros(self.size, dtype=self.dtype, device=self.device)

@@ -1,14 +1,22 @@
 """Sweeps to look at: numbers from a sweep folder, figures from numbers, one HTML page or PNG files from figures.
 
-    analysis.py      law of annealing fitted on a sweep, and its forecasts of held-out schedules
-    views.py         a sweep folder as the few objects that a page needs
-    lineage.py       who copied whom in a population, and the schedule that the winner went through
+    analysis.py      the annealing law of a sweep, and its forecasts of held-out schedules
+    forecast.py      the forecast of one schedule that was not run
+    terminal.py      results as tables in a terminal
     text.py          numbers, durations and learning rates as people write them
-    figures.py       what a figure is: titled panels of series, before any plotting library
-    charts.py        the figures of a report, as pure functions of views
+
+    runs.py          a run with its rows, and what was really applied to it
+    lineage.py       who copied whom in a population, and the schedule that the winner's weights went through
+    views.py         a sweep folder as the few objects that a page needs
+    figures.py       what a figure is: panels of series and a palette, before any plotting library
+    charts.py        figures of what happened: losses, schedules, lineage, learning rates
+    insight.py       figures of what it means: sharpness, forecast, cost
     interactive.py   figure -> plotly
     static.py        figure -> matplotlib -> PNG or SVG
-    page.py          the HTML page and the folder of PNG files
+
+    page.py          the page, and the folder of PNG files
+    sections.py      its text and tables; law_section.py, markup.py: parts of it
+    template.py      its style sheet and script
 
 Nothing is imported here: `analysis` is usable without a plotting library.
 """

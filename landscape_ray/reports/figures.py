@@ -121,7 +121,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ColorBar:
-    """Legend of the sequential scale: `best` is drawn in `seq:0`."""
+    """Legend of the sequential scale, best < worst: `best` is drawn in `seq:0`."""
 
     label: str
     best: float
@@ -179,12 +179,13 @@ def thin(x: ArrayLike, y: ArrayLike, max_points: int = 400) -> tuple[Floats, Flo
     even = np.linspace(0, len(x) - 1, max_points // 2).round().astype(int)
     bend = np.abs(np.diff(y, n=2))
     bend[~np.isfinite(bend)] = 0.0
+    finite = np.flatnonzero(np.isfinite(y))
+    if not len(finite):
+        return x[even], y[even]
     corners = np.argsort(bend, kind="stable")[::-1][: max_points // 6] + 1
-    corners = corners[bend[corners - 1] > 1e-9 * (np.nanmax(np.abs(y)) or 1.0)]
-    chosen = [even, corners - 1, corners, corners + 1]
-    if np.isfinite(y).any():
-        chosen.append(np.array([np.nanargmin(y), np.nanargmax(y)]))
-    keep = np.unique(np.concatenate(chosen))
+    corners = corners[bend[corners - 1] > 1e-9 * (np.abs(y[finite]).max() or 1.0)]
+    extremes = finite[[y[finite].argmin(), y[finite].argmax()]]
+    keep = np.unique(np.concatenate([even, corners - 1, corners, corners + 1, extremes]))
     return x[keep], y[keep]
 
 

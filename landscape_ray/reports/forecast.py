@@ -36,8 +36,8 @@ class ScheduleForecast:
         curve, schedule = self.prediction, self.schedule
         value, low, high = (float(ends[-1]) for ends in (curve.loss_nats, curve.low, curve.high))
         return (
-            f"{schedule.name} at peak LR {lr(schedule.peak)} for {schedule.num_steps} updates: {loss(value)} nats/token, "
-            f"{curve.confidence:.0%} interval {loss(low)} to {loss(high)}; "
+            f"{schedule.name} at peak LR {lr(schedule.peak)} for {schedule.num_steps} updates: "
+            f"{loss(value)} nats/token, {curve.confidence:.0%} interval {loss(low)} to {loss(high)}; "
             f"best run of the fit: {self.best_run} with {loss(self.best_loss_nats)}"
         )
 

@@ -101,7 +101,7 @@ def forecast(sweep: Sweep, key: str = "forecast") -> Figure | str:
     for run_id in one.fitted_on:
         if run_id in runs:
             x, y = _after_warmup(runs[run_id])
-            entry = {"name": f"fitted on ({len(one.fitted_on)} runs)", "hover": describe(runs[run_id], run_id)}
+            entry = {"name": f"fitted on ({len(one.fitted_on)} runs)"}
             upper.append(series("line", x, y, color="muted", weight="muted", **entry))
     curve = one.prediction
     band = f"{one.prediction.confidence:.0%} interval".replace("%", " %")

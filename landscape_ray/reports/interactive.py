@@ -44,16 +44,17 @@ def plotly_js() -> str:
 
 def specification(figure: Figure) -> dict[str, Any]:
     """Return `{data, layout}` of a figure, with colour names for colours."""
-    data: list[dict[str, Any]] = []
-    answering = 0
-    for index, panel in enumerate(figure.panels):
-        for item in panel.series:
-            answering += bool(item.hover)
-            data.append(_trace(figure, panel, item, "y" if index == 0 else f"y{index + 1}"))
+    everything = [item for panel in figure.panels for item in panel.series]
+    curves = not figure.x.categories and any(item.role in ("line", "step") for item in everything)
+    unified = curves and 0 < sum(bool(item.hover) for item in everything) <= UNIFIED_LIMIT
+    data = [
+        _trace(figure, panel, item, "y" if index == 0 else f"y{index + 1}", unified)
+        for index, panel in enumerate(figure.panels)
+        for item in panel.series
+    ]
     if figure.colorbar is not None:
         data.append(_colorbar(figure))
-    numeric = not figure.x.categories and any(s.role in ("line", "step") for p in figure.panels for s in p.series)
-    return {"data": data, "layout": _layout(figure, unified=numeric and 0 < answering <= UNIFIED_LIMIT)}
+    return {"data": data, "layout": _layout(figure, unified)}
 
 
 def legend(figure: Figure) -> list[dict[str, str]]:
@@ -65,7 +66,7 @@ def legend(figure: Figure) -> list[dict[str, str]]:
     return entries
 
 
-def _trace(figure: Figure, panel: Panel, item: Series, yaxis: str) -> dict[str, Any]:
+def _trace(figure: Figure, panel: Panel, item: Series, yaxis: str, unified: bool) -> dict[str, Any]:
     base: dict[str, Any] = {
         "type": "scatter",
         "yaxis": yaxis,
@@ -113,12 +114,12 @@ def _trace(figure: Figure, panel: Panel, item: Series, yaxis: str) -> dict[str, 
             "width": 3,
         }
     if item.hover:
-        base |= _hover(figure.x, panel.y, item)
+        base |= _hover(figure.x, panel.y, item, unified)
     return {key: value for key, value in base.items() if value is not None}
 
 
-def _hover(x: Axis, y: Axis, item: Series) -> dict[str, Any]:
-    """Return the hover text: what it is, then its value with the unit."""
+def _hover(x: Axis, y: Axis, item: Series, unified: bool) -> dict[str, Any]:
+    """Return the hover text: what it is, then its value with the unit; where it is too, unless a shared box says so."""
     per_point = not isinstance(item.hover, str)
     said = "%{text}" if per_point else html.escape(str(item.hover)).replace("%{", "%&#123;")
     if item.role == "bar":
@@ -127,6 +128,8 @@ def _hover(x: Axis, y: Axis, item: Series) -> dict[str, Any]:
         value = ""
     else:
         value = "%{y:.5~g}" + (f" {y.unit}" if y.unit else "")
+    if value and item.role in ("line", "step") and not unified:
+        said += f"<br>{html.escape(x.label)} %{{x:,.6~g}}"
     shown = {"hovertemplate": f"{said}{': ' if value else ''}{value}<extra></extra>", "hoverinfo": None}
     return shown | ({"text": [html.escape(text) for text in item.hover]} if per_point else {})
 
@@ -141,6 +144,7 @@ def _layout(figure: Figure, unified: bool) -> dict[str, Any]:
         "font": {"color": "@faint", "size": 13, "family": "system-ui, sans-serif"},
         "margin": {"l": 12, "r": 22, "t": 10, "b": 12},
         "hovermode": "x unified" if unified else "closest",
+        "hoversubplots": "axis",
         "hoverlabel": {
             "bgcolor": "@ground",
             "bordercolor": "@grid",
@@ -163,6 +167,7 @@ def _layout(figure: Figure, unified: bool) -> dict[str, Any]:
         layout["yaxis" if index == 0 else f"yaxis{index + 1}"] = axis
         top = bottom - gap
     last = len(figure.panels)
+    layout["xaxis"] |= {"spikecolor": "@faint", "spikethickness": 1}
     layout["xaxis"]["anchor"] = "y" if last == 1 else f"y{last}"
     return layout
 
@@ -199,9 +204,8 @@ def _colorbar(figure: Figure) -> dict[str, Any]:
     bar = figure.colorbar
     assert bar is not None
     last = NUM_SEQUENTIAL - 1
-    scale: list[tuple[float, str]] = [(level / last, f"@seq:{level}") for level in range(NUM_SEQUENTIAL)]
+    scale: list[list[Any]] = [[level / last, f"@seq:{level}"] for level in range(NUM_SEQUENTIAL)]
     best, worst = bar.best, bar.worst
-    reverse = best > worst
     return {
         "type": "scatter",
         "x": [None],
@@ -211,9 +215,9 @@ def _colorbar(figure: Figure) -> dict[str, Any]:
         "hoverinfo": "skip",
         "marker": {
             "color": [best],
-            "cmin": min(best, worst),
-            "cmax": max(best, worst),
-            "colorscale": [[round(1 - at, 6), colour] for at, colour in reversed(scale)] if reverse else scale,
+            "cmin": best,
+            "cmax": worst,
+            "colorscale": scale,
             "showscale": True,
             "colorbar": {
                 "title": {"text": html.escape(bar.label), "side": "right", "font": {"size": 12, "color": "@text"}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -80,10 +81,27 @@ def _forecast_summary(sweep: Sweep) -> str:
     forecasts = sweep.fit.forecasts
     inside = sum(one.low <= one.observed_final <= one.high for one in forecasts)
     mean = sum(abs(one.relative_error) for one in forecasts) / len(forecasts)
+    level = sweep.fit.fit.confidence
+    claim = (
+        f" That is too few for intervals of {level:.0%}: on this sweep they understate the error."
+        if coverage_chance(inside, len(forecasts), level) < 0.05
+        else ""
+    ).replace("%", " %")
     return (
         f"{forecast_sentence(sweep)} Over all {len(forecasts)} forecasts the mean error is {text.percent(mean)}; "
-        f"{inside} of {len(forecasts)} measured losses lie inside their interval."
+        f"{inside} of {len(forecasts)} measured losses lie inside their interval.{claim}"
     )
+
+
+def coverage_chance(inside: int, total: int, level: float) -> float:
+    """Return the probability that at most `inside` of `total` independent intervals of a level hold the truth.
+
+    >>> round(coverage_chance(0, 2, 0.9), 10), coverage_chance(5, 5, 0.9)
+    (0.01, 1.0)
+    """
+    if inside == total:
+        return 1.0
+    return sum(math.comb(total, k) * level**k * (1 - level) ** (total - k) for k in range(inside + 1))
 
 
 def _forecast_table(sweep: Sweep) -> str:

@@ -30,6 +30,7 @@ def warnings(head: str, warnings: Sequence[str]) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int]) -> str:
     """Return a table; the columns numbered in `texts` are aligned as text, the others as numbers."""
+
     def row(cells: Sequence[str], tag: str) -> str:
         kinds = [" class=text" if index in texts else "" for index in range(len(cells))]
         return "<tr>" + "".join(f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True)) + "</tr>"

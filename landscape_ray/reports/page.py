@@ -156,7 +156,7 @@ def _block(item: Figure | str) -> str:
     caption = f'<h3>{html.escape(item.title)}{save}</h3><p class="takeaway">{html.escape(item.takeaway)}</p>'
     said = html.escape(f"{item.title}. {item.takeaway}")
     return (
-        f'<figure id="{item.key}"><figcaption>{caption}</figcaption>'
+        f'<figure id="figure-{item.key}"><figcaption>{caption}</figcaption>'
         f'<div class="legend" id="legend-{item.key}">{"".join(_legend_buttons(item))}</div>'
         f'<div class="plot" id="plot-{item.key}" role="img" aria-label="{said}"></div>{note}</figure>'
     )

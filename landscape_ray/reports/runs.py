@@ -95,13 +95,6 @@ class Run:
         chosen = self.probes["probe"].astype(str) == name
         return {key: column[chosen] for key, column in self.probes.items()}
 
-    def diverged_at(self) -> float:
-        """Return the step at which the loss stopped being finite; nan when it did not."""
-        steps = self.events["step"][self.events["event"].astype(str) == "diverged"]
-        if len(steps):
-            return float(steps[-1])
-        return float(self.summary.step) if self.summary.status == "diverged" else math.nan
-
 
 def read_runs(collected: Collected) -> list[Run]:
     """Return every run of a collected sweep with its rows, in the order of the summaries."""

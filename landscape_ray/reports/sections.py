@@ -202,7 +202,8 @@ def _forecast_tile(sweep: Sweep) -> str:
     assert sweep.fit is not None
     one = sweep.fit.headline_forecast
     shape = sweep.fit.shapes.get(one.run_id, one.run_id)
-    more = f"{text.loss(one.predicted_final)} forecast, {text.loss(one.observed_final)} measured"
+    inside = "inside" if one.low <= one.observed_final <= one.high else "outside"
+    more = f"{text.loss(one.predicted_final)} forecast, {text.loss(one.observed_final)} measured: {inside} the interval"
     return tile(f"Forecast error, unseen {shape}", *_parted(text.percent(abs(one.relative_error))), more)
 
 

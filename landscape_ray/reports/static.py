@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -86,7 +87,8 @@ def render(figure: Figure, kind: Literal["png", "svg"] = "png", theme: Theme = "
     out = io.BytesIO()
     # no date and no random identifiers: equal figures are equal bytes
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    canvas.savefig(out, format=kind, facecolor=colors["ground"], metadata=metadata)
+    with matplotlib.rc_context({"svg.hashsalt": figure.key}):
+        canvas.savefig(out, format=kind, facecolor=colors["ground"], metadata=metadata)
     return out.getvalue()
 
 
@@ -180,9 +182,8 @@ def _colorbar(canvas: Canvas, axes: list[Axes], figure: Figure, colors: dict[str
     bar = figure.colorbar
     assert bar is not None
     stops = [colors[f"seq:{level}"] for level in range(NUM_SEQUENTIAL)]
-    low, high = sorted((bar.best, bar.worst))
-    levels = LinearSegmentedColormap.from_list("sequential", stops if bar.best <= bar.worst else stops[::-1])
-    drawn = canvas.colorbar(ScalarMappable(Normalize(low, high), levels), ax=axes, pad=0.015, aspect=40)
+    levels = LinearSegmentedColormap.from_list("sequential", stops)
+    drawn = canvas.colorbar(ScalarMappable(Normalize(bar.best, bar.worst), levels), ax=axes, pad=0.015, aspect=40)
     drawn.set_label(_literal(bar.label), color=colors["text"], fontsize=9)
     drawn.ax.tick_params(colors=colors["faint"], labelsize=8)
     drawn.outline.set_visible(False)

@@ -32,7 +32,7 @@ button:focus-visible, a:focus-visible, th:focus-visible { outline:2px solid var(
 button.save { font-size:.75rem; font-weight:400; color:var(--faint); padding:0 8px; margin-left:10px;
   vertical-align:2px; }
 #theme { padding:4px 12px; font-size:.88rem; white-space:nowrap; color:var(--faint); }
-.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(250px,1fr)); gap:12px; margin:18px 0; }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(260px,1fr)); gap:12px; margin:18px 0; }
 .tile { background:var(--raised); border:1px solid var(--line); border-radius:12px; padding:14px 16px; min-width:0; }
 .tile .term { font-size:.85rem; color:var(--faint); }
 .tile .value { font-size:1.65rem; font-weight:650; line-height:1.2; overflow-wrap:anywhere;

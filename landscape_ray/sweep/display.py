@@ -77,6 +77,7 @@ class Dashboard:
         self.rows: dict[str, Row] = {}
         self.note = ""
         self._started = time.monotonic()
+        self._first_news: float | None = None
         self._last_plain = 0.0
         self._live = Live(self, console=console, refresh_per_second=2, transient=False)
 
@@ -100,6 +101,8 @@ class Dashboard:
 
     def update(self, trial_id: str, values: Mapping[str, Any], status: str, result: Mapping[str, Any]) -> None:
         """Take over the latest news of a trial."""
+        if self._first_news is None:
+            self._first_news = time.monotonic()
         row = self.rows.setdefault(trial_id, Row(trial_id, self.num_steps))
         news = status != row.status and status in ("finished", "diverged", "failed")
         row.values, row.status = values, status
@@ -124,11 +127,14 @@ class Dashboard:
         return counts
 
     def remaining_seconds(self) -> float:
-        """Return the estimated time to the end: steps to do over steps per second of this driver; nan before any."""
+        """Return the estimated time to the end: steps to do over steps per second of this driver; nan before any.
+
+        The clock starts when the first trial starts: what came before says nothing about the speed.
+        """
         done = sum(row.step - row.first_step for row in self.rows.values())
-        elapsed = time.monotonic() - self._started
-        if done <= 0:
+        if done <= 0 or self._first_news is None:
             return math.nan
+        elapsed = time.monotonic() - self._first_news
         ended = ("finished", "diverged", "failed")
         to_do = sum(row.num_steps - row.step for row in self.rows.values() if row.status not in ended)
         to_do += (self.num_trials - len(self.rows)) * self.num_steps

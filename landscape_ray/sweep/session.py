@@ -31,7 +31,7 @@ from landscape_ray.sweep.run import TrialRun, trial_id_of
 from landscape_ray.sweep.spec import SweepSpec, read_spec
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.projector import Projector, SyncReport
-from landscape_ray.tracking.uris import resolve_tracking_uri
+from landscape_ray.tracking.uris import default_tracking_uri, resolve_tracking_uri
 from landscape_ray.training import TrainConfig
 
 FREE_BYTES_FLOOR = 256 * 2**20
@@ -80,7 +80,8 @@ def new_sweep(spec: SweepSpec, text: str, results: Path, name: str | None, track
     meta = {
         "name": name,
         "seed": spec.seed,
-        "tracking_uri": uri,
+        # the default store is found beside the sweeps, so that a results folder can be moved
+        "tracking_uri": None if uri == default_tracking_uri(results) else uri,
         "experiment": spec.experiment,
         "spec_id": config_id(spec),
         "status": "pending",
@@ -199,8 +200,7 @@ def describe(spec: SweepSpec, counts: dict[str, int], best: RunSummary | None) -
 def projected(folder: SweepFolder, spec: SweepSpec, tracking_uri: str | None) -> Iterator[Projector]:
     """Hold the sweep's lock, with a projector running in the background."""
     with folder.lock():
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or folder.meta.get("tracking_uri")
-        uri = uri or resolve_tracking_uri(None, folder.path.parent)
+        uri = resolve_tracking_uri(tracking_uri, folder.path.parent, folder.meta.get("tracking_uri"))
         Projector.check(uri)
         projector = Projector(folder, uri, spec.experiment)
         projector.start()

@@ -17,7 +17,7 @@ from typing import Any
 
 import optuna
 import ray
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 from rich.console import Console
 
@@ -147,9 +147,19 @@ class DashboardCallback(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the failure; called once, when no attempt is left."""
-        error = trial.get_pickled_error() or trial.get_error() or RuntimeError("the process died")
-        self.failures[str(trial)] = error if isinstance(error, BaseException) else RuntimeError(str(error))
+        self.failures[str(trial)] = _error_of(trial)
         self._update(trial, "failed", trial.last_result)
+
+
+def _error_of(trial: Any) -> BaseException:
+    """Return what a trial failed of, from the file that Ray keeps on this machine; it reaches the storage later."""
+    path = trial.pickled_error_file
+    if path is not None and os.path.exists(path):
+        with open(path, "rb") as file:
+            error = cloudpickle.load(file)  # written by this very process
+        if isinstance(error, BaseException):
+            return error
+    return RuntimeError("its process died without saying why; is there enough memory?")
 
 
 def _name_of(trial: Any) -> str:
@@ -195,7 +205,7 @@ def _ray(address: str | None, spec: SweepSpec) -> Iterator[None]:
             raise UserError(
                 f"no Ray cluster answers at '{address}' ({error}); check --address, or leave it out to run here"
             ) from None
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are in the outcome, in one line each
     try:
         _check_resources(spec)
         yield

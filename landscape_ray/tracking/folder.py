@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from landscape_ray.errors import UserError
+from landscape_ray.files import storage_error, sync_folder, write_atomic
 from landscape_ray.records import RunStatus, RunSummary
 from landscape_ray.tracking.uris import mask_secrets
 
@@ -40,49 +41,6 @@ FORMAT_VERSION = 1
 
 _TRIAL_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _SUMMARY_FIELDS = frozenset(field.name for field in dataclasses.fields(RunSummary))
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file or nothing: readers see the old content or the new one, also after a power cut.
-
-    Args:
-        path: the file; its folder is made when missing.
-        data: the new content; text is written as UTF-8.
-
-    Raises:
-        UserError: the disk is full, or the place cannot be written. The old content, if any, is untouched.
-    """
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _write_error(path, error) from None
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename durable. Not every file system lets a folder be opened or synced; the rename stands regardless."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _write_error(path: Path, error: OSError) -> UserError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "free some space and run `landscape-ray resume`" if full else "choose a place that you may write to"
-    return UserError(f"cannot write {path}: {(error.strerror or str(error)).lower()}; {remedy}")
 
 
 class Commit(NamedTuple):
@@ -239,8 +197,8 @@ class SweepFolder:
             # Somebody else made the folder between the check above and the rename.
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and path.exists():
                 raise UserError(_exists(path)) from None
-            raise _write_error(path, error) from None
-        _sync_folder(path.parent)
+            raise storage_error(path, error) from None
+        sync_folder(path.parent)
         return cls(path)
 
     @classmethod

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from landscape_ray.errors import UserError
+from landscape_ray.files import write_atomic
 from landscape_ray.records import COLUMNS, SCHEMA_VERSION, Record, to_row
-from landscape_ray.tracking.folder import TrialFolder, write_atomic
+from landscape_ray.tracking.folder import TrialFolder
 
 _VERSION_KEY: Final = b"landscape_ray.schema_version"
 _TYPES: Final = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}

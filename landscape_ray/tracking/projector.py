@@ -24,8 +24,9 @@ from pathlib import Path
 from mlflow.entities import Metric, RunTag
 
 from landscape_ray.errors import UserError
+from landscape_ray.files import write_atomic
 from landscape_ray.tracking import server
-from landscape_ray.tracking.folder import Commit, SweepFolder, TrialFolder, write_atomic
+from landscape_ray.tracking.folder import Commit, SweepFolder, TrialFolder
 from landscape_ray.tracking.parts import read_part
 from landscape_ray.tracking.points import mlflow_status, summary_text, to_points
 from landscape_ray.tracking.runs import SweepRuns, TrackedRun, to_tags
@@ -139,7 +140,7 @@ class Projector:
         if self._thread is not None:
             self._thread.join(timeout_seconds + _REQUEST_SECONDS)
             if self._thread.is_alive():
-                late = "the tracking store did not answer in time; `landscape-ray resume` sends the rest"
+                late = "the tracking store did not answer in time; `landscape-ray sync` sends the rest"
                 self._report = dataclasses.replace(self._report, error=late, behind=self._behind())
                 return self._report
             self._thread = None
@@ -178,7 +179,7 @@ class Projector:
                 with server.bounded_http(min(_REQUEST_SECONDS, max(1.0, remaining))):
                     self._project(closing)
             except _InterruptedError:
-                error = "not everything was sent before the time was up; `landscape-ray resume` sends the rest"
+                error = "not everything was sent before the time was up; `landscape-ray sync` sends the rest"
             except Exception as failure:
                 self._must_find_runs = True
                 error = server.describe(failure)

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from landscape_ray.config import flatten
 from landscape_ray.errors import UserError
-from landscape_ray.tracking.uris import mask_secrets, sqlite_path
+from landscape_ray.tracking.uris import MASK, mask_secrets, sqlite_path
 
 SWEEP_ID: Final = "landscape_ray.sweep_id"
 TRIAL_ID: Final = "landscape_ray.trial_id"
@@ -79,9 +79,14 @@ def check_server(tracking_uri: str) -> None:
     """Raise unless runs can be written to this address; bounded to about six seconds.
 
     Raises:
-        UserError: unsupported address, no answer, not an MLflow server, no access, or a folder that cannot be written.
+        UserError: unsupported or masked address, no answer, no MLflow server, no access, or no folder to write to.
     """
     shown = mask_secrets(tracking_uri)
+    if f"://{MASK}@" in tracking_uri:
+        raise UserError(
+            f"tracking_uri must hold its user and password, got {shown}, from which they were removed when it was "
+            "written down; give it again with --tracking-uri or MLFLOW_TRACKING_URI"
+        )
     database = sqlite_path(tracking_uri)
     if database is not None:
         if str(database) in (".", ":memory:"):

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+MASK = "***"
 _USER_INFO = re.compile(r"://[^/\s]*@")
 
 
@@ -18,13 +19,18 @@ def default_tracking_uri(results: Path) -> str:
     return f"sqlite:///{results.expanduser().absolute() / 'mlflow.db'}"
 
 
-def resolve_tracking_uri(explicit: str | None, results: Path) -> str:
-    """Return the address to use: the explicit one, else MLFLOW_TRACKING_URI, else the store beside the sweeps.
+def resolve_tracking_uri(explicit: str | None, results: Path, kept: str | None = None) -> str:
+    """Return the address to use: the explicit one, else MLFLOW_TRACKING_URI, else the kept one, else the store there.
+
+    Args:
+        explicit: given by the user.
+        results: folder of the sweeps, which holds the default store.
+        kept: the address that a sweep was launched with.
 
     >>> resolve_tracking_uri("http://127.0.0.1:5000", Path("results"))
     'http://127.0.0.1:5000'
     """
-    return explicit or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(results)
+    return explicit or os.environ.get("MLFLOW_TRACKING_URI") or kept or default_tracking_uri(results)
 
 
 def mask_secrets(text: str) -> str:
@@ -33,7 +39,7 @@ def mask_secrets(text: str) -> str:
     >>> mask_secrets("no answer from https://ada:s3cret@mlflow.example.org/api")
     'no answer from https://***@mlflow.example.org/api'
     """
-    return _USER_INFO.sub("://***@", text)
+    return _USER_INFO.sub(f"://{MASK}@", text)
 
 
 def sqlite_path(tracking_uri: str) -> Path | None:

@@ -85,46 +85,50 @@ def test_eval_mode_is_the_default():
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU])
-def test_finite_differences_agree_on_smooth_networks(activation):
+@pytest.mark.parametrize("route", ["finite_difference", "auto"])
+def test_finite_differences_agree_on_smooth_networks(activation, route):
     module, batch = wide(activation)
     reference = sharpness(module, cross_entropy, [batch], tol=1e-5, max_matvecs=100).value
-    for route in ("finite_difference", "auto"):
-        estimate = sharpness(module, cross_entropy, [batch], route=route, tol=0.01)
-        assert estimate.value == pytest.approx(reference, rel=0.01)
-        assert abs(estimate.value - reference) <= estimate.standard_error
-        assert estimate.finite_difference_error <= 0.01
-        assert estimate.converged
-        # One gradient a product and one at the weights; the exact product of auto has its own price.
-        check = 1.2 + 2.3 - 1 if route == "auto" else 0.0
-        assert estimate.price_gradients == pytest.approx(1 + estimate.num_matvecs + check)
+    estimate = sharpness(module, cross_entropy, [batch], route=route)
+    assert estimate.value == pytest.approx(reference, rel=0.01)
+    assert abs(estimate.value - reference) <= estimate.standard_error <= 0.03 * estimate.value
+    assert estimate.converged
+    assert estimate.route == "finite_difference"
+    # One gradient a product and one at the weights; the exact product of auto costs 1.2 + 2.3 instead of 1.
+    assert estimate.price_gradients == pytest.approx(1 + estimate.num_matvecs + (2.5 if route == "auto" else 0.0))
 
 
 @pytest.mark.acceptance
-def test_finite_differences_are_refused_on_networks_with_kinks():
-    module, batch = wide(nn.ReLU)
-    exact = sharpness(module, cross_entropy, [batch])
+@pytest.mark.parametrize("seed", range(6))
+def test_finite_differences_are_refused_on_networks_with_kinks(seed):
+    module, batch = wide(nn.ReLU, seed)
     auto = sharpness(module, cross_entropy, [batch], route="auto")
-    assert auto.finite_difference_error > 0.1
+    Hv = HessianOperator(module.eval(), cross_entropy, [batch])(auto.vector)
     assert auto.converged
-    assert auto.value == pytest.approx(exact.value, rel=0.01)
+    assert auto.route == "exact"
+    assert float((Hv - auto.value * auto.vector).norm()) == pytest.approx(auto.standard_error, rel=1e-2)
     assert auto.standard_error <= 0.03 * auto.value
     blind = sharpness(module, cross_entropy, [batch], route="finite_difference")
+    assert blind.route == "finite_difference"
     assert not blind.converged
-    assert blind.standard_error >= blind.finite_difference_error * blind.value
 
 
-def test_differences_that_stop_being_symmetric_are_dropped_between_checks():
+def test_differences_that_failed_are_not_tried_again_before_the_next_cold_start():
+    module, batch = wide(nn.ReLU)
+    probe = SharpnessProbe([batch], route="auto", cold_every=3)
+    estimates = [probe.measure(module, cross_entropy) for _ in range(4)]
+    assert [e.route for e in estimates] == ["exact"] * 4
+    assert [e.num_matvecs for e in estimates[1:3]] == [1, 1]
+    assert min(estimates[0].num_matvecs, estimates[3].num_matvecs) > 3
+
+
+def test_differences_that_were_trusted_are_still_checked():
     module, batch = wide(nn.ReLU)
     probe = SharpnessProbe([batch], route="auto")
-    exact = sharpness(module, cross_entropy, [batch], tol=1e-4, max_matvecs=100)
     probe.measure(module, cross_entropy)
-    state = probe.state_dict()
-    probe.load_state_dict({**state, "finite_difference_error": 0.0, "vector": torch.ones_like(state["vector"])})
+    probe.load_state_dict({**probe.state_dict(), "differences_failed": False})
     estimate = probe.measure(module, cross_entropy)
-    assert estimate.finite_difference_error > probe.tol
-    assert abs(estimate.value - exact.value) <= estimate.standard_error
-    probe.measure(module, cross_entropy)
-    assert probe.measure(module, cross_entropy).price_gradients == pytest.approx(1.2 + 2.3)  # exact from now on
+    assert (estimate.route, estimate.converged) == ("exact", True)
 
 
 @pytest.mark.parametrize("route", ["exact", "finite_difference", "auto"])

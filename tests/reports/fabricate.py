@@ -104,7 +104,7 @@ def law_loss(lr: np.ndarray, warmup: int) -> np.ndarray:
     counted[:warmup] = lr.max()
     area = annealing_area(counted, LAW["decay"])
     # the transient of the first steps, which no law describes
-    start = 3.2 * np.exp(-np.arange(len(lr)) / (0.03 * len(lr)))
+    start = 3.2 * np.exp(-np.arange(len(lr)) / (0.015 * len(lr)))
     scale = SHARED_LR / lr.max()  # one course for all peaks: what they differ by is the penalty
     off = 0.035 * math.log(lr.max() / 0.004) ** 2
     falling = 0.8 * LAW["A"] * np.cumsum(scale * counted) ** -LAW["alpha"]

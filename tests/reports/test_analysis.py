@@ -98,7 +98,7 @@ def test_seeds_and_probes_do_not_split_a_group(search_folder):
 def test_repeats_of_one_schedule_are_not_further_schedules(fabricate, tmp_path):
     points = [("constant", 0.003, 0.2), ("constant", 0.003, 0.2), ("cosine", 0.003, 0.2)]
     folder = fabricate.make_search(tmp_path / "s", steps=100, points=points)
-    with pytest.raises(UserError, match="got 3 runs at 0.003"):
+    with pytest.raises(UserError, match=r"got 3 runs at 0\.003"):
         annealing_curves(collect(folder))
 
 

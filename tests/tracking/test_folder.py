@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from landscape_ray.errors import UserError
+from landscape_ray.files import write_atomic
 from landscape_ray.records import RunSummary
-from landscape_ray.tracking.folder import FORMAT_VERSION, SweepFolder, find_sweeps, write_atomic
+from landscape_ray.tracking.folder import FORMAT_VERSION, SweepFolder, find_sweeps
 from landscape_ray.tracking.parts import PartWriter
 from landscape_ray.tracking.uris import default_tracking_uri, mask_secrets, resolve_tracking_uri
 
@@ -284,6 +285,16 @@ def test_rewind_counts_only_when_something_was_given_up(sweep: SweepFolder, make
     commit = trial.read()
     assert commit is not None
     assert (commit.num_parts, commit.num_rewinds) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [("folder", {"pyarrow", "mlflow", "ray", "torch"}), ("collect", {"mlflow", "ray", "torch"})],
+)
+def test_light_modules_stay_light(module: str, absent: set[str]) -> None:
+    code = f"import sys, landscape_ray.tracking.{module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert absent & set(loaded) == set()
 
 
 # ---- addresses

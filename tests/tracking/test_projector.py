@@ -152,16 +152,18 @@ def test_committed_rows_that_are_given_up_start_the_run_afresh(
     _holds(database, make, {"t1": 8})
 
 
+@pytest.mark.parametrize("same_projector", [True, False])
 def test_doubles_on_the_server_are_removed(
-    folder: SweepFolder, uri: str, database: Path, make: SimpleNamespace
+    folder: SweepFolder, uri: str, database: Path, make: SimpleNamespace, same_projector: bool
 ) -> None:
     make.write(folder.trial("t1"), 1, 10)
-    Projector(folder, uri, "exp").sync()
+    projector = Projector(folder, uri, "exp")
+    projector.sync()
     client = server.open_client(uri)
     for run in (*make.active_runs(database).values(),):  # as a creation whose answer came too late leaves them
         tags = client.get_run(run["run_id"]).data.tags
         client.create_run("1", tags={**tags, "mlflow.parentRunId": "gone"})
-    report = Projector(folder, uri, "exp").close()
+    report = (projector if same_projector else Projector(folder, uri, "exp")).close()
     assert report.error == ""
     _holds(database, make, {"t1": 10})
     runs = make.active_runs(database)
@@ -462,7 +464,7 @@ def test_close_gives_up_in_time_and_says_how_much_is_left(
     begun = time.monotonic()
     report = projector.close(timeout_seconds=0.5)
     assert time.monotonic() - begun < 5
-    assert "not everything was sent before the time was up; `landscape-ray resume`" in report.error
+    assert "not everything was sent before the time was up; `landscape-ray sync`" in report.error
     assert 0 < report.behind < 20
     monkeypatch.undo()
     healed = projector.close()

@@ -22,6 +22,7 @@ from landscape_ray.tracking import server
 from landscape_ray.tracking.collect import collect_mlflow
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.projector import Projector
+from landscape_ray.tracking.uris import mask_secrets
 
 
 def _free_port() -> int:
@@ -51,6 +52,12 @@ def test_check_refuses_addresses_that_are_not_supported(address: str) -> None:
 def test_check_refuses_a_store_without_a_file(address: str) -> None:
     with pytest.raises(UserError, match="tracking_uri must name a file"):
         Projector.check(address)
+
+
+def test_check_asks_for_the_password_that_was_not_written_down() -> None:
+    kept = mask_secrets("http://ada:s3cret@127.0.0.1:5000")
+    with pytest.raises(UserError, match=r"tracking_uri must hold its user and password, .*--tracking-uri"):
+        Projector.check(kept)
 
 
 def test_check_refuses_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,7 +211,7 @@ def test_a_checkpoint_is_whole_or_absent(tiny_config: TrainConfig, tmp_path: Pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(UserError, match=r"no space left to write .*state\.pt; free some space"):
+    with pytest.raises(UserError, match=r"cannot write .*state\.pt: no space left on device; free some space"):
         state.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]

@@ -1,0 +1,155 @@
+"""The driver is killed, or interrupted, in the middle of a sweep; another goes on. Nothing is lost, nothing doubled."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from landscape_ray.records import RunSummary
+from landscape_ray.tracking.collect import collect
+from landscape_ray.tracking.folder import SweepFolder
+
+STEPS = 120
+PATIENCE_SECONDS = 150.0
+
+
+def launch(here: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "landscape_ray.cli", *arguments]
+    return subprocess.Popen(
+        command, cwd=here, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def summaries(path: Path) -> dict[str, RunSummary]:
+    if not (path / "sweep.json").exists():
+        return {}
+    return {t.trial_id: s for t in SweepFolder.open(path).trials() if (s := t.summary()) is not None}
+
+
+def wait_until(driver: subprocess.Popen[str], path: Path, ready: Callable[[dict[str, RunSummary]], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        if driver.poll() is not None:
+            pytest.fail(f"the driver ended before it could be stopped: {driver.communicate()[0]}")
+        if ready(summaries(path)):
+            return
+        time.sleep(0.05)
+    driver.kill()
+    pytest.fail(f"not ready within {PATIENCE_SECONDS} s: {summaries(path)}")
+
+
+def finish(driver: subprocess.Popen[str]) -> str:
+    try:
+        out, _ = driver.communicate(timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        driver.kill()
+        pytest.fail(f"hangs: {driver.communicate()[0]}")
+    return out
+
+
+def check_whole(path: Path, num_trials: int, *, fixed_schedules: bool) -> None:
+    """Every trial is there once, ended, with every record once in the folder and in MLflow."""
+    collected = collect(path)
+    assert collected.warnings == []
+    assert Counter(run.status for run in collected.runs) == {"finished": num_trials}
+    rows = collected.records.to_pylist()
+    if fixed_schedules:
+        for run in collected.runs:
+            steps = [r["step"] for r in rows if r["run_id"] == run.run_id and r["kind"] == "step"]
+            assert steps == list(range(1, STEPS + 1))
+    client = MlflowClient(f"sqlite:///{path.parent / 'mlflow.db'}")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "landscape_ray")
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    trials = Counter(run.data.tags.get("landscape_ray.trial_id", "parent") for run in runs)
+    assert trials == Counter(["parent", *(run.run_id for run in collected.runs)])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        if (trial_id := run.data.tags.get("landscape_ray.trial_id")) is None:
+            continue
+        history = client.get_metric_history(run.info.run_id, "eval/loss_nats")
+        expected = [(r["step"], r["loss_nats"]) for r in rows if r["run_id"] == trial_id and r["kind"] == "eval"]
+        assert Counter((m.step, m.value) for m in history) == Counter(expected)
+
+
+def some_done_some_not(found: dict[str, RunSummary]) -> bool:
+    statuses = Counter(s.status for s in found.values())
+    return statuses["finished"] >= 1 and any(s.status == "running" and s.step >= 10 for s in found.values())
+
+
+@pytest.mark.acceptance
+def test_kill_9_in_the_middle_of_a_search(sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(sweep_text(train={**tiny, "num_steps": STEPS, "batch_size": 32}))
+    path = tmp_path / "runs" / "killed"
+    driver = launch(tmp_path, "sweep", "s.toml", "--name", "killed")
+    wait_until(driver, path, some_done_some_not)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    before = summaries(path)
+    assert any(s.status == "running" for s in before.values())
+
+    second = launch(tmp_path, "resume")  # needs no name: the newest unfinished sweep
+    out = finish(second)
+    assert second.returncode == 0, out
+    assert "resuming killed" in out
+    check_whole(path, 5, fixed_schedules=True)
+    after = summaries(path)
+    for trial_id, summary in before.items():
+        if summary.status == "finished":
+            assert after[trial_id] == summary, "a finished trial was run again"
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("synchronous", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_kill_9_in_the_middle_of_a_population(
+    sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path, synchronous: bool
+) -> None:
+    population = {"num_members": 4, "interval_steps": 10, "synchronous": synchronous}
+    train = {**tiny, "num_steps": STEPS, "batch_size": 32}
+    (tmp_path / "p.toml").write_text(sweep_text("population", train=train, population=population))
+    path = tmp_path / "runs" / "killed"
+    driver = launch(tmp_path, "sweep", "p.toml", "--name", "killed")
+    wait_until(driver, path, lambda found: len(found) == 4 and all(s.step >= 20 for s in found.values()))
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    second = launch(tmp_path, "resume", "killed")
+    out = finish(second)
+    assert second.returncode == 0, out
+    check_whole(path, 4, fixed_schedules=False)
+    rows = collect(path).records.to_pylist()
+    for run_id in summaries(path):
+        steps = [r["step"] for r in rows if r["run_id"] == run_id and r["kind"] == "step"]
+        assert steps[-1] == STEPS
+        resumed = [r["step"] for r in rows if r["run_id"] == run_id and r["event"] == "resume"]
+        assert len(resumed) <= 1
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(
+    sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "s.toml").write_text(sweep_text(train={**tiny, "num_steps": 20_000, "batch_size": 32}))
+    path = tmp_path / "runs" / "stopped"
+    driver = launch(tmp_path, "sweep", "s.toml", "--name", "stopped")
+    wait_until(driver, path, lambda found: any(s.step >= 10 for s in found.values()))
+    os.kill(driver.pid, number)
+    out = finish(driver)
+    assert driver.returncode == 130, out
+    assert "to go on: landscape-ray resume stopped" in out
+    assert "Traceback" not in out
+    assert json.loads((path / "sweep.json").read_text())["status"] == "interrupted"
+    client = MlflowClient(f"sqlite:///{path.parent / 'mlflow.db'}")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "landscape_ray")
+    statuses = {run.info.status for run in client.search_runs([experiment.experiment_id])}
+    assert statuses == {"KILLED"}

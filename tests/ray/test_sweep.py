@@ -1,0 +1,203 @@
+"""Whole sweeps on Ray: everything that was asked for is there, once, in the folder, in the study and in MLflow."""
+
+import io
+import json
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from mlflow import MlflowClient
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from rich.console import Console
+
+from landscape_ray.config import parse
+from landscape_ray.errors import UserError
+from landscape_ray.sweep.session import Outcome, new_sweep, outcome_text
+from landscape_ray.sweep.spec import SweepSpec
+from landscape_ray.tracking.collect import collect
+from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.tracking.uris import default_tracking_uri
+
+SweepText = Callable[..., str]
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def start(text: str, path: Path, name: str = "sweep") -> SweepFolder:
+    return new_sweep(parse(SweepSpec, tomllib.loads(text), "file"), text, path, name, None)
+
+
+def drive(folder: SweepFolder) -> tuple[Outcome, str]:
+    from landscape_ray.sweep.tuner import drive as drive_sweep
+
+    out = io.StringIO()
+    return drive_sweep(folder, Console(file=out, width=200)), out.getvalue()
+
+
+def check_records(folder: SweepFolder, num_trials: int, num_steps: int) -> None:
+    """Every update of every trial is recorded once, in order of its own course."""
+    collected = collect(folder.path)
+    assert collected.warnings == []
+    assert [run.status for run in collected.runs] == ["finished"] * num_trials
+    rows = collected.records.to_pylist()
+    for run in collected.runs:
+        steps = [row["step"] for row in rows if row["run_id"] == run.run_id and row["kind"] == "step"]
+        copied = any(row["event"] == "exploit" for row in rows if row["run_id"] == run.run_id)
+        if copied:  # a donor may have been at another step: updates are skipped or made again
+            assert steps[-1] == num_steps
+            assert all(a != b for a, b in pairwise(steps))
+        else:
+            assert steps == list(range(1, num_steps + 1))
+
+
+def check_mlflow(folder: SweepFolder, num_trials: int) -> None:
+    """One parent, one child a trial, and every evaluation and probe of the folder exactly once."""
+    client = MlflowClient(default_tracking_uri(folder.path.parent))
+    experiment = client.get_experiment_by_name(folder.meta["experiment"])
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId")]
+    parents = [run for run in runs if run not in children]
+    assert len(parents) == 1
+    assert Counter(run.data.tags["landscape_ray.trial_id"] for run in children) == Counter(
+        [trial.trial_id for trial in folder.trials()]
+    )
+    assert len(children) == num_trials
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    rows = collect(folder.path).records.to_pylist()
+    for run in children:
+        trial_id = run.data.tags["landscape_ray.trial_id"]
+        for key, kind, column in (("eval/loss_nats", "eval", "loss_nats"), ("probe/sharpness", "probe", "value")):
+            history = client.get_metric_history(run.info.run_id, key)
+            expected = [(r["step"], r[column]) for r in rows if r["run_id"] == trial_id and r["kind"] == kind]
+            assert sorted((m.step, m.value) for m in history) == sorted(expected)
+
+
+def study_of(folder: SweepFolder) -> optuna.Study:
+    storage = JournalStorage(JournalFileBackend(str(folder.study_path)))
+    return optuna.load_study(study_name=None, storage=storage)
+
+
+@pytest.mark.acceptance
+def test_a_search_runs_tracks_and_ends(sweep_text: SweepText, tmp_path: Path) -> None:
+    folder = start(sweep_text(), tmp_path)
+    outcome, shown = drive(folder)
+    assert outcome.status == "finished"
+    assert outcome.counts == {"finished": 5}
+    assert outcome.failures == {}
+    check_records(folder, 5, 10)
+    check_mlflow(folder, 5)
+    values = [t.value for t in study_of(folder).get_trials()]
+    losses = {run.run_id: run.final_loss_nats for run in collect(folder.path).runs}
+    assert values == [losses[f"t{number:04d}"] for number in range(5)]
+    assert outcome.best is not None
+    assert outcome.best.final_loss_nats == min(losses.values())
+    assert "t0004 finished" in shown
+    text = outcome_text(outcome)
+    assert "next: landscape-ray report sweep" in text
+    assert not folder.ray_path.exists()
+
+    again, _ = drive(folder)  # nothing is left to do
+    assert again.counts == {"finished": 5}
+    check_mlflow(folder, 5)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("synchronous", [False, True])
+def test_a_population_trains_copies_and_mutates(
+    tiny: dict[str, Any], sweep_text: SweepText, tmp_path: Path, synchronous: bool
+) -> None:
+    text = sweep_text(
+        "population",
+        train={**tiny, "num_steps": 40},
+        population={"num_members": 4, "interval_steps": 10, "quantile_fraction": 0.5, "synchronous": synchronous},
+        commit_steps=5,
+    )
+    folder = start(text, tmp_path)
+    outcome, _ = drive(folder)
+    assert outcome.counts == {"finished": 4}
+    check_records(folder, 4, 40)
+    check_mlflow(folder, 4)
+    rows = collect(folder.path).records.to_pylist()
+    exploits = [row for row in rows if row["event"] == "exploit"]
+    assert exploits
+    for event in exploits:
+        assert event["donor"] != event["run_id"]
+        assert event["step"] == event["donor_step"]
+        donor_evals = [r["step"] for r in rows if r["run_id"] == event["donor"] and r["kind"] == "eval"]
+        assert event["donor_step"] in donor_evals
+        own = [r for r in rows if r["run_id"] == event["run_id"]]
+        after = next(r for r in own[own.index(event) :] if r["kind"] == "step")
+        assert after["step"] == event["step"] + 1
+        assert after["lr"] == pytest.approx(json.loads(event["detail"])["schedule.peak_lr"])
+        assert 1e-3 <= after["lr"] <= 1e-1
+
+
+def test_a_failed_trial_is_reported_and_tried_again(sweep_text: SweepText, tmp_path: Path) -> None:
+    text = sweep_text(resources={"cpus_per_trial": 1, "max_failures": 0})
+    folder = start(text, tmp_path)
+    checkpoint = folder.trial("t0001").checkpoint_path / "state.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"rubbish")
+    outcome, shown = drive(folder)
+    assert outcome.status == "incomplete"
+    assert outcome.counts == {"finished": 4, "failed": 1}
+    assert "delete it to start this run anew" in outcome.failures["t0001"]
+    assert "t0001 failed" in shown
+    assert "to go on: landscape-ray resume sweep" in outcome_text(outcome)
+
+    checkpoint.unlink()
+    outcome, _ = drive(folder)
+    assert outcome.counts == {"finished": 5}
+    check_records(folder, 5, 10)
+    check_mlflow(folder, 5)
+
+
+def test_a_trial_that_fits_no_node_is_refused(sweep_text: SweepText, tmp_path: Path) -> None:
+    text = sweep_text(resources={"cpus_per_trial": 64})
+    with pytest.raises(UserError, match=r"resources.cpus_per_trial must fit on one node, got 64; the largest .* 2 CPU"):
+        drive(start(text, tmp_path, "cpu"))
+    text = sweep_text(resources={"gpus_per_trial": 1})
+    with pytest.raises(UserError, match=r"resources.gpus_per_trial must fit on one node, got 1; the largest .* 0 GPU"):
+        drive(start(text, tmp_path, "gpu"))
+
+
+@pytest.mark.acceptance
+def test_a_sweep_attaches_to_a_cluster_by_its_address(sweep_text: SweepText, tmp_path: Path) -> None:
+    import ray
+
+    (tmp_path / "s.toml").write_text(sweep_text())
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "landscape_ray.cli", "sweep", "s.toml", "--name", "there", "--address", address]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"starting Ray at {address}" in done.stdout
+    assert "5 finished" in done.stdout
+    assert ray.is_initialized()
+
+
+def test_a_cluster_that_does_not_answer_is_named(sweep_text: SweepText, tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(sweep_text())
+    command = [
+        sys.executable,
+        "-m",
+        "landscape_ray.cli",
+        "sweep",
+        "s.toml",
+        "--name",
+        "there",
+        "--address",
+        "127.0.0.1:1",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "no Ray cluster answers at '127.0.0.1:1'" in done.stderr
+    assert "Traceback" not in done.stderr

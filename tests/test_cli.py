@@ -1,0 +1,199 @@
+"""The command line as a user meets it: what it prints, and that a mistake is one sentence and exit status 2."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from landscape_ray import cli
+from landscape_ray.tracking.folder import SweepFolder
+
+SPEC = """
+name = "small"
+commit_steps = 5
+[train]
+num_steps = 10
+batch_size = 4
+data = { context_length = 16 }
+model = { depth = 1, width = 16, num_heads = 2 }
+schedule = { peak_lr = 0.01 }
+eval = { every_steps = 5, num_batches = 1, batch_size = 4 }
+"""
+SEARCH = SPEC + '[space]\n"schedule.peak_lr" = { log_uniform = [1e-3, 1e-2] }\n[search]\nnum_trials = 2\n'
+
+
+def run(capsys: Any, *arguments: str) -> tuple[int, str, str]:
+    """Run the command line in this process; return exit status, output and errors."""
+    before = sys.argv
+    sys.argv = ["landscape-ray", *arguments]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        sys.argv = before
+    captured = capsys.readouterr()
+    code = ended.value.code
+    return (code if isinstance(code, int) else 0), captured.out, " ".join(captured.err.split())
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: Any) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "search.toml").write_text(SEARCH)
+    (tmp_path / "train.toml").write_text(SPEC)
+    return tmp_path
+
+
+def left_behind(here: Path) -> list[str]:
+    return [p.name for p in (here / "runs").iterdir()] if (here / "runs").exists() else []
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("num_steps = 10", "num_stepss = 10"), "unknown key 'num_stepss'; did you mean 'num_steps'?"),
+        (("num_steps = 10", 'num_steps = "ten"'), "'num_steps' input should be a valid integer, got 'ten'"),
+        (("batch_size = 4\nd", "batch_size = 0\nd"), "'batch_size' input should be greater than or equal to 1, got 0"),
+        (("[1e-3, 1e-2]", "[1e-2, 1e-3]"), "log_uniform must be [low, high] with low < high"),
+        (("num_trials", "numtrials"), "unknown key 'search.numtrials'; did you mean 'num_trials'?"),
+        (("context_length = 16", 'context_length = 16, source = "nowhere"'), "nowhere"),
+        (("[search]\nnum_trials = 2\n", ""), "must have a [search] or a [population] table"),
+        (("name =", "name = ="), "is not valid TOML"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_sentence(here: Path, capsys: Any, change: tuple[str, str], message: str) -> None:
+    (here / "bad.toml").write_text(SEARCH.replace(*change))
+    code, _, err = run(capsys, "sweep", "bad.toml")
+    assert code == 2
+    assert message in err
+    assert err.startswith("error:")
+    assert "Traceback" not in err
+    assert left_behind(here) == []
+
+
+def test_a_missing_file_is_named(here: Path, capsys: Any) -> None:
+    code, _, err = run(capsys, "sweep", "serach.toml")
+    assert (code, "no such file: serach.toml" in err, "search.toml" in err) == (2, True, True)
+
+
+@pytest.mark.acceptance
+def test_an_empty_or_tiny_corpus_is_refused_before_anything_starts(here: Path, capsys: Any) -> None:
+    for content in ("", "short\n"):
+        corpus = here / "corpus"
+        corpus.mkdir(exist_ok=True)
+        (corpus / "a.txt").write_text(content)
+        (here / "bad.toml").write_text(SEARCH.replace("context_length = 16", 'context_length = 16, source = "corpus"'))
+        code, _, err = run(capsys, "sweep", "bad.toml")
+        assert code == 2
+        assert "corpus" in err
+        assert left_behind(here) == []
+
+
+@pytest.mark.acceptance
+def test_a_sweep_that_exists_is_not_overwritten(here: Path, capsys: Any) -> None:
+    (here / "runs" / "mine").mkdir(parents=True)
+    (here / "runs" / "mine" / "precious").write_text("x")
+    code, _, err = run(capsys, "sweep", "search.toml", "--name", "mine")
+    assert code == 2
+    assert "runs/mine exists; use another --name, or `landscape-ray resume mine`" in err
+    assert (here / "runs" / "mine" / "precious").read_text() == "x"
+
+
+@pytest.mark.acceptance
+def test_a_tracking_server_that_does_not_answer_is_named(here: Path, capsys: Any) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code, _, err = run(capsys, "sweep", "search.toml", "--tracking-uri", f"http://user:secret@127.0.0.1:{port}")
+    assert code == 2
+    assert "does not answer" in err
+    assert "secret" not in err
+    assert left_behind(here) == []
+
+
+@pytest.mark.acceptance
+def test_a_full_disk_is_named_before_anything_starts(here: Path, capsys: Any, monkeypatch: Any) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(here)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10 * 2**20))
+    code, _, err = run(capsys, "sweep", "search.toml")
+    assert code == 2
+    assert "no space left for runs: 10 MiB free, at least 256 MiB needed" in err
+    assert left_behind(here) == []
+
+
+@pytest.mark.acceptance
+def test_train_runs_without_ray_and_every_verb_reads_the_result(here: Path, capsys: Any) -> None:
+    code, out, _ = run(capsys, "train", "train.toml", "--name", "one")
+    assert code == 0
+    assert "sweep one finished" in out
+    assert "1 finished" in out
+    summary = SweepFolder.open(here / "runs" / "one").trial("t0000").summary()
+    assert summary is not None
+    assert summary.status == "finished"
+
+    assert "one" in run(capsys, "list")[1]
+    code, out, _ = run(capsys, "sync", "one")
+    assert (code, "the server is up to date" in out) == (0, True)
+    code, _, err = run(capsys, "fit", "one")
+    assert (code, "[[search.initial]]" in err) == (2, True)
+    code, _, err = run(capsys, "predict", "one")
+    assert (code, "has no fitted law; run `landscape-ray fit one`" in err) == (2, True)
+    code, out, _ = run(capsys, "report", "one")
+    assert code == 0
+    page = (here / "runs" / "one" / "report.html").read_text()
+    assert "t0000" in page
+    code, _, err = run(capsys, "resume")
+    assert (code, "no unfinished sweep in runs" in err) == (2, True)
+    code, out, _ = run(capsys, "resume", "one")
+    assert (code, "sweep one finished" in out) == (0, True)
+
+
+def test_sweeps_that_are_not_there_are_named(here: Path, capsys: Any) -> None:
+    for verb in ("fit", "predict", "report", "sync", "resume"):
+        code, _, err = run(capsys, verb, "nothing")
+        assert code == 2, verb
+        assert "no sweep 'nothing' in runs; there: none" in err, verb
+    assert run(capsys, "list")[0] == 0
+    code, _, err = run(capsys, "report")
+    assert (code, "no sweep in runs" in err) == (2, True)
+    code, _, err = run(capsys, "fit", str(here / "elsewhere"))
+    assert (code, "not a sweep folder" in err) == (2, True)
+
+
+def test_a_sweep_is_run_by_one_process_at_a_time(here: Path, capsys: Any) -> None:
+    run(capsys, "train", "train.toml", "--name", "one")
+    with SweepFolder.open(here / "runs" / "one").lock():
+        code, _, err = run(capsys, "resume", "one")
+    assert code == 2
+    assert f"already being run by process {os.getpid()}" in err
+
+
+def test_the_ui_needs_runs_and_a_free_port(here: Path, capsys: Any) -> None:
+    code, _, err = run(capsys, "ui")
+    assert (code, "no tracked runs in runs" in err) == (2, True)
+    run(capsys, "train", "train.toml", "--name", "one")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, _, err = run(capsys, "ui", "--port", str(taken.getsockname()[1]))
+    assert (code, "give another --port" in err) == (2, True)
+    code, out, _ = run(capsys, "ui", "--tracking-uri", "http://name:word@example.org")
+    assert (code, "http://***@example.org" in out) == (0, True)
+
+
+def test_the_folder_says_how_it_was_made(here: Path, capsys: Any) -> None:
+    run(capsys, "train", "train.toml", "--name", "one")
+    folder = SweepFolder.open(here / "runs" / "one")
+    assert folder.spec_text == SPEC
+    meta = json.loads((folder.path / "sweep.json").read_text())
+    assert meta["status"] == "finished"
+    assert meta["versions"]["torch"]
+    assert meta["hardware"]["cpus"] == os.cpu_count()
