@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -13,6 +14,7 @@ from landscape_ray.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from landscape_ray.sweep.session import Outcome
     from landscape_ray.tracking.folder import SweepFolder
 
 app = typer.Typer(
@@ -59,8 +61,9 @@ def sweep(
     """Run a sweep: every trial a training run, tracked in MLflow and as Parquet."""
     from landscape_ray.sweep.session import new_sweep
     from landscape_ray.sweep.spec import read_spec
-    from landscape_ray.sweep.tuner import drive
+    from landscape_ray.sweep.tuner import check_address, drive
 
+    check_address(address)
     parsed, text = read_spec(spec)
     if parsed.search is None and parsed.population is None:
         raise UserError(f"{spec} must have a [search] or a [population] table; for a single run: landscape-ray train")
@@ -295,35 +298,37 @@ def _attach(folder: SweepFolder, paths: list[Path], console: Console) -> None:
         console.print(f"[yellow]not added to MLflow:[/yellow] {problem}", highlight=False)
 
 
-def _finish(outcome: object, console: Console) -> None:
-    """Print how a sweep ended and leave with its exit status: 0 done, 130 interrupted, 1 trials failed."""
-    from landscape_ray.sweep.session import Outcome, outcome_text
+def _finish(outcome: Outcome, console: Console) -> None:
+    """Print how a sweep ended and leave with its exit status."""
+    from landscape_ray.sweep.session import exit_status, outcome_text
 
-    assert isinstance(outcome, Outcome)
     console.print(outcome_text(outcome), highlight=False, soft_wrap=True)
-    code = {"finished": 0, "interrupted": 130}.get(outcome.status, 1)
-    if code:
+    if code := exit_status(outcome):
         raise typer.Exit(code)
 
 
 def main() -> NoReturn:
-    """Run the command line; a mistake of the user is one sentence and exit status 2."""
+    """Run the command line; a mistake of the user, or a full disk, is one sentence and exit status 2."""
     try:
         app(standalone_mode=True)
     except UserError as error:
-        from rich.console import Console
-
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {_plain(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" to write {error.filename}" if error.filename else ""
+        _fail(f"no space left{where}; free some space, then `landscape-ray resume` goes on")
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
 
 
-def _plain(text: str) -> str:
+def _fail(message: str) -> NoReturn:
+    from rich.console import Console
     from rich.markup import escape
 
-    return escape(text)
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 A GPT-like model (4 layers, width 64, context 128, batch 8 x 128, bytes) after some AdamW updates on synthetic text, on
 one CPU core. Times are CPU seconds; 1 g is one gradient on the probe batch; errors are relative to a Lanczos solve in
-float64 to a residual of 1e-4. The peers solve with the same exact products, on a graph that is kept:
+float64 to a residual of 1e-3 (errors near 1e-6). The peers solve with the same exact products, on a graph that is kept:
 
     power       power iteration as PyHessian does it: random start, stop when the value changes by less than tol
     eigsh       ARPACK as curvlinops is commonly used with it: scipy's eigsh(k=1, which="LA") with its defaults
@@ -34,7 +34,7 @@ from landscape_ray.probes.operators import CurvatureOperator, FiniteDifferenceHe
 from landscape_ray.probes.sharpness import sharpness
 
 VOCABULARY, CONTEXT, BATCH, WIDTH, HEADS, DEPTH = 256, 128, 8, 64, 4, 4
-WARM_UP_STEPS, TRACKED_STEPS, EVERY = 50, 150, 25
+WARM_UP_STEPS, TRACKED_STEPS, EVERY = 50, 125, 25
 SEEDS = range(3)
 
 
@@ -150,7 +150,7 @@ def pyhessian_value(module: nn.Module, batch: tuple[Tensor, Tensor], tol: float)
 def prices(module: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
     """Print the price of one product by route; return the CPU seconds of one gradient."""
     parameters = list(module.parameters())
-    gradient = repeated(lambda: torch.autograd.grad(next_byte_loss(module, batch), parameters), 9)
+    gradient = repeated(lambda: torch.autograd.grad(next_byte_loss(module, batch), parameters), 7)
     size = sum(p.numel() for p in parameters)
     print(f"\nOne Hessian-vector product; 1 g = {1e3 * gradient:.0f} ms of CPU, {size} weights")
     operators: dict[str, CurvatureOperator] = {
@@ -162,7 +162,7 @@ def prices(module: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
     exact = operators["exact, graph kept"](v)
     for name, operator in operators.items():
         error = float((operator(v) - exact).norm() / exact.norm())
-        cost = repeated(lambda operator=operator: operator(v), 9)  # type: ignore[misc]
+        cost = repeated(lambda operator=operator: operator(v), 7)  # type: ignore[misc]
         print(f"  {name:<24} {cost / gradient:5.2f} g   charged {operator.matvec_gradients:.1f} g   error {error:.1e}")
     return gradient
 
@@ -191,7 +191,7 @@ def cold_solves(module: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     print(f"\nTop eigenvalue, cold, {len(SEEDS)} seeds; reference {reference:.4f}")
     rows: dict[str, list[Solve]] = {}
     for seed in SEEDS:
-        for route, tol in (("exact", 0.03), ("exact", 0.01), ("finite_difference", 0.03), ("auto", 0.03)):
+        for route, tol in (("exact", 0.03), ("exact", 0.005), ("auto", 0.03), ("auto", 0.005)):
             settings: dict[str, Any] = {"route": route, "tol": tol, "seed": seed}
             solved = timed(lambda: sharpness(module, next_byte_loss, [batch], **settings))  # noqa: B023
             rows.setdefault(f"ours, {route}, tol {tol}", []).append(of_estimate(*solved))
@@ -219,7 +219,7 @@ def peers(seed: int) -> dict[str, Callable[[HessianOperator], float]]:
 def first_below(module: nn.Module, batch: tuple[Tensor, Tensor], reference: float) -> None:
     """Print how many products bring the value within one percent, whatever the stopping rule would say."""
     needed: dict[str, list[int]] = {"Lanczos": [], "power": []}
-    most = 30
+    most = 24
     for seed in SEEDS:
         operator = HessianOperator(module, next_byte_loss, [batch])
         for name in needed:
@@ -246,7 +246,7 @@ def first_below(module: nn.Module, batch: tuple[Tensor, Tensor], reference: floa
 def converged(module: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
     """Return the top eigenvalue in float64; the bound of the result is checked."""
     twin = copy.deepcopy(module).double()
-    estimate = sharpness(twin, next_byte_loss, [batch], tol=1e-4, max_matvecs=60)
+    estimate = sharpness(twin, next_byte_loss, [batch], tol=1e-3, max_matvecs=60)
     if not estimate.converged:
         raise RuntimeError(f"the reference did not converge: {estimate}")
     return estimate.value
@@ -259,7 +259,6 @@ def tracking(
         "ours, warm, exact": SharpnessProbe([batch], cold_every=10**6),
         "ours, cold, exact": SharpnessProbe([batch], cold_every=1),
         "ours, warm, differences": SharpnessProbe([batch], cold_every=10**6, route="finite_difference"),
-        "ours, cold, differences": SharpnessProbe([batch], cold_every=1, route="finite_difference"),
         "ours, as shipped, auto": SharpnessProbe([batch], route="auto"),
     }
     rows: dict[str, list[Solve]] = {}

@@ -117,6 +117,21 @@ def test_a_tracking_server_that_does_not_answer_is_named(here: Path, capsys: Any
     assert left_behind(here) == []
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at '127.0.0.1:1'"),
+        ("ray://127.0.0.1:1", "no Ray cluster answers at 'ray://127.0.0.1:1'"),
+        ("here", "--address must be host:port, ray://host:port or auto, got 'here'"),
+    ],
+)
+def test_a_cluster_that_does_not_answer_is_named(here: Path, capsys: Any, address: str, message: str) -> None:
+    code, _, err = run(capsys, "sweep", "search.toml", "--address", address)
+    assert code == 2
+    assert message in err
+    assert left_behind(here) == []
+
+
 @pytest.mark.acceptance
 def test_a_full_disk_is_named_before_anything_starts(here: Path, capsys: Any, monkeypatch: Any) -> None:
     import shutil

@@ -58,7 +58,8 @@ def sharpness(
         finite_difference: one gradient a product, for networks without kinks; then value and residual anew by a finer
             central difference along the vector, two gradients. The Hessian is that of the loss as differences see it.
         auto: finite differences; then value and residual anew by one exact product along the vector. Where that
-            residual misses `tol`, or the differences are not symmetric, exact products go on from there.
+            residual misses `tol`, or the differences are not symmetric, exact products go on from there. With
+            tol below 0.02 they mostly do, and still save products by what the differences found.
 
     Args:
         module: any module, float32 or float64; data-parallel wrappers taken off.
@@ -66,9 +67,10 @@ def sharpness(
         batches: pairs `(batch, num_examples)`, batches with `num_examples`, or a single batch.
         start: first Lanczos vector, flat over the trainable parameters; the `vector` of an earlier estimate saves
             products. None draws one.
-        tol: residual to reach, relative to the value, > 0. The value is then about tol^2 too low where the largest
-            eigenvalue stands alone. Eigenvalues closer than 2 tol are not told apart, and a start vector with almost
-            no part along the largest can settle on the next one: a few percent too low, measured 1 time in 20.
+        tol: residual to reach, relative to the value, > 0. It bounds the distance to some eigenvalue; one that lies
+            a little below the largest is returned where the start vector has hardly any part along the largest.
+            On a small GPT, over 50 random starts: 0.03 took 8 products for a median error of 0.1 %, but 10 times it was
+            above 1 %, once 13 %; 0.01 took 10 products, 2 times above 1 %; 0.005 took 12, never above 0.1 %.
         max_matvecs: most products of one Lanczos run, >= 1; memory: one vector of the size of the parameters for each.
         route: see above.
         seed: of the start vector.

@@ -28,14 +28,14 @@ from landscape_ray.errors import UserError
 from landscape_ray.records import RunSummary
 from landscape_ray.sweep.display import Dashboard, duration
 from landscape_ray.sweep.run import TrialRun, trial_id_of
-from landscape_ray.sweep.spec import SweepSpec, read_spec
+from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.projector import Projector, SyncReport
 from landscape_ray.tracking.uris import default_tracking_uri, resolve_tracking_uri
 from landscape_ray.training import TrainConfig
 
 FREE_BYTES_FLOOR = 256 * 2**20
-"""A sweep doesn't start with less free space than this plus its own checkpoints."""
+"""A sweep doesn't start with less free space than this."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Outcome:
         folder: where everything is.
         status: finished (every trial ended), interrupted (by the user) or incomplete (some trials failed).
         counts: number of trials by status.
-        failures: for each failed trial, one sentence that says why.
+        failures: for each failed trial, what it failed of.
         best: the run with the lowest final held-out loss, None if none has one.
         sync: what the tracking server has received.
         seconds: wall-clock time of this driver.
@@ -55,7 +55,7 @@ class Outcome:
     folder: SweepFolder
     status: str
     counts: dict[str, int]
-    failures: dict[str, str]
+    failures: dict[str, BaseException]
     best: RunSummary | None
     sync: SyncReport
     seconds: float
@@ -71,18 +71,18 @@ def new_sweep(spec: SweepSpec, text: str, results: Path, name: str | None, track
     path = results / name
     if path.exists():
         raise UserError(f"{path} exists; use another --name, or `landscape-ray resume {name}` to go on with it")
-    check_space(results, spec)
+    check_space(results)
     uri = resolve_tracking_uri(tracking_uri, results)
     results.mkdir(parents=True, exist_ok=True)
     Projector.check(uri)
-    config = first_config(spec)
-    open_text(config.data)
+    open_text(first_config(spec).data)
     meta = {
         "name": name,
         "seed": spec.seed,
         # the default store is found beside the sweeps, so that a results folder can be moved
         "tracking_uri": None if uri == default_tracking_uri(results) else uri,
         "experiment": spec.experiment,
+        "launched_in": str(Path.cwd()),
         "spec_id": config_id(spec),
         "status": "pending",
         "attempts": 0,
@@ -97,8 +97,8 @@ def first_config(spec: SweepSpec) -> TrainConfig:
     return spec.train_config(spec.first_values(), 0)
 
 
-def check_space(results: Path, spec: SweepSpec) -> None:
-    """Raise if the disk can't hold the sweep's checkpoints.
+def check_space(results: Path) -> None:
+    """Raise if the disk is all but full.
 
     Raises:
         UserError: names the folder, what is free and what is needed.
@@ -130,7 +130,7 @@ def hardware() -> dict[str, Any]:
 
 def train_one(folder: SweepFolder, console: Console, tracking_uri: str | None = None) -> Outcome:
     """Run the [train] table as a single run in this process, without Ray; continues where a checkpoint is."""
-    spec, _ = read_spec(folder.spec_path)
+    spec = spec_of(folder)
     started = time.monotonic()
     with projected(folder, spec, tracking_uri) as projector, quiet_termination():
         values = spec.first_values() if spec.space else {}
@@ -161,13 +161,16 @@ def conclude(
     folder: SweepFolder,
     spec: SweepSpec,
     projector: Projector,
-    failures: dict[str, str],
+    failures: dict[str, BaseException],
     started: float,
     num_trials: int,
 ) -> Outcome:
-    """Settle statuses on disk, bring the tracking server up to date, and sum up."""
-    for trial_id, why in failures.items():
-        folder.trial(trial_id).set_status("failed", why)
+    """Settle statuses on disk, bring the tracking server up to date, and sum up. No trial may be running any more."""
+    for trial_id, error in failures.items():
+        folder.trial(trial_id).set_status("failed", reason(error))
+    for trial in folder.trials():
+        if (summary := trial.summary()) is not None and summary.status == "running":
+            trial.set_status("pending", f"interrupted at step {summary.step}")
     summaries = [s for trial in folder.trials() if (s := trial.summary()) is not None]
     counts: dict[str, int] = {}
     for summary in summaries:
@@ -177,9 +180,10 @@ def conclude(
     folder.update_meta(status=status, ended_unix=time.time())
     finished = [s for s in summaries if s.status == "finished"]
     best = min(finished, key=lambda s: s.final_loss_nats, default=None)
+    searcher = spec.search.sampler if spec.search else "pbt" if spec.population else "none"
     projector.set_parent(
         metrics={"sweep/best_loss_nats": best.final_loss_nats, "sweep/num_trials": float(ended)} if best else {},
-        tags={"landscape_ray.status": status},
+        tags={"landscape_ray.status": status, "landscape_ray.searcher": searcher},
         description=describe(spec, counts, best),
     )
     sync = projector.close(timeout_seconds=30.0)
@@ -198,10 +202,14 @@ def describe(spec: SweepSpec, counts: dict[str, int], best: RunSummary | None) -
 
 @contextlib.contextmanager
 def projected(folder: SweepFolder, spec: SweepSpec, tracking_uri: str | None) -> Iterator[Projector]:
-    """Hold the sweep's lock, with a projector running in the background."""
+    """Hold the sweep's lock, with a projector running in the background.
+
+    Only an address that the user has just given is checked: a server that died since keeps nobody from training.
+    """
     with folder.lock():
         uri = resolve_tracking_uri(tracking_uri, folder.path.parent, folder.meta.get("tracking_uri"))
-        Projector.check(uri)
+        if tracking_uri is not None:
+            Projector.check(uri)
         projector = Projector(folder, uri, spec.experiment)
         projector.start()
         try:
@@ -228,6 +236,23 @@ def quiet_termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def reason(error: BaseException) -> str:
+    """Return in one line why a trial failed: the innermost error, without the traceback."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, UserError):
+        return str(cause)
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1].strip()}" if lines else type(cause).__name__
+
+
+def exit_status(outcome: Outcome) -> int:
+    """Return what the command ends with: 0 done, 130 interrupted, 2 what the user can mend, 1 other failures."""
+    if outcome.status in ("finished", "interrupted"):
+        return 0 if outcome.status == "finished" else 130
+    causes = [getattr(error, "cause", None) or error for error in outcome.failures.values()]
+    return 2 if all(isinstance(cause, UserError) for cause in causes) else 1
+
+
 def outcome_text(outcome: Outcome) -> str:
     """Return how a sweep ended, for the terminal: result, failures, and what to do next."""
     name = outcome.folder.path.name
@@ -236,7 +261,7 @@ def outcome_text(outcome: Outcome) -> str:
     if outcome.best is not None:
         bits = outcome.best.final_loss_nats / 0.6931471805599453
         lines.append(f"best: {outcome.best.run_id}, {outcome.best.final_loss_nats:.4f} nats/token ({bits:.4f} bits)")
-    lines += [f"{trial_id} failed: {why}" for trial_id, why in sorted(outcome.failures.items())]
+    lines += [f"{trial_id} failed: {reason(error)}" for trial_id, error in sorted(outcome.failures.items())]
     if outcome.sync.behind:
         lines.append(f"tracking server is behind ({outcome.sync.error}); `landscape-ray sync {name}` sends the rest")
     if outcome.status == "finished":

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from landscape_ray.config import Model, flatten, parse, read_toml, with_values
 from landscape_ray.domains import Domain, Value, applies, in_order
 from landscape_ray.errors import UserError
+from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.training import TrainConfig
 
 Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc"]
@@ -200,3 +201,18 @@ def read_spec(path: Path) -> tuple[SweepSpec, str]:
     """
     data = read_toml(path)
     return parse(SweepSpec, data, str(path)), path.read_text(encoding="utf-8")
+
+
+def spec_of(folder: SweepFolder) -> SweepSpec:
+    """Return the sweep that a folder was made for.
+
+    A relative path of data means what it meant where the sweep was launched: trials run in other working directories,
+    and a resume may.
+    """
+    spec, _ = read_spec(folder.spec_path)
+    data = dict(spec.train.get("data", {}))
+    source = data.get("source", "stdlib")
+    if source != "stdlib":
+        data["source"] = str(Path(folder.meta["launched_in"]) / Path(source).expanduser())
+        spec = spec.model_copy(update={"train": {**spec.train, "data": data}})
+    return spec

@@ -9,7 +9,7 @@ import torch
 from ray import tune
 
 from landscape_ray.sweep.run import CHECKPOINT, TrialRun, index_of
-from landscape_ray.sweep.spec import read_spec
+from landscape_ray.sweep.spec import spec_of
 from landscape_ray.tracking.folder import SweepFolder
 
 
@@ -34,9 +34,8 @@ class SweepTrainable(tune.Trainable):
         if self._opened is None:
             torch.set_num_threads(self._given["num_threads"])
             folder = SweepFolder.open(Path(self._given["sweep_path"]))
-            spec, _ = read_spec(folder.spec_path)
             self._opened = TrialRun(
-                spec,
+                spec_of(folder),
                 folder.trial(self.trial_name),
                 index_of(self.trial_name),
                 dict(self._given["trial"]["values"]),

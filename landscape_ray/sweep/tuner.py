@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,9 +27,11 @@ from landscape_ray.sweep.display import Dashboard
 from landscape_ray.sweep.population import build_population_scheduler, members
 from landscape_ray.sweep.searcher import OBJECTIVE, OptunaSearcher
 from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected, quiet_termination
-from landscape_ray.sweep.spec import SweepSpec, read_spec
+from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.sweep.trainable import SweepTrainable
 from landscape_ray.tracking.folder import SweepFolder
+
+CONNECT_SECONDS = 5.0
 
 CHECKPOINTS_KEPT = 6
 """Ray's own checkpoints of a population's member; an exploit needs the donor's last one or two."""
@@ -49,7 +52,8 @@ def drive(
         UserError: another driver runs the sweep, the cluster can't be reached or is too small, or the tracking server
             doesn't answer.
     """
-    spec, _ = read_spec(folder.spec_path)
+    check_address(address)
+    spec = spec_of(folder)
     started = time.monotonic()
     with projected(folder, spec, tracking_uri) as projector, quiet_termination():
         console.print(f"[dim]starting Ray {'at ' + address if address else 'on this machine'} ...[/dim]")
@@ -59,7 +63,7 @@ def drive(
         return conclude(folder, spec, projector, failures, started, spec.num_trials)
 
 
-def _fit(folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int) -> dict[str, str]:
+def _fit(folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int) -> dict[str, BaseException]:
     """Run Ray Tune on the trials that are left; return why trials failed."""
     known = {trial.trial_id: s for trial in folder.trials() if (s := trial.summary()) is not None}
     shutil.rmtree(folder.ray_path, ignore_errors=True)  # Ray's scratch of an earlier driver; nothing is read from it
@@ -112,7 +116,7 @@ def _fit(folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int) -
         except KeyboardInterrupt:
             dashboard.note = "stopping; work up to the last checkpoint of each trial is safe"
     shutil.rmtree(folder.ray_path, ignore_errors=True)
-    return {trial_id: reason(error) for trial_id, error in callback.failures.items()}
+    return callback.failures
 
 
 class DashboardCallback(Callback):
@@ -167,15 +171,28 @@ def _name_of(trial: Any) -> str:
     return str(trial.config["trial"]["trial_id"])
 
 
-def reason(error: BaseException) -> str:
-    """Return in one line why a trial failed: the innermost error, without the traceback."""
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, UserError):
-        return str(cause)
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else ""
-    name = type(cause).__name__
-    return last if name in last or name in ("TuneError", "RayTaskError") else f"{name}: {last}"
+def check_address(address: str | None) -> None:
+    """Raise if nobody listens where the cluster should be; Ray itself would wait for minutes.
+
+    Args:
+        address: as for `drive`; `auto`, `local` and None are Ray's to find.
+
+    Raises:
+        UserError: no answer within a few seconds, or not an address.
+    """
+    if address in (None, "auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--address must be host:port, ray://host:port or auto, got '{address}'")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(_no_cluster(address, error)) from None
+
+
+def _no_cluster(address: str | None, error: BaseException) -> str:
+    return f"no Ray cluster answers at '{address}' ({error}); check --address, or leave it out to run here"
 
 
 @contextlib.contextmanager
@@ -202,9 +219,7 @@ def _ray(address: str | None, spec: SweepSpec) -> Iterator[None]:
             options = {"include_dashboard": False} if address is None else {}
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
         except ConnectionError as error:
-            raise UserError(
-                f"no Ray cluster answers at '{address}' ({error}); check --address, or leave it out to run here"
-            ) from None
+            raise UserError(_no_cluster(address, error)) from None
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are in the outcome, in one line each
     try:
         _check_resources(spec)

@@ -128,7 +128,12 @@ def test_operator_that_is_not_symmetric_shows():
     skew = torch.zeros_like(A)
     skew[0, 1] = 0.2
     assert solve(A, tol=0.0).asymmetry < 1e-14
-    assert solve(A + skew, tol=0.0).asymmetry > 0.01
+    whole = solve(A + skew, tol=0.0)
+    assert whole.asymmetry > 0.01
+    given_up = solve(A + skew, tol=0.0, max_asymmetry=0.003)
+    assert given_up.asymmetry > 0.003 * 3
+    assert given_up.num_matvecs < whole.num_matvecs
+    assert not given_up.converged
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

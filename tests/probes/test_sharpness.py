@@ -98,6 +98,42 @@ def test_finite_differences_agree_on_smooth_networks(activation, route):
     assert estimate.price_gradients == pytest.approx(1 + estimate.num_matvecs + (2.5 if route == "auto" else 0.0))
 
 
+def test_auto_gives_the_exact_rayleigh_quotient_and_residual():
+    module, batch = wide(nn.GELU)
+    estimate = sharpness(module, cross_entropy, [batch], route="auto")
+    assert estimate.route == "finite_difference"
+    v = estimate.vector
+    Hv = HessianOperator(module, cross_entropy, [batch])(v)
+    assert estimate.value == pytest.approx(float(v @ Hv), rel=1e-6)
+    assert estimate.standard_error == pytest.approx(float((Hv - (v @ Hv) * v).norm()), rel=1e-4)
+
+
+def test_differences_that_converge_to_the_wrong_vector_are_refused():
+    # H = diag(10, 1) at zero; the third derivative tilts what a difference sees along the first axis.
+    module = nn.ParameterList([nn.Parameter(torch.zeros(2))])
+
+    def tilted(module, batch):
+        x, y = module[0]
+        return 5 * x**2 + 0.5 * y**2 + 150 * x**2 * y
+
+    blind = sharpness(module, tilted, [None], route="finite_difference", tol=1e-3)
+    assert not blind.converged
+    assert blind.standard_error > 1e-3 * blind.value
+    checked = sharpness(module, tilted, [None], route="auto", tol=1e-3)
+    assert (checked.route, checked.converged) == ("exact", True)
+    assert checked.value == pytest.approx(10.0, rel=1e-5)
+
+
+def test_probe_keeps_to_differences_on_a_smooth_network():
+    module, batch = wide(nn.GELU)
+    probe = SharpnessProbe([batch], route="auto", cold_every=3)
+    estimates = [probe.measure(module, cross_entropy) for _ in range(4)]
+    assert [e.route for e in estimates] == ["finite_difference"] * 4
+    # Cold ones check by one exact product, the others by a central difference.
+    surcharges = [e.price_gradients - (1 + e.num_matvecs) for e in estimates]
+    assert surcharges == pytest.approx([2.5, 0.0, 0.0, 2.5])
+
+
 @pytest.mark.acceptance
 @pytest.mark.parametrize("seed", range(6))
 def test_finite_differences_are_refused_on_networks_with_kinks(seed):
