@@ -1,0 +1,122 @@
+"""What README tells a reader to type, typed: in its order, on sweeps that are as small as the tests' own."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from landscape_ray.config import parse
+from landscape_ray.sweep.spec import SweepSpec
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [text for name, text in BLOCKS if name == language]
+
+
+def run(line: str, here: Path) -> str:
+    command = [sys.executable, "-m", "landscape_ray.cli", *shlex.split(line)[1:]]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def serve(line: str, here: Path, port: int) -> None:
+    """Start the UI, see it answer on the loopback address, end it by Ctrl-C."""
+    command = [sys.executable, "-m", "landscape_ray.cli", *shlex.split(line)[1:], "--port", str(port)]
+    server = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
+                    assert answer.read() == b"OK"
+                    break
+            except OSError:
+                assert server.poll() is None, server.communicate()[0]
+                assert time.monotonic() < deadline, "the UI does not answer"
+                time.sleep(0.2)
+        time.sleep(1.0)
+        server.send_signal(signal.SIGINT)
+        out, _ = server.communicate(timeout=20)
+        assert f"http://127.0.0.1:{port}" in out
+        assert server.returncode == 0, out
+        with pytest.raises(OSError, match="refused"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.acceptance
+@pytest.mark.usefixtures("ray_session")
+def test_the_three_jobs(sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path) -> None:
+    import ray
+
+    spaces = tmp_path / "search_spaces"
+    spaces.mkdir()
+    train = {**tiny, "num_steps": 60}
+    for name, kind in (("quickstart", "search"), ("quickstart_population", "population")):
+        (spaces / f"{name}.toml").write_text(sweep_text(kind, name=name, train=train))
+    address = ray.get_runtime_context().gcs_address
+    setup, *jobs = blocks("bash")
+    assert [line.split()[0] for line in setup.splitlines()] == ["scripts/quickstart", "scripts/test"]
+    typed = [line for job in jobs for line in job.splitlines()]
+    for line in typed:
+        assert line.startswith("landscape-ray "), line
+        if line.split()[1] == "ui":
+            serve(line, tmp_path, free_port())
+        else:
+            run(line.replace("ray-head:6379", address), tmp_path)
+    assert {line.split()[1] for line in typed} == {"sweep", "resume", "fit", "predict", "report", "ui"}
+    assert (tmp_path / "runs" / "first" / "report.html").stat().st_size > 1e5
+
+    for code in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+def test_the_sweep_file_in_the_text_is_valid() -> None:
+    (text,) = blocks("toml")
+    spec = parse(SweepSpec, tomllib.loads(text), "README")
+    assert spec.search is not None
+
+
+def test_the_tree_in_the_text_is_the_tree() -> None:
+    (tree,) = blocks("text")
+    named = set(re.findall(r"^  (\w+(?:\.py|/))", tree, flags=re.MULTILINE))
+    package = ROOT / "landscape_ray"
+    assert all((package / name).exists() for name in named)
+    folders = {f"{p.name}/" for p in package.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders <= named
+    assert all((ROOT / name).is_dir() for name in re.findall(r"^(\w+)/", tree, flags=re.MULTILINE))
+
+
+def test_links_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
+    assert os.access(ROOT / "scripts/quickstart", os.X_OK)
+    assert os.access(ROOT / "scripts/test", os.X_OK)
