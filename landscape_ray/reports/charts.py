@@ -277,14 +277,14 @@ def _search_takeaway(finished: Sequence[Run], best: Run) -> str:
 def _lineage_takeaway(sweep: Sweep) -> str:
     copies, path, best = sweep.copies, sweep.ancestry, sweep.best
     if best is None:
-        return (
-            f"{text.plural(len(copies), 'copy').replace('copys', 'copies')} of weights so far; no member has finished."
-        )
+        return f"{text.plural(len(copies), 'copy')} of weights so far; no member has finished."
     known = {run.run_id: run for run in sweep.runs}
     _, rates = ancestry_lr(known, path)
-    seen = f"; its learning rate went from {text.lr(rates[0])} to {text.lr(rates[-1])}" if len(rates) else ""
+    seen = ""
+    if len(rates):
+        start = rates[min(best.warmup_steps, len(rates) - 1)]
+        seen = f"; after the warm-up its learning rate went from {text.lr(start)} to {text.lr(rates[-1])}"
     if len(path) == 1:
         return f"The winner {best.run_id} never copied another member{seen}."
     chain = " → ".join(dict.fromkeys(segment.run_id for segment in path))
-    count = "1 copy" if len(copies) == 1 else f"{len(copies)} copies"
-    return f"After {count} of weights the winner's came by way of {chain}{seen}."
+    return f"After {text.plural(len(copies), 'copy')} of weights the winner's came by way of {chain}{seen}."

@@ -21,6 +21,8 @@ class ScheduleForecast:
 
     schedule: Schedule
     prediction: Prediction
+    held_out_errors: tuple[float, ...]
+    """Relative errors of the law's forecasts of schedules that it was not fitted to."""
     best_run: str
     """The run of the fit with the lowest final loss, to compare with."""
     best_loss_nats: float
@@ -31,6 +33,13 @@ class ScheduleForecast:
         return self.prediction.warnings
 
     @property
+    def trust(self) -> str:
+        """How far off such forecasts were where the truth is known."""
+        errors = [abs(error) for error in self.held_out_errors]
+        mean, worst = sum(errors) / len(errors), max(errors)
+        return f"Schedules held out of this fit were forecast within {mean:.1%} on average, {worst:.1%} at worst."
+
+    @property
     def sentence(self) -> str:
         """The forecast in words."""
         curve, schedule = self.prediction, self.schedule
@@ -38,7 +47,7 @@ class ScheduleForecast:
         return (
             f"{schedule.name} at peak LR {lr(schedule.peak)} for {schedule.num_steps} updates: "
             f"{loss(value)} nats/token, {curve.confidence:.0%} interval {loss(low)} to {loss(high)}; "
-            f"best run of the fit: {self.best_run} with {loss(self.best_loss_nats)}"
+            f"best run of the fit: {self.best_run} with {loss(self.best_loss_nats)}. {self.trust}"
         )
 
 
@@ -83,5 +92,9 @@ def forecast_schedule(
     prediction = predict_annealing(fitted.fit, planned.values(), [planned.num_steps], planned.warmup_steps)
     best = min(runs, key=lambda run: run.final_loss_nats)
     return ScheduleForecast(
-        schedule=planned, prediction=prediction, best_run=best.run_id, best_loss_nats=best.final_loss_nats
+        schedule=planned,
+        prediction=prediction,
+        held_out_errors=tuple(one.relative_error for one in fitted.forecasts),
+        best_run=best.run_id,
+        best_loss_nats=best.final_loss_nats,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -46,9 +46,22 @@ def fit_tables(name: str, result: SweepFit) -> RenderableType:
         )
     notes = [Text(f"not certified: {reason}", style="yellow") for reason in fit.reasons]
     notes += [Text(f"warning: {warning}", style="yellow") for warning in fit.warnings]
-    left_out = [Text(f"left out: {run_id}, {why}", style="dim") for run_id, why in sorted(result.excluded.items())]
+    left_out = [Text(left_out_text(result.excluded), style="dim")] if result.excluded else []
     rule = Text(f"bold: {result.rule}", style="dim")
     return Group(headline, parameters, forecasts, rule, *notes, *left_out)
+
+
+def left_out_text(excluded: Mapping[str, str]) -> str:
+    """Return which runs a fit leaves out; with the reasons if there are few, which the report has in any case.
+
+    >>> left_out_text({"t1": "it diverged"})
+    'left out: t1 (it diverged)'
+    >>> left_out_text({f"t{i}": "it diverged" for i in range(9)})
+    'left out: t0, t1, t2, t3, t4, t5, t6, t7, t8; the report says why'
+    """
+    if len(excluded) <= 3:
+        return "left out: " + "; ".join(f"{run_id} ({why})" for run_id, why in sorted(excluded.items()))
+    return f"left out: {', '.join(sorted(excluded))}; the report says why"
 
 
 def sweep_table(folders: Sequence[SweepFolder]) -> Table:

@@ -139,10 +139,12 @@ def value(item: Any) -> str:
 def plural(count: int, noun: str) -> str:
     """Return a count with its noun.
 
-    >>> plural(1, "run"), plural(3, "run")
-    ('1 run', '3 runs')
+    >>> plural(1, "run"), plural(3, "run"), plural(2, "copy")
+    ('1 run', '3 runs', '2 copies')
     """
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    if count == 1:
+        return f"{count:,} {noun}"
+    return f"{count:,} {noun[:-1]}ies" if noun.endswith("y") else f"{count:,} {noun}s"
 
 
 def listing(items: list[str]) -> str:

@@ -76,7 +76,7 @@ class SharpnessConfig(Model):
     tolerance: float = Field(default=0.01, gt=0, lt=1)
     """Lanczos stops when the residual is below this share of the eigenvalue. At 0.03, one cold start in five settles
     early on a value that is more than 1 % too low; at 0.01, one in twenty-five."""
-    max_matvecs: int = Field(default=20, ge=1, le=1000)
+    max_matvecs: int = Field(default=30, ge=1, le=1000)
     route: Literal["exact", "finite_difference", "auto"] = "auto"
     """How Hessian-vector products are computed; auto: finite differences where a check with an exact one agrees."""
 

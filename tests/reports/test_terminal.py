@@ -1,0 +1,1 @@
+"""What `fit`, `predict` and `list` print, on the fabricated sweep of these tests."""
