@@ -69,7 +69,7 @@ def sweep(
         raise UserError(f"{spec} must have a [search] or a [population] table; for a single run: landscape-ray train")
     console = _console()
     folder = new_sweep(parsed, text, results, name, tracking_uri)
-    console.print(f"sweep [bold]{folder.path.name}[/bold] in {_shown(folder.path)}")
+    console.print(f"sweep [bold]{folder.path.name}[/bold] in {_shown(folder.path)}", soft_wrap=True)
     _finish(drive(folder, console, address, tracking_uri), console)
 
 
@@ -85,7 +85,7 @@ def resume(
     """Go on with a sweep that was stopped, killed or left with failed trials."""
     folder = _open(sweep, results, unfinished=True)
     console = _console()
-    console.print(f"resuming [bold]{folder.path.name}[/bold] in {_shown(folder.path)}")
+    console.print(f"resuming [bold]{folder.path.name}[/bold] in {_shown(folder.path)}", soft_wrap=True)
     if folder.meta.get("single_run"):
         from landscape_ray.sweep.session import train_one
 
@@ -106,7 +106,7 @@ def train(spec: Spec, name: Name = None, results: Results = DEFAULT_RESULTS, tra
     console = _console()
     folder = new_sweep(parsed, text, results, name, tracking_uri)
     folder.update_meta(single_run=True)
-    console.print(f"run [bold]{folder.path.name}[/bold] in {_shown(folder.path)}")
+    console.print(f"run [bold]{folder.path.name}[/bold] in {_shown(folder.path)}", soft_wrap=True)
     _finish(train_one(folder, console, tracking_uri), console)
 
 
@@ -125,7 +125,7 @@ def fit(
         with console.status(f"fitting {folder.path.name} ..."):
             result = fit_sweep(folder, num_bootstrap=num_bootstrap)
         console.print(fit_tables(folder.path.name, result))
-        console.print(f"saved in {_shown(folder.fits_path)}", highlight=False)
+        console.print(f"saved in {_shown(folder.fits_path)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -162,9 +162,9 @@ def predict(
         cooldown_shape=cooldown_shape,
     )
     console = _console()
-    console.print(forecast.sentence)
+    console.print(forecast.sentence, highlight=False, soft_wrap=True)
     for warning in forecast.warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}")
+        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
 
 
 @app.command()
@@ -186,7 +186,7 @@ def report(
         page = write_report(paths, out)
         if figures is not None:
             export_figures(paths, figures)
-    console.print(f"report: {_shown(page)}", highlight=False)
+    console.print(f"report: {_shown(page)}", highlight=False, soft_wrap=True)
     with console.status("adding it to MLflow ..."), tempfile.TemporaryDirectory() as temporary:
         images = export_figures(paths, Path(temporary))
         for folder in folders:
@@ -206,7 +206,7 @@ def sync(sweeps: Sweeps = None, results: Results = DEFAULT_RESULTS, tracking_uri
             outcome = Projector(folder, uri, folder.meta["experiment"]).close(timeout_seconds=600.0)
         if outcome.behind:
             raise UserError(f"sweep '{folder.path.name}' is not fully sent ({outcome.error}); run the command again")
-        console.print(f"{folder.path.name}: {outcome.points} points sent, the server is up to date")
+        console.print(f"{folder.path.name}: {outcome.points} points sent, the server is up to date", soft_wrap=True)
 
 
 @app.command()
@@ -295,7 +295,7 @@ def _attach(folder: SweepFolder, paths: list[Path], console: Console) -> None:
     except UserError as error:
         problem = str(error)
     if problem:
-        console.print(f"[yellow]not added to MLflow:[/yellow] {problem}", highlight=False)
+        console.print(f"[yellow]not added to MLflow:[/yellow] {problem}", highlight=False, soft_wrap=True)
 
 
 def _finish(outcome: Outcome, console: Console) -> None:

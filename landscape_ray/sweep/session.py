@@ -10,8 +10,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from landscape_ray.config import config_id
 from landscape_ray.data import open_text
 from landscape_ray.errors import UserError
 from landscape_ray.records import RunSummary
+from landscape_ray.signals import termination_as_interrupt
 from landscape_ray.sweep.display import Dashboard, duration
 from landscape_ray.sweep.run import TrialRun, trial_id_of
 from landscape_ray.sweep.spec import SweepSpec, spec_of
@@ -132,7 +131,7 @@ def train_one(folder: SweepFolder, console: Console, tracking_uri: str | None = 
     """Run the [train] table as a single run in this process, without Ray; continues where a checkpoint is."""
     spec = spec_of(folder)
     started = time.monotonic()
-    with projected(folder, spec, tracking_uri) as projector, quiet_termination():
+    with projected(folder, spec, tracking_uri) as projector, termination_as_interrupt():
         values = spec.first_values() if spec.space else {}
         trial_id = trial_id_of(0)
         torch.set_num_threads(spec.resources.num_threads)
@@ -217,23 +216,6 @@ def projected(folder: SweepFolder, spec: SweepSpec, tracking_uri: str | None) ->
         except BaseException:
             projector.close(timeout_seconds=5.0)
             raise
-
-
-@contextlib.contextmanager
-def quiet_termination() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does, so that a batch system's stop is as clean as a person's."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def reason(error: BaseException) -> str:

@@ -23,10 +23,11 @@ from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneC
 from rich.console import Console
 
 from landscape_ray.errors import UserError
+from landscape_ray.signals import termination_as_interrupt
 from landscape_ray.sweep.display import Dashboard
 from landscape_ray.sweep.population import build_population_scheduler, members
 from landscape_ray.sweep.searcher import OBJECTIVE, OptunaSearcher
-from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected, quiet_termination
+from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected
 from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.sweep.trainable import SweepTrainable
 from landscape_ray.tracking.folder import SweepFolder
@@ -55,8 +56,10 @@ def drive(
     check_address(address)
     spec = spec_of(folder)
     started = time.monotonic()
-    with projected(folder, spec, tracking_uri) as projector, quiet_termination():
-        console.print(f"[dim]starting Ray {'at ' + address if address else 'on this machine'} ...[/dim]")
+    with projected(folder, spec, tracking_uri) as projector, termination_as_interrupt():
+        console.print(
+            f"[dim]starting Ray {'at ' + address if address else 'on this machine'} ...[/dim]", highlight=False
+        )
         with _ray(address, spec):
             attempt = next_attempt(folder)
             failures = _fit(folder, spec, console, attempt)

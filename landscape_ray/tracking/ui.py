@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from landscape_ray.errors import UserError
+from landscape_ray.signals import termination_as_interrupt
 from landscape_ray.tracking.uris import mask_secrets, resolve_tracking_uri, sqlite_path
 
 START_SECONDS = 60.0
@@ -47,16 +49,26 @@ def serve(results: Path, *, host: str, port: int, tracking_uri: str | None, cons
         console.print(
             f"[yellow]anybody who reaches {host}:{port} can read and delete runs; it has no password[/yellow]"
         )
-    process = start_server(uri, host=host, port=port)
-    try:
-        with console.status("starting the MLflow UI ..."):
-            wait_until_up(process, host, port)
-        console.print(f"MLflow UI: {address(host, port)}/#/experiments  (Ctrl-C ends it)", highlight=False)
-        process.wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        stop_server(process)
+    with termination_as_interrupt(), contextlib.suppress(KeyboardInterrupt):
+        process = start_server(uri, host=host, port=port)
+        try:
+            with console.status("starting the MLflow UI ..."):
+                wait_until_up(process, host, port)
+            page = f"{address(host, port)}/#/{start_page(uri)}"
+            console.print(f"MLflow UI: {page}\nCtrl-C ends it", highlight=False, soft_wrap=True)
+            process.wait()
+        finally:
+            stop_server(process)
+
+
+def start_page(uri: str) -> str:
+    """Return the page to open: the runs of the latest experiment, in the view for training, not the one for agents."""
+    from mlflow import MlflowClient  # slow to import, and the server takes longer still
+
+    experiments = MlflowClient(uri).search_experiments(order_by=["last_update_time DESC"])
+    named = [experiment for experiment in experiments if experiment.experiment_id != "0"]  # 0 is MLflow's empty default
+    place = f"experiments/{named[0].experiment_id}/runs" if named else "experiments"
+    return f"{place}?workflowType=machine_learning"
 
 
 def start_server(uri: str, *, host: str, port: int) -> subprocess.Popen[bytes]:

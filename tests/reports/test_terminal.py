@@ -1,1 +1,82 @@
 """What `fit`, `predict` and `list` print, on the fabricated sweep of these tests."""
+
+from __future__ import annotations
+
+import io
+from types import ModuleType
+
+import pytest
+from rich.console import Console, RenderableType
+
+from landscape_ray.errors import UserError
+from landscape_ray.laws import predict_annealing
+from landscape_ray.reports.analysis import SweepFit, load_fit
+from landscape_ray.reports.forecast import forecast_schedule
+from landscape_ray.reports.terminal import fit_tables, sweep_table
+from landscape_ray.schedules import Schedule
+from landscape_ray.tracking.folder import SweepFolder
+
+
+def printed(what: RenderableType) -> str:
+    out = io.StringIO()
+    Console(file=out, width=160, color_system=None).print(what)
+    return out.getvalue()
+
+
+@pytest.fixture
+def fitted(search_folder: SweepFolder) -> SweepFit:
+    found = load_fit(search_folder)
+    assert found is not None
+    return found
+
+
+def test_the_fit_is_printed_with_every_forecast(fitted: SweepFit) -> None:
+    text = printed(fit_tables("mine", fitted))
+    assert f"annealing law of mine: {fitted.fit.status}" in text
+    for name in fitted.fit.parameters:
+        assert f"\n{name} " in text
+    for one in fitted.forecasts:
+        (line,) = (row for row in text.splitlines() if row.startswith(one.run_id))
+        assert f"{one.observed_final:.4f}" in line
+        assert f"{one.predicted_final:.4f}" in line
+        assert f"{one.relative_error:+.2%}" in line
+    assert all(run_id in text for run_id in fitted.excluded)
+
+
+def test_a_forecast_is_the_laws_and_says_how_far_to_trust_it(search_folder: SweepFolder, fitted: SweepFit) -> None:
+    forecast = forecast_schedule(search_folder, fitted, schedule="wsd", cooldown_fraction=0.4)
+    summary = search_folder.trial(fitted.run_ids[0]).summary()
+    assert summary is not None
+    steps, warmup = summary.config["num_steps"], summary.config["schedule"]["warmup_steps"]
+    plan = Schedule(name="wsd", peak=fitted.peak_lr, num_steps=steps, warmup_steps=warmup, cooldown_fraction=0.4)
+    expected = predict_annealing(fitted.fit, plan.values(), [steps], warmup)
+    assert forecast.schedule == plan
+    assert f"{expected.loss_nats[-1]:.4f} nats/token" in forecast.sentence
+    assert f"{expected.low[-1]:.4f} to {expected.high[-1]:.4f}" in forecast.sentence
+    worst = max(abs(one.relative_error) for one in fitted.forecasts)
+    assert f"{worst:.1%} at worst" in forecast.sentence
+
+
+def test_another_peak_or_an_impossible_shape_is_refused(search_folder: SweepFolder, fitted: SweepFit) -> None:
+    with pytest.raises(UserError, match="peak"):
+        forecast_schedule(search_folder, fitted, schedule="wsd", peak_lr=fitted.peak_lr * 2)
+    with pytest.raises(UserError, match="known"):
+        forecast_schedule(search_folder, fitted, schedule="wsdd")
+    with pytest.raises(UserError, match="cooldown_fraction"):
+        forecast_schedule(search_folder, fitted, schedule="wsd", cooldown_fraction=1.5)
+
+
+def test_a_fit_without_its_runs_is_refused(fabricate: ModuleType, fitted: SweepFit, tmp_path: object) -> None:
+    from pathlib import Path
+
+    assert isinstance(tmp_path, Path)
+    empty = SweepFolder.create(tmp_path / "empty", spec_text="", meta={})
+    with pytest.raises(UserError, match="lacks the runs that its law was fitted to; run `landscape-ray fit`"):
+        forecast_schedule(empty, fitted, schedule="wsd")
+
+
+def test_the_list_shows_how_far_each_sweep_is(search_folder: SweepFolder) -> None:
+    text = printed(sweep_table([search_folder]))
+    (line,) = (row for row in text.splitlines() if row.startswith("search"))
+    assert "finished" in line
+    assert "12/12" in line
