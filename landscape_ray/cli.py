@@ -204,7 +204,7 @@ def sync(sweeps: Sweeps = None, results: Results = DEFAULT_RESULTS, tracking_uri
             uri = _tracking_uri(folder, tracking_uri)
             Projector.check(uri)
             outcome = Projector(folder, uri, folder.meta["experiment"]).close(timeout_seconds=600.0)
-        if outcome.behind:
+        if outcome.error:
             raise UserError(f"sweep '{folder.path.name}' is not fully sent ({outcome.error}); run the command again")
         console.print(f"{folder.path.name}: {outcome.points} points sent, the server is up to date", soft_wrap=True)
 
@@ -288,10 +288,10 @@ def _attach(folder: SweepFolder, paths: list[Path], console: Console) -> None:
     try:
         uri = _tracking_uri(folder)
         Projector.check(uri)
-        projector = Projector(folder, uri, folder.meta["experiment"])
-        projector.log_artifacts(paths)
-        outcome = projector.close()
-        problem = outcome.error if outcome.behind else None
+        with folder.lock():  # the driver of a running sweep has its own view of the runs
+            projector = Projector(folder, uri, folder.meta["experiment"])
+            projector.log_artifacts(paths)
+            problem = projector.close().error
     except UserError as error:
         problem = str(error)
     if problem:
@@ -314,10 +314,13 @@ def main() -> NoReturn:
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.filename is None and not full:
             raise
-        where = f" to write {error.filename}" if error.filename else ""
-        _fail(f"no space left{where}; free some space, then `landscape-ray resume` goes on")
+        remedy = (
+            "free some space, then `landscape-ray resume` goes on" if full else "check the path and its permissions"
+        )
+        _fail(f"{error.strerror or error}: {error.filename or 'while writing'}; {remedy}")
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)

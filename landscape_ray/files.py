@@ -28,7 +28,7 @@ def write_atomic_with(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "xb") as file:
-                write(file)
+                _through(file, write)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -38,6 +38,35 @@ def write_atomic_with(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise storage_error(path, error) from None
+
+
+def _through(file: IO[bytes], write: Callable[[IO[bytes]], Any]) -> None:
+    """Call `write(file)`; an OSError of the file wins over what the caller makes of it (torch.save: RuntimeError)."""
+    watched = _Watched(file)
+    try:
+        write(watched)  # type: ignore[arg-type]  # what writers use of a file is there
+    except Exception:
+        if watched.error is not None:
+            raise watched.error from None
+        raise
+
+
+class _Watched:
+    """A file that remembers why writing failed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -130,7 +130,7 @@ class RunSummary:
     run_id: str
     status: RunStatus
     config: dict[str, Any]
-    """The training configuration at the start, nested as in the TOML file."""
+    """The training configuration, nested as in the TOML file; of a population's member, the present one."""
     varied: dict[str, Any]
     """The searched values only, under their dotted names."""
     step: int = 0

@@ -105,6 +105,30 @@ def test_a_sweep_that_exists_is_not_overwritten(here: Path, capsys: Any) -> None
     assert (here / "runs" / "mine" / "precious").read_text() == "x"
 
 
+@pytest.mark.parametrize("name", ["../out", "a/b", "/tmp/abs"])
+def test_a_name_is_a_plain_name(here: Path, capsys: Any, name: str) -> None:
+    code, _, err = run(capsys, "sweep", "search.toml", "--name", name)
+    assert (code, f"--name must be letters, digits, '.', '_' or '-', got '{name}'" in err) == (2, True)
+    assert left_behind(here) == []
+
+
+def test_a_results_folder_that_is_a_file_is_named(here: Path, capsys: Any) -> None:
+    (here / "file").write_text("")
+    code, _, err = run(capsys, "sweep", "search.toml", "--results", "file")
+    assert code == 2
+    assert "file; check the path and its permissions" in err
+    assert "Traceback" not in err
+
+
+def test_data_that_changed_since_the_launch_is_refused(here: Path, capsys: Any) -> None:
+    (here / "a.txt").write_text("".join(f"paragraph {i} of a small text\n\n" for i in range(100)))
+    (here / "t.toml").write_text(SPEC.replace("context_length = 16", 'context_length = 16, source = "a.txt"'))
+    assert run(capsys, "train", "t.toml", "--name", "one")[0] == 0
+    (here / "a.txt").write_text("".join(f"paragraph {i} of another text\n\n" for i in range(100)))
+    code, _, err = run(capsys, "resume", "one")
+    assert (code, "the data of sweep 'one' changed since its launch" in err) == (2, True)
+
+
 @pytest.mark.acceptance
 def test_a_tracking_server_that_does_not_answer_is_named(here: Path, capsys: Any) -> None:
     with socket.socket() as free:
@@ -121,8 +145,8 @@ def test_a_tracking_server_that_does_not_answer_is_named(here: Path, capsys: Any
     ("address", "message"),
     [
         ("127.0.0.1:1", "no Ray cluster answers at '127.0.0.1:1'"),
-        ("ray://127.0.0.1:1", "no Ray cluster answers at 'ray://127.0.0.1:1'"),
-        ("here", "--address must be host:port, ray://host:port or auto, got 'here'"),
+        ("ray://127.0.0.1:1", "--address must be host:port or auto, got 'ray://127.0.0.1:1'"),
+        ("here", "--address must be host:port or auto, got 'here'"),
     ],
 )
 def test_a_cluster_that_does_not_answer_is_named(here: Path, capsys: Any, address: str, message: str) -> None:

@@ -74,6 +74,11 @@ class TextData:
                     f"{name}; leave it out or raise it"
                 )
 
+    @property
+    def corpus_id(self) -> str:
+        """Identity of the corpus: equal exactly where training would see the same data; empty without a manifest."""
+        return self.manifest.corpus_id if self.manifest is not None else ""
+
     def batch(self, seed: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Return inputs and next-token targets of one training step: windows at uniformly random offsets.
 

@@ -144,7 +144,8 @@ class Dashboard:
         """Return one line: how many are done, best loss, time spent and left."""
         counts = self.counts()
         ended = sum(counts.get(status, 0) for status in ("finished", "diverged", "failed"))
-        best = min((r.loss_nats for r in self.rows.values() if math.isfinite(r.loss_nats)), default=math.nan)
+        sound = [r.loss_nats for r in self.rows.values() if math.isfinite(r.loss_nats) and r.status != "diverged"]
+        best = min(sound, default=math.nan)
         left = self.remaining_seconds()
         parts = [
             f"{self.name}: {ended}/{self.num_trials} trials ended",

@@ -6,6 +6,8 @@ off and `populations.explore` is used in its place: inside the domains, from the
 
 from __future__ import annotations
 
+import itertools
+import random
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,9 @@ def build_population_scheduler(spec: SweepSpec, attempt: int) -> PopulationBased
     if population is None:
         raise UserError(f"sweep '{spec.name}' has no [population] table; add one")
     generator = np.random.default_rng([spec.seed, EXPLORE_STREAM, attempt])
+    # Ray chooses among the donors with Python's global generator; it can only be seeded as a whole.
+    random.seed(int(generator.integers(2**63)))
+    exploits = itertools.count(1)
 
     def mutate(config: dict[str, Any]) -> dict[str, Any]:
         values = explore(
@@ -42,7 +47,8 @@ def build_population_scheduler(spec: SweepSpec, attempt: int) -> PopulationBased
             factors=population.factors,
             resample_probability=population.resample_probability,
         )
-        return {**config, "trial": {**config["trial"], "values": values}}
+        # The serial tells a new exploit from one that Ray repeats after a crash, even of the same checkpoint.
+        return {**config, "trial": {"values": values, "exploit": f"{attempt}.{next(exploits)}"}}
 
     return PopulationBasedTraining(
         time_attr="step",
@@ -69,6 +75,6 @@ def members(spec: SweepSpec, known: dict[str, RunSummary]) -> dict[str, dict[str
     for trial_id, summary in known.items():
         if summary.status in ("finished", "diverged"):
             values.pop(trial_id, None)
-        elif trial_id in values:
+        elif trial_id in values and summary.config:  # without one it failed before it started
             values[trial_id] = summary.varied
     return values

@@ -10,7 +10,7 @@ from typing import Any
 
 from landscape_ray.records import EventRecord, RunStatus, RunSummary
 from landscape_ray.sweep.spec import SweepSpec
-from landscape_ray.tracking.folder import TrialFolder
+from landscape_ray.tracking.folder import SweepFolder, TrialFolder
 from landscape_ray.tracking.parts import PartWriter
 from landscape_ray.training import TrainState, read_checkpoint, train
 
@@ -89,9 +89,16 @@ class TrialRun:
 
         A crash in between leaves rows that no checkpoint counts; they are dropped on resume and made again.
         """
+        self._check_driver()
         num_parts = self.writer.flush()
         self.save(self.folder.checkpoint_path / CHECKPOINT, num_parts)
         self.folder.commit(self.summary(), num_parts)
+
+    def _check_driver(self) -> None:
+        """Raise if another driver has taken over the sweep: this process was cut off and must not write any more."""
+        latest = SweepFolder(self.folder.path.parents[1]).meta.get("attempts", 0)
+        if latest > self.attempt:
+            raise RuntimeError(f"driver {self.attempt} of this sweep was superseded by driver {latest}")
 
     def save(self, path: Path, num_parts: int = 0) -> None:
         """Write the state with what a continuation or a copy needs to know about its origin."""
@@ -99,19 +106,22 @@ class TrialRun:
             path, num_parts=num_parts, run_id=self.folder.trial_id, adopted=self.adopted, attempt=self.attempt
         )
 
-    def adopt(self, checkpoint: Path) -> None:
+    def adopt(self, checkpoint: Path, exploit: str) -> None:
         """Continue from another member's checkpoint under this trial's own values; the lineage is recorded.
 
-        The donor's name and step come from the checkpoint itself, so they are those of the weights. A checkpoint of
-        this trial, and one that it has adopted before (Ray hands both out after a pause or a crash), change nothing:
-        the durable state in the trial's folder is at least as far.
+        The donor's name and step come from the checkpoint itself, so they are those of the weights. An exploit that
+        was carried out before changes nothing: after a pause or a crash Ray hands out some checkpoint again, and the
+        durable state in the trial's folder is at least as far.
+
+        Args:
+            checkpoint: written by `save`.
+            exploit: serial of the exploit in this sweep; empty before a member's first one.
         """
+        if exploit == self.adopted:
+            return
         payload = read_checkpoint(checkpoint)
         donor, donor_step = str(payload["extra"]["run_id"]), int(payload["counters"]["step"])
-        origin = f"{donor}@{donor_step}"
-        if donor == self.folder.trial_id or origin == self.adopted:
-            return
-        self.adopted = origin
+        self.adopted = exploit
         own = self.state
         clocks = {name: getattr(own, name) for name in ("elapsed_seconds", "eval_seconds", "probe_seconds")}
         own.restore(payload)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -24,37 +25,48 @@ from landscape_ray.errors import UserError
 from landscape_ray.records import RunSummary
 from landscape_ray.registry import resolve
 from landscape_ray.sweep.run import trial_id_of
-from landscape_ray.sweep.spec import SearchConfig, SweepSpec
+from landscape_ray.sweep.spec import SweepSpec
 
 OBJECTIVE = "loss_nats"
 """Key of the value to minimise in the results of a trial: the last held-out loss."""
 
 
-def _tpe(seed: int) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
+def _of_trial(seed: int, number: int) -> int:
+    """Return the seed of one trial's sampler: a proposal depends on (seed, number, history), not on the process."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
-SEARCHERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
-    "tpe": _tpe,
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=5),
-    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=5),
-    "qmc": lambda seed: optuna.samplers.QMCSampler(seed=seed, scramble=True),
+START_UP_TRIALS = 5
+"""Finished trials before a model-based sampler trusts its model."""
+
+SEARCHERS: dict[str, Callable[[int, int], optuna.samplers.BaseSampler]] = {
+    "tpe": lambda seed, number: optuna.samplers.TPESampler(
+        seed=_of_trial(seed, number), n_startup_trials=START_UP_TRIALS
+    ),
+    "random": lambda seed, number: optuna.samplers.RandomSampler(seed=_of_trial(seed, number)),
+    "gp": lambda seed, number: optuna.samplers.GPSampler(
+        seed=_of_trial(seed, number), n_startup_trials=START_UP_TRIALS
+    ),
+    "cmaes": lambda seed, number: optuna.samplers.CmaEsSampler(
+        seed=_of_trial(seed, number), n_startup_trials=START_UP_TRIALS
+    ),
+    # One low-discrepancy sequence for the whole study: Optuna counts its points under the seed.
+    "qmc": lambda seed, number: optuna.samplers.QMCSampler(seed=_of_trial(seed, 0), scramble=True),
 }
+"""Samplers by name: functions of the sweep's seed and the number of the trial."""
 
 
-def build_sampler(search: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
-    """Return the sampler of a search.
+def build_sampler(name: str, seed: int, number: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler for one trial.
 
-    Raises:
-        UserError: the sampler needs a package that is not installed.
+    Args:
+        name: a key of SEARCHERS.
+        seed: of the sweep.
+        number: of the trial.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        try:
-            return resolve(search.sampler, SEARCHERS, "search.sampler")(seed)
-        except ImportError as error:
-            raise UserError(f"search.sampler '{search.sampler}' needs a package that is missing: {error}") from None
+        return resolve(name, SEARCHERS, "search.sampler")(seed, number)
 
 
 def suggest_values(trial: optuna.Trial, space: dict[str, Domain]) -> dict[str, Value]:
@@ -136,8 +148,7 @@ class OptunaSearcher(Searcher):
             if not self.num_left():
                 return str(Searcher.FINISHED)
             number = sum(t.state != TrialState.WAITING for t in self.study.get_trials(deepcopy=False))
-            # A sampler of its own for every trial: a proposal depends on (seed, number, history), not on the process.
-            self.study.sampler = build_sampler(self._search, self._seed * 1_000_003 + number)
+            self.study.sampler = build_sampler(self._search.sampler, self._seed, number)
             trial = self.study.ask()
             number, values = trial.number, suggest_values(trial, self._space)
         self._open[trial_id] = number
@@ -145,7 +156,7 @@ class OptunaSearcher(Searcher):
 
     def _complete(self, number: int) -> dict[str, Value]:
         """Choose what an open trial lacks, its driver killed in the middle of asking; values in the study stay."""
-        self.study.sampler = build_sampler(self._search, self._seed * 1_000_003 + number)
+        self.study.sampler = build_sampler(self._search.sampler, self._seed, number)
         stored = next(t for t in self.study.get_trials(deepcopy=False) if t.number == number)
         return suggest_values(optuna.Trial(self.study, stored._trial_id), self._space)
 

@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ from landscape_ray.records import RunSummary
 from landscape_ray.signals import termination_as_interrupt
 from landscape_ray.sweep.display import Dashboard, duration
 from landscape_ray.sweep.run import TrialRun, trial_id_of
-from landscape_ray.sweep.spec import SweepSpec, spec_of
-from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.sweep.spec import NAME, SweepSpec, spec_of
+from landscape_ray.tracking.folder import SweepFolder, exists_message
 from landscape_ray.tracking.projector import Projector, SyncReport
 from landscape_ray.tracking.uris import default_tracking_uri, resolve_tracking_uri
 from landscape_ray.training import TrainConfig
@@ -67,14 +68,16 @@ def new_sweep(spec: SweepSpec, text: str, results: Path, name: str | None, track
         UserError: the data can't be opened, no space, the tracking server doesn't answer, the folder exists.
     """
     name = name or f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not NAME.fullmatch(name):
+        raise UserError(f"--name must be letters, digits, '.', '_' or '-', got '{name}'; --results chooses the folder")
     path = results / name
     if path.exists():
-        raise UserError(f"{path} exists; use another --name, or `landscape-ray resume {name}` to go on with it")
+        raise UserError(exists_message(path))
     check_space(results)
     uri = resolve_tracking_uri(tracking_uri, results)
     results.mkdir(parents=True, exist_ok=True)
     Projector.check(uri)
-    open_text(first_config(spec).data)
+    corpus_id = check_data(spec, progress=sys.stderr.isatty())
     meta = {
         "name": name,
         "seed": spec.seed,
@@ -83,6 +86,8 @@ def new_sweep(spec: SweepSpec, text: str, results: Path, name: str | None, track
         "experiment": spec.experiment,
         "launched_in": str(Path.cwd()),
         "spec_id": config_id(spec),
+        "num_trials": spec.num_trials,
+        "corpus_id": corpus_id,
         "status": "pending",
         "attempts": 0,
         "versions": versions(),
@@ -94,6 +99,27 @@ def new_sweep(spec: SweepSpec, text: str, results: Path, name: str | None, track
 def first_config(spec: SweepSpec) -> TrainConfig:
     """Return the configuration of a run at the first extreme of every domain."""
     return spec.train_config(spec.first_values(), 0)
+
+
+def check_data(spec: SweepSpec, progress: bool = False) -> str:
+    """Return the identity of the first trial's corpus, after opening every corpus of the sweep as its trials will.
+
+    Raises:
+        UserError: a corpus can't be opened, or is too small for the evaluation or the probe that is asked for.
+    """
+    first = spec.first_values()
+    choices: list[dict[str, Any]] = [first]
+    for name, domain in spec.space.items():
+        if name.startswith(("data.", "eval.")):
+            choices += [{**first, **domain.when, name: value} for value in domain.extremes]
+    identities = []
+    for values in choices:
+        config = spec.train_config(values, 0)
+        data = open_text(config.data, progress=progress)
+        data.validation_batches(config.eval.num_batches, config.eval.batch_size)
+        data.batch(config.seed, 0, config.batch_size)
+        identities.append(data.corpus_id)
+    return identities[0]
 
 
 def check_space(results: Path) -> None:
@@ -209,11 +235,16 @@ def projected(folder: SweepFolder, spec: SweepSpec, tracking_uri: str | None) ->
         uri = resolve_tracking_uri(tracking_uri, folder.path.parent, folder.meta.get("tracking_uri"))
         if tracking_uri is not None:
             Projector.check(uri)
+        if (known := folder.meta.get("corpus_id")) is not None and check_data(spec) != known:
+            raise UserError(
+                f"the data of sweep '{folder.path.name}' changed since its launch; restore it, or start a new sweep"
+            )
         projector = Projector(folder, uri, spec.experiment)
         projector.start()
         try:
             yield projector
         except BaseException:
+            folder.update_meta(status="interrupted")
             projector.close(timeout_seconds=5.0)
             raise
 
@@ -244,7 +275,7 @@ def outcome_text(outcome: Outcome) -> str:
         bits = outcome.best.final_loss_nats / 0.6931471805599453
         lines.append(f"best: {outcome.best.run_id}, {outcome.best.final_loss_nats:.4f} nats/token ({bits:.4f} bits)")
     lines += [f"{trial_id} failed: {reason(error)}" for trial_id, error in sorted(outcome.failures.items())]
-    if outcome.sync.behind:
+    if outcome.sync.error:
         lines.append(f"tracking server is behind ({outcome.sync.error}); `landscape-ray sync {name}` sends the rest")
     if outcome.status == "finished":
         lines.append(f"next: landscape-ray report {name}")

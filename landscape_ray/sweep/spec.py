@@ -17,6 +17,8 @@ from landscape_ray.training import TrainConfig
 
 Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc"]
 
+SOURCE = "data.source"
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -100,12 +102,18 @@ class SweepSpec(Model):
             raise ValueError("a sweep must have one of [search] and [population], got both; split it into two files")
         if "seed" in self.train:
             raise ValueError("train.seed must not be given; set `seed` at the top of the file, it seeds every run")
+        if "seed" in self.space:
+            raise ValueError("space.seed cannot be searched; `vary_seed = true` gives every trial a seed of its own")
         order = list(in_order(self.space))
         train = self._check_train(order)
         if self.search is not None:
             self._check_initial(self.search, order)
         if self.population is not None:
             self._check_population(self.population, train)
+        if train.device == "cuda" and self.resources.gpus_per_trial == 0 and (self.search or self.population):
+            raise ValueError(
+                "train.device 'cuda' needs resources.gpus_per_trial > 0, got 0; a share such as 0.25 will do"
+            )
         return self
 
     def _check_train(self, order: list[tuple[str, Domain]]) -> TrainConfig:
@@ -183,11 +191,6 @@ class SweepSpec(Model):
             return self.search.num_trials
         return self.population.num_members if self.population is not None else 1
 
-    @property
-    def report_steps(self) -> int:
-        """Updates between two results of a trial."""
-        return self.commit_steps if self.population is None else min(self.commit_steps, self.population.interval_steps)
-
     def params(self) -> dict[str, Any]:
         """Return the whole file under dotted names."""
         return flatten(self.model_dump(mode="json", exclude_none=True))
@@ -210,9 +213,17 @@ def spec_of(folder: SweepFolder) -> SweepSpec:
     and a resume may.
     """
     spec, _ = read_spec(folder.spec_path)
-    data = dict(spec.train.get("data", {}))
-    source = data.get("source", "stdlib")
-    if source != "stdlib":
-        data["source"] = str(Path(folder.meta["launched_in"]) / Path(source).expanduser())
-        spec = spec.model_copy(update={"train": {**spec.train, "data": data}})
-    return spec
+    base = Path(folder.meta.get("launched_in", folder.path))
+
+    def absolute(source: Any) -> Any:
+        return source if source == "stdlib" else str(base / Path(source).expanduser())
+
+    train, space, search = dict(spec.train), dict(spec.space), spec.search
+    if source := train.get("data", {}).get("source"):
+        train["data"] = {**train["data"], "source": absolute(source)}
+    if (domain := space.get(SOURCE)) is not None and domain.choices is not None:
+        space[SOURCE] = domain.model_copy(update={"choices": [absolute(choice) for choice in domain.choices]})
+        if search is not None:
+            initial = [{**p, SOURCE: absolute(p[SOURCE])} if SOURCE in p else p for p in search.initial]
+            search = search.model_copy(update={"initial": initial})
+    return spec.model_copy(update={"train": train, "space": space, "search": search})

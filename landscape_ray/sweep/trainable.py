@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ class SweepTrainable(tune.Trainable):
     The trial's folder is opened by the first step, load or save, not by the constructor: Ray starts actors for a trial
     and then lets another one, which became free, run it. An actor that is never asked to work must touch nothing.
 
-    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `trial` (`trial_id`, `values`). A population's scheduler
+    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `trial` (`values`; a member that
+    copied another one also `exploit`, its serial). A population's scheduler
     overwrites a member's whole configuration with its donor's, so identity is taken from the trial's name, which stays.
     """
 
@@ -34,8 +36,11 @@ class SweepTrainable(tune.Trainable):
         if self._opened is None:
             torch.set_num_threads(self._given["num_threads"])
             folder = SweepFolder.open(Path(self._given["sweep_path"]))
+            spec = spec_of(folder)
+            if spec.resources.gpus_per_trial == 0:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to trials that asked for none
             self._opened = TrialRun(
-                spec_of(folder),
+                spec,
                 folder.trial(self.trial_name),
                 index_of(self.trial_name),
                 dict(self._given["trial"]["values"]),
@@ -55,7 +60,7 @@ class SweepTrainable(tune.Trainable):
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Take over a state from Ray: a donor's weights, or this member's own after a pause."""
-        self._run.adopt(Path(checkpoint_dir) / CHECKPOINT)
+        self._run.adopt(Path(checkpoint_dir) / CHECKPOINT, self._given["trial"].get("exploit", ""))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Become another trial, or the same one under mutated values."""

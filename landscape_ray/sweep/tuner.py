@@ -111,7 +111,7 @@ def _fit(folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int) -
                 callbacks=[callback],
                 verbose=0,
                 failure_config=FailureConfig(max_failures=spec.resources.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT, checkpoint_at_end=False),
+                checkpoint_config=_checkpoints(spec),
             ),
         )
         try:
@@ -120,6 +120,18 @@ def _fit(folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int) -
             dashboard.note = "stopping; work up to the last checkpoint of each trial is safe"
     shutil.rmtree(folder.ray_path, ignore_errors=True)
     return callback.failures
+
+
+def _checkpoints(spec: SweepSpec) -> CheckpointConfig:
+    """Return when Ray saves: never in a search, whose trials are durable by themselves; else once an interval.
+
+    After an exploit a member's latest checkpoint in Ray's eyes is its donor's; it must have one of its own before the
+    donor's is deleted, or Ray could not restart it.
+    """
+    if spec.population is None:
+        return CheckpointConfig(checkpoint_at_end=False)
+    reports = max(1, spec.population.interval_steps // spec.commit_steps)
+    return CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT, checkpoint_frequency=reports, checkpoint_at_end=False)
 
 
 class DashboardCallback(Callback):
@@ -178,16 +190,19 @@ def check_address(address: str | None) -> None:
     """Raise if nobody listens where the cluster should be; Ray itself would wait for minutes.
 
     Args:
-        address: as for `drive`; `auto`, `local` and None are Ray's to find.
+        address: as for `drive`; `auto`, `local` and None are Ray's to find. A Ray Client address (ray://) is refused:
+            the driver must be on a node of the cluster, where the results folder is.
 
     Raises:
         UserError: no answer within a few seconds, or not an address.
     """
     if address in (None, "auto", "local"):
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"--address must be host:port, ray://host:port or auto, got '{address}'")
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise UserError(
+            f"--address must be host:port or auto, got '{address}'; start the sweep on a node of the cluster"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
@@ -221,7 +236,7 @@ def _ray(address: str | None, spec: SweepSpec) -> Iterator[None]:
         try:
             options = {"include_dashboard": False} if address is None else {}
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
-        except ConnectionError as error:
+        except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(_no_cluster(address, error)) from None
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are in the outcome, in one line each
     try:

@@ -178,7 +178,7 @@ class SweepFolder:
             UserError: the path exists, or cannot be written.
         """
         if path.exists():
-            raise UserError(_exists(path))
+            raise UserError(exists_message(path))
         path = path.absolute()
         identity = {"sweep_id": uuid.uuid4().hex, "name": path.name, "created_unix": time.time()}
         temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -196,7 +196,7 @@ class SweepFolder:
         except OSError as error:
             # Somebody else made the folder between the check above and the rename.
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and path.exists():
-                raise UserError(_exists(path)) from None
+                raise UserError(exists_message(path)) from None
             raise storage_error(path, error) from None
         sync_folder(path.parent)
         return cls(path)
@@ -247,11 +247,6 @@ class SweepFolder:
         """The specification as launched."""
         return self.spec_path.read_text(encoding="utf-8")
 
-    @property
-    def mlflow_db(self) -> Path:
-        """The MLflow store beside the sweeps, used unless another address is given."""
-        return self.path.parent / "mlflow.db"
-
     def trial(self, trial_id: str) -> TrialFolder:
         """Return the folder of one trial, which need not exist yet.
 
@@ -293,7 +288,8 @@ class SweepFolder:
             yield
 
 
-def _exists(path: Path) -> str:
+def exists_message(path: Path) -> str:
+    """Return what to do about a sweep folder that is there already."""
     return f"{path} exists; use another --name, or `landscape-ray resume {path.name}` to go on with it"
 
 

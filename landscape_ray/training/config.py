@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from landscape_ray.config import Model
 from landscape_ray.data import TextConfig
 from landscape_ray.models import GPTConfig
-from landscape_ray.registry import suggest
+from landscape_ray.registry import resolve
 from landscape_ray.schedules import SCHEDULES, Schedule
 
 
@@ -30,7 +30,7 @@ class ScheduleConfig(Model):
     """The table [train.schedule]: the learning rate as a function of the step."""
 
     name: str = "wsd"
-    """constant | linear | cosine | wsd."""
+    """constant | linear | cosine | wsd, or the path package.module:Name of a shape of yours."""
     peak_lr: float = Field(default=3e-3, gt=0)
     warmup_steps: int = Field(default=0, ge=0)
     final_ratio: float = Field(default=0.0, ge=0, le=1)
@@ -42,8 +42,7 @@ class ScheduleConfig(Model):
 
     @model_validator(mode="after")
     def _known(self) -> ScheduleConfig:
-        if self.name not in SCHEDULES:
-            raise ValueError(f"name must be a known schedule, got '{self.name}'; {suggest(self.name, SCHEDULES)}")
+        resolve(self.name, SCHEDULES, "schedule.name")
         return self
 
     def build(self, num_steps: int) -> Schedule:

@@ -105,6 +105,7 @@ class TrainState:
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "probes": {name: probe.state_dict() for name, probe in self.probes.items()},
+            "corpus_id": self.data.corpus_id,
             "extra": extra,
         }
         write_atomic_with(path, lambda file: torch.save(payload, file))
@@ -135,7 +136,16 @@ class TrainState:
         return state, payload["extra"]
 
     def restore(self, payload: Mapping[str, Any]) -> None:
-        """Take over weights, optimizer, counters and probes of a checkpoint; the configuration stays."""
+        """Take over weights, optimizer, counters and probes of a checkpoint; the configuration stays.
+
+        Raises:
+            UserError: the checkpoint was trained on other data.
+        """
+        if payload["corpus_id"] != self.data.corpus_id:
+            raise UserError(
+                f"the data in {self.config.data.source} is not what the checkpoint was trained on; "
+                "restore it, or start a new run"
+            )
         self.module.load_state_dict(payload["module"])
         # Values of the configuration are written into the parameter groups at every update, so those of the
         # checkpoint's optimizer cannot win over a mutated one.

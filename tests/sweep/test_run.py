@@ -84,7 +84,7 @@ def test_an_exploit_copies_weights_and_keeps_own_values(
     member.advance()
 
     mutated = TrialRun(population_spec, folder.trial("t0001"), 1, {"schedule.peak_lr": 0.05})
-    mutated.adopt(tmp_path / CHECKPOINT)
+    mutated.adopt(tmp_path / CHECKPOINT, "1.1")
     for p, q in zip(mutated.state.module.parameters(), donor.state.module.parameters(), strict=True):
         assert bool((p == q).all())
     assert mutated.state.config.seed == member.state.config.seed != donor.state.config.seed
@@ -102,7 +102,7 @@ def test_an_exploit_copies_weights_and_keeps_own_values(
     assert summary.varied == {"schedule.peak_lr": 0.05}
 
 
-def test_adopting_twice_or_oneself_changes_nothing(
+def test_a_repeated_exploit_changes_nothing_and_a_new_one_does(
     population_spec: SweepSpec, folder: SweepFolder, tmp_path: Path
 ) -> None:
     donor = TrialRun(population_spec, folder.trial("t0000"), 0, {"schedule.peak_lr": 0.01})
@@ -110,17 +110,30 @@ def test_adopting_twice_or_oneself_changes_nothing(
     donor.save(tmp_path / CHECKPOINT)
     member = TrialRun(population_spec, folder.trial("t0001"), 1, {"schedule.peak_lr": 0.03})
     member.advance()
-    member.adopt(tmp_path / CHECKPOINT)
+    member.adopt(tmp_path / CHECKPOINT, "1.1")
     member.advance()
     assert member.state.finished
     reopened = TrialRun(population_spec, folder.trial("t0001"), 1, {"schedule.peak_lr": 0.03})
     for run in (member, reopened):
-        run.adopt(tmp_path / CHECKPOINT)  # Ray hands out the donor's checkpoint again after a crash
+        run.adopt(tmp_path / CHECKPOINT, "1.1")  # Ray hands out the donor's checkpoint again after a crash
         assert run.state.step == 10
     donor.advance()
-    donor.adopt(tmp_path / CHECKPOINT)  # and a member's own, older one after a pause
+    donor.adopt(tmp_path / CHECKPOINT, "")  # and a member's own, older one after a pause
     assert donor.state.step == 10
     assert len(rows(folder, "t0001", "event")) == 1
+    reopened.adopt(tmp_path / CHECKPOINT, "1.2")  # the same weights once more, on purpose
+    assert reopened.state.step == 5
+    assert [event["donor_step"] for event in rows(folder, "t0001", "event")] == [5, 5]
+
+
+def test_a_process_that_was_cut_off_writes_no_more(search_spec: SweepSpec, folder: SweepFolder) -> None:
+    run = TrialRun(search_spec, folder.trial("t0000"), 0, VALUES, attempt=1)
+    folder.update_meta(attempts=2)
+    with pytest.raises(RuntimeError, match="driver 1 of this sweep was superseded by driver 2"):
+        run.advance()
+    successor = TrialRun(search_spec, folder.trial("t0000"), 0, VALUES, attempt=2)
+    finish(successor)
+    assert [row["step"] for row in rows(folder, "t0000", "step")] == list(range(1, 11))
 
 
 def test_mutated_values_become_durable_with_their_weights_only(population_spec: SweepSpec, folder: SweepFolder) -> None:

@@ -5,7 +5,8 @@ import pytest
 
 from landscape_ray.config import parse, with_values
 from landscape_ray.errors import UserError
-from landscape_ray.sweep.spec import SweepSpec, read_spec
+from landscape_ray.sweep.spec import SweepSpec, read_spec, spec_of
+from landscape_ray.tracking.folder import SweepFolder
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +52,8 @@ def test_the_examples_are_valid(path: Path) -> None:
         (BASE, {"search__initial": [{}]}, r"initial\[0\] lacks 'schedule.peak_lr'"),
         (BASE, {"search__initial": [{"schedule.peak_lr": 0.002}] * 4}, r"at most num_trials = 3 points, got 4"),
         (BASE, {"resources__cpus_per_trial": 0.0}, r"'resources.cpus_per_trial' .* greater than 0"),
+        (BASE, {"space": {"seed": {"integers": [0, 9]}}}, r"space.seed cannot be searched; `vary_seed = true`"),
+        (BASE, {"train__device": "cuda"}, r"train.device 'cuda' needs resources.gpus_per_trial > 0, got 0"),
         (POPULATION, {"population__interval_steps": 15}, r"multiple of train.eval.every_steps = 10, got 15"),
         (POPULATION, {"population__factors": [0.0]}, r"factors must be positive, got \[0.0\]"),
         (POPULATION, {"space": {}}, r"a population needs at least one entry in \[space\]"),
@@ -75,7 +78,7 @@ def test_every_end_of_every_domain_is_checked() -> None:
             r"\[train\] with values of \[space\]: unknown key 'schedule.peak_lrr'; did you mean 'peak_lr'",
         ),
         ("model.width", {"integers": [8, 99]}, r"space.model.width = 99: model: width must be a multiple of num_heads"),
-        ("schedule.name", {"choices": ["wsd", "step"]}, r"space.schedule.name = 'step': .*known schedule, got 'step'"),
+        ("schedule.name", {"choices": ["wsd", "step"]}, r"space.schedule.name = 'step': .*known name .* got 'step'"),
         ("batch_size", {"uniform": [1.0, 8.5]}, r"'batch_size' input should be a valid integer"),
     ):
         with pytest.raises(UserError, match=message):
@@ -105,3 +108,18 @@ def test_a_spec_file_executes_nothing(tmp_path: Path) -> None:
     path.write_text("name = \"a\"\n[train]\nnum_steps = \"__import__('os').system('true')\"\n")
     with pytest.raises(UserError, match=r"'num_steps' input should be a valid integer"):
         read_spec(path)
+
+
+def test_relative_paths_mean_what_they_meant_at_launch(tmp_path: Path) -> None:
+    text = """
+name = "s"
+train = { num_steps = 10, data = { source = "base" } }
+space = { "data.source" = { choices = ["a", "/b", "stdlib"] } }
+search = { num_trials = 3, initial = [ { "data.source" = "a" } ] }
+"""
+    folder = SweepFolder.create(tmp_path / "s", spec_text=text, meta={"launched_in": "/there"})
+    found = spec_of(folder)
+    assert found.train["data"]["source"] == "/there/base"
+    assert found.space["data.source"].choices == ["/there/a", "/b", "stdlib"]
+    assert found.search is not None
+    assert found.search.initial == [{"data.source": "/there/a"}]

@@ -268,7 +268,8 @@ def test_nothing_is_written_outside_the_results(
     assert list(elsewhere.iterdir()) == []
     assert dict(os.environ) == environment
     assert mlflow.get_tracking_uri() == address
-    assert len(make.stored_points(folder.mlflow_db)) > 0, "no address given: the store beside the sweeps"
+    default = folder.path.parent / "mlflow.db"
+    assert len(make.stored_points(default)) > 0, "no address given: the store beside the sweeps"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""What a driver does around the training: statuses, sentences, exit status."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from landscape_ray.errors import UserError
+from landscape_ray.records import RunSummary
+from landscape_ray.sweep.population import members
+from landscape_ray.sweep.session import Outcome, check_data, exit_status, outcome_text, reason
+from landscape_ray.sweep.spec import SweepSpec
+from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.tracking.projector import SyncReport
+
+
+def outcome(folder: SweepFolder, status: str, failures: dict[str, BaseException], error: str = "") -> Outcome:
+    return Outcome(folder, status, {"finished": 2}, failures, None, SyncReport(error=error), 61.0)
+
+
+class WrappedError(Exception):
+    """As Ray wraps what a trial raises."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(f"Traceback ...\n{cause}")
+        self.cause = cause
+
+
+def test_exit_status_tells_who_can_mend_it(folder: SweepFolder) -> None:
+    assert exit_status(outcome(folder, "finished", {})) == 0
+    assert exit_status(outcome(folder, "interrupted", {})) == 130
+    assert exit_status(outcome(folder, "incomplete", {"t0": WrappedError(UserError("no space left"))})) == 2
+    assert (
+        exit_status(outcome(folder, "incomplete", {"t0": WrappedError(UserError("x")), "t1": RuntimeError("y")})) == 1
+    )
+
+
+def test_a_reason_is_one_line(folder: SweepFolder) -> None:
+    assert (
+        reason(WrappedError(UserError("no space left to write x; free some"))) == "no space left to write x; free some"
+    )
+    assert reason(WrappedError(RuntimeError("line one\n  line two  \n"))) == "RuntimeError: line two"
+    assert reason(KeyError()) == "KeyError"
+
+
+def test_the_outcome_says_what_to_do_next(folder: SweepFolder) -> None:
+    assert outcome_text(outcome(folder, "finished", {})).endswith("next: landscape-ray report sweep")
+    text = outcome_text(outcome(folder, "incomplete", {"t0001": RuntimeError("boom")}, error="it does not answer"))
+    assert "t0001 failed: RuntimeError: boom" in text
+    assert "tracking server is behind (it does not answer); `landscape-ray sync sweep`" in text
+    assert text.endswith("to go on: landscape-ray resume sweep")
+    assert "incomplete in 1 min 01 s" in text
+
+
+def test_a_corpus_too_small_for_the_evaluation_is_found_before_the_start(
+    search_spec: SweepSpec, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"paragraph {i} of a small text\n\n" for i in range(60)))
+    train: dict[str, Any] = {**search_spec.train, "data": {"source": str(tmp_path / "a.txt"), "context_length": 16}}
+    check_data(search_spec.model_copy(update={"train": train}))
+    train["eval"] = {"num_batches": 50, "batch_size": 50}
+    with pytest.raises(UserError, match="validation"):
+        check_data(search_spec.model_copy(update={"train": train}))
+
+
+def test_a_member_keeps_its_values_whatever_became_of_it(population_spec: SweepSpec) -> None:
+    fresh = members(population_spec, {})
+    assert sorted(fresh) == ["t0000", "t0001", "t0002", "t0003"]
+
+    def summary(status: Any, config: dict[str, Any]) -> RunSummary:
+        varied = {"schedule.peak_lr": 0.5} if config else {}
+        return RunSummary(run_id="t", status=status, config=config, varied=varied)
+
+    known = {
+        "t0000": summary("finished", {"x": 1}),
+        "t0001": summary("running", {"x": 1}),
+        "t0002": summary("failed", {}),  # before its first commit: nothing is known of it but its name
+    }
+    left = members(population_spec, known)
+    assert left == {"t0001": {"schedule.peak_lr": 0.5}, "t0002": fresh["t0002"], "t0003": fresh["t0003"]}
