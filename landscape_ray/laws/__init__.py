@@ -21,7 +21,7 @@ from landscape_ray.laws.annealing import fit_annealing
 from landscape_ray.laws.curves import Curve, annealing_area
 from landscape_ray.laws.prediction import predict_annealing
 from landscape_ray.laws.result import FitResult, Forecast, Prediction, table
-from landscape_ray.laws.validation import leave_one_schedule_out, objective_sensitivity
+from landscape_ray.laws.validation import calibrate, leave_one_schedule_out, objective_sensitivity
 
 
 class Law(NamedTuple):
@@ -41,6 +41,7 @@ __all__ = [
     "Law",
     "Prediction",
     "annealing_area",
+    "calibrate",
     "fit_annealing",
     "leave_one_schedule_out",
     "objective_sensitivity",

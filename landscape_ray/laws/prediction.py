@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 
 from landscape_ray.errors import UserError
 from landscape_ray.laws.annealing import NAMES, PEAK_TOLERANCE, annealing_loss
@@ -35,8 +36,9 @@ def predict_annealing(
     """Return the losses that a fitted annealing law expects of a schedule, with intervals.
 
     The interval is that of one measured loss: it mixes the bootstrap samples of the parameters with the residuals of
-    the fit. It knows nothing of how wrong the law is on schedules unlike the fitted ones;
-    :func:`landscape_ray.laws.leave_one_schedule_out` measures that.
+    the fit. How wrong the law is on schedules unlike the fitted ones is part of it only where that was measured, by
+    :func:`landscape_ray.laws.calibrate`: then the misfit, times Student's t for as many errors as it was measured on,
+    is added in quadrature.
 
     Args:
         fit: result of :func:`fit_annealing`.
@@ -63,13 +65,19 @@ def predict_annealing(
     noise = np.exp(np.interp(_NOISE_LEVELS, np.linspace(0, 1, 41), fit.residuals["log_quantiles"]))
     draws = fit.samples if len(fit.samples) else best[None]
     low, high = np.empty(len(steps)), np.empty(len(steps))
-    chunk = max(1, 4_000_000 // (len(draws) * len(noise)))
+    chunk = max(1, _CHUNK_ELEMENTS // (len(draws) * len(noise)))
     for i in range(0, len(steps), chunk):
         part = slice(i, i + chunk)
         curve = annealing_loss(draws, s1[part, None], s2[part, None])
         mixed = (curve[:, :, None] * noise).reshape(len(curve), -1)
         low[part], high[part] = np.quantile(mixed, [tail, 1 - tail], axis=1)
     loss = annealing_loss(best, s1, s2)
+    if fit.misfit is not None:
+        reach = stdtrit(fit.num_misfits, 1 - tail) * fit.misfit * loss
+        low, high = (
+            loss - np.hypot(np.maximum(loss - low, 0.0), reach),
+            loss + np.hypot(np.maximum(high - loss, 0.0), reach),
+        )
     return Prediction(step=steps, loss_nats=loss, low=low, high=high, confidence=fit.confidence, warnings=warnings)
 
 

@@ -37,6 +37,9 @@ class FitResult:
         data: what was fitted: runs, points, ranges, SHA-256.
         sample_names: columns of `samples`.
         samples: (num_bootstrap, p) parameters of every bootstrap sample.
+        misfit: how wrong the law was on schedules that it had not seen, root mean square of the relative error of their
+            final losses; None if that was not measured.
+        num_misfits: number of errors behind it.
     """
 
     law: str
@@ -52,6 +55,8 @@ class FitResult:
     data: dict[str, Any]
     sample_names: tuple[str, ...]
     samples: Array
+    misfit: float | None = None
+    num_misfits: int = 0
 
     def to_json(self) -> str:
         """Return the fit as JSON text with every digit; :meth:`from_json` gives back an equal fit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,25 @@ LAD_DELTA = 1e-6
 """A Huber threshold so far below any residual of a loss curve that the fit is one of least absolute deviations."""
 
 
-def leave_one_schedule_out(curves: Sequence[Curve], **options: Any) -> list[Forecast]:
+def calibrate(fit: FitResult, forecasts: Sequence[Forecast]) -> FitResult:
+    """Return the fit with the misfit that forecasts of unseen schedules showed, which widens its predictions.
+
+    misfit = sqrt(mean(relative_error^2)), about zero: a law that is wrong to one side is wrong.
+
+    Args:
+        fit: a fit to the same kind of curves.
+        forecasts: of schedules that their fits had not seen, at least two.
+
+    Raises:
+        UserError: fewer than two forecasts.
+    """
+    if len(forecasts) < 2:
+        raise UserError(f"forecasts must be at least two, got {len(forecasts)}; fit runs of more schedules")
+    errors = np.array([forecast.relative_error for forecast in forecasts])
+    return dataclasses.replace(fit, misfit=float(np.sqrt(np.mean(errors**2))), num_misfits=len(errors))
+
+
+def leave_one_schedule_out(curves: Sequence[Curve], *, calibrated: bool = False, **options: Any) -> list[Forecast]:
     """Return a forecast of every curve by a fit to the curves that have not seen its schedule.
 
     Left out with a curve are all curves that made its whole schedule: repeats with another seed, and runs that went on
@@ -26,6 +45,9 @@ def leave_one_schedule_out(curves: Sequence[Curve], **options: Any) -> list[Fore
 
     Args:
         curves: runs with one peak learning rate and at least two schedules.
+        calibrated: measure the misfit of every fit, by leaving schedules out of its own curves in turn, and let the
+            intervals hold it: n (n - 1) further fits. The forecast of a curve still sees nothing of the curve. Where
+            fewer than three schedules are left, nothing can be measured, and the interval stays as it is.
         **options: passed to :func:`landscape_ray.laws.fit_annealing`.
 
     Returns:
@@ -44,7 +66,11 @@ def leave_one_schedule_out(curves: Sequence[Curve], **options: Any) -> list[Fore
                 "another schedule"
             )
         if seen not in fits:
-            fits[seen] = fit_annealing([curves[number] for number in seen], **options)
+            known = [curves[number] for number in seen]
+            fits[seen] = fit_annealing(known, **options)
+            if calibrated and all(sum(not follows(b, a) for b in known) >= 2 for a in known):
+                inner = leave_one_schedule_out(known, **{**options, "num_bootstrap": 0})
+                fits[seen] = calibrate(fits[seen], inner)
         forecasts.append(_forecast(fits[seen], curve, options.get("skip_steps", 0)))
     return forecasts
 

@@ -18,7 +18,15 @@ import numpy as np
 
 from landscape_ray.errors import UserError
 from landscape_ray.files import write_atomic
-from landscape_ray.laws import Curve, FitResult, Forecast, Prediction, fit_annealing, leave_one_schedule_out
+from landscape_ray.laws import (
+    Curve,
+    FitResult,
+    Forecast,
+    Prediction,
+    calibrate,
+    fit_annealing,
+    leave_one_schedule_out,
+)
 from landscape_ray.reports.runs import Run, read_runs, setting
 from landscape_ray.reports.text import listing, lr, plural
 
@@ -36,6 +44,9 @@ HOLDOUT_RULE = (
     "chosen before any error was looked at: a cosine if the group has one, "
     "else the schedule that spends the most updates below its peak"
 )
+
+MAX_CALIBRATED = 12
+"""Curves up to which the misfit of the law is measured anew for every forecast; its cost grows with their square."""
 
 FILE_NAME = "annealing.json"
 
@@ -195,14 +206,15 @@ def fit_sweep(
         "num_bootstrap": num_bootstrap,
         "confidence": confidence,
     }
+    forecasts = leave_one_schedule_out(group.curves, calibrated=len(group.curves) <= MAX_CALIBRATED, **options)
     result = SweepFit(
-        fit=fit_annealing(group.curves, **options),
+        fit=calibrate(fit_annealing(group.curves, **options), forecasts),
         peak_lr=group.peak_lr,
         run_ids=tuple(curve.run_id for curve in group.curves),
         shapes=group.shapes,
         excluded=found.excluded,
         decays=grid,
-        forecasts=tuple(leave_one_schedule_out(group.curves, **options)),
+        forecasts=tuple(forecasts),
         headline=headline_run(group),
     )
     if save:
