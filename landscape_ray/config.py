@@ -6,15 +6,17 @@ is an error that names the field, the value and the bound. All problems of a fil
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from landscape_ray.errors import UserError
 from landscape_ray.registry import suggest
@@ -60,54 +62,107 @@ def parse(model: type[M], data: Mapping[str, Any], source: str) -> M:
         source: what to call the data in error messages (a file name).
 
     Raises:
-        UserError: one line per problem, each with the dotted field name.
+        UserError: one sentence for each place that has a problem, with the dotted field name.
     """
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(model, problem) for problem in error.errors()]
+        places: dict[_Place, list[ErrorDetails]] = {}
+        for problem in error.errors():  # a union has one for each of its branches
+            places.setdefault(_place(model, problem["loc"]), []).append(problem)
+        lines = [_explain(place, problems) for place, problems in places.items()]
         raise UserError(f"{source}: " + "; ".join(lines)) from None
 
 
-def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
-    """Return one validation problem as a sentence: field, condition, value, remedy."""
-    location = [part for part in problem["loc"] if not _is_union_branch(part)]
-    field = ".".join(str(part) for part in location)
+class _Place(NamedTuple):
+    """Where a problem is, as a reader of the file sees it."""
+
+    names: tuple[Any, ...]
+    """Keys and list positions from the top, without pydantic's names of the branches of a union."""
+    owner: type[BaseModel] | None
+    """The model that the last name belongs to, or should; None where that is not a model."""
+    named_by_user: bool
+    """Whether the owner is an entry of a dictionary, so that the name before the last was free."""
+
+
+def _place(model: type[BaseModel], location: tuple[Any, ...]) -> _Place:
+    """Return the place that a location of pydantic points to, by following the annotations along it."""
+    here: Any = model
+    names: list[Any] = []
+    owner, free, owner_free = None, False, False
+    for part in location:
+        here, branches = _branches(here)
+        if branches:  # the part says which branch was tried: nothing that stands in the file
+            tried = str(part).partition("[")[0]
+            here = next((branch for branch in branches if getattr(branch, "__name__", "") == tried), None)
+            continue
+        names.append(part)
+        owner, owner_free, free = _as_model(here), free, get_origin(here) is dict
+        arguments = get_args(here)
+        if owner is not None:
+            here = owner.model_fields[part].annotation if part in owner.model_fields else None
+        else:  # the values of a dictionary, the items of a list or tuple
+            here = arguments[1 if free else 0] if arguments else None
+    return _Place(tuple(names), owner, owner_free)
+
+
+def _branches(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return the annotation without `Annotated` and `| None`, and its branches if it is still a union."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) not in (Union, UnionType):
+        return annotation, ()
+    branches = tuple(branch for branch in get_args(annotation) if branch is not NoneType)
+    return (annotation, branches) if len(branches) > 1 else _branches(branches[0])
+
+
+def _as_model(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _explain(place: _Place, problems: list[ErrorDetails]) -> str:
+    """Return the problems of one place as a sentence: field, condition, value, remedy."""
+    field = ".".join(map(str, place.names))
+    problem = problems[0]
     kind = problem["type"]
     if kind == "extra_forbidden":
-        owner = _model_at(model, location[:-1])
-        valid = owner.model_fields if owner else ()
-        return f"unknown key '{field}'; {suggest(str(location[-1]), valid)}" if valid else f"unknown key '{field}'"
+        remedy = _remedy(place, problem["input"])
+        return f"unknown key '{field}'; {remedy}" if remedy else f"unknown key '{field}'"
     if kind == "missing":
         return f"'{field}' is required and missing"
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    messages = list(dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in problems))
     if kind == "value_error":
+        message = " or ".join(messages)
         return f"{field}: {message}" if field else message
+    message = messages[0] if len(messages) == 1 else _any_of(messages)
     return f"'{field}' {message[0].lower()}{message[1:]}, got {problem['input']!r}"
 
 
-def _is_union_branch(part: Any) -> bool:
-    return isinstance(part, str) and (part.endswith("]") or part in {"float", "int", "str", "bool"})
+def _remedy(place: _Place, value: Any) -> str:
+    """Return what to write instead of an unknown key that holds `value`; an empty text where nothing is known."""
+    valid = place.owner.model_fields if place.owner else {}
+    name = str(place.names[-1])
+    if place.named_by_user and isinstance(value, Mapping) and not difflib.get_close_matches(name, valid, n=1):
+        # a table in a table of models that users name: an unquoted dotted name, which TOML takes apart
+        dotted = f"{place.names[-2]}.{name}"
+        while len(value) == 1 and isinstance(inner := next(iter(value.values())), Mapping) and not value.keys() & valid:
+            dotted, value = f"{dotted}.{next(iter(value))}", inner
+        return f'quote dotted names in [{".".join(map(str, place.names[:-2]))}]: "{dotted}" = {{ ... }}'
+    return suggest(name, valid) if valid else ""
 
 
-def _model_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel] | None:
-    """Return the model class that a location points to, None where it is not a model."""
-    current: Any = model
-    for part in location:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
-            return None
-        if part not in current.model_fields:
-            return None
-        current = _model_of(current.model_fields[part].annotation)
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+def _any_of(messages: list[str]) -> str:
+    """Return what the branches of a union ask for as one condition.
 
-
-def _model_of(annotation: Any) -> Any:
-    """Return the model class inside an annotation such as `Model | None` or `dict[str, Model]`."""
-    origin = get_origin(annotation)
-    if origin in (Union, UnionType):
-        return next((a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)), None)
-    return annotation
+    >>> _any_of(["Input should be a valid number", "Input should be a valid integer", "Input should be 'auto'"])
+    "must be a valid number, integer or 'auto'"
+    """
+    prefix = "Input should be "
+    if not all(message.startswith(prefix) for message in messages):
+        return " or ".join(messages)
+    first, *rest = [message.removeprefix(prefix) for message in messages]
+    *most, last = [first, *(each.removeprefix("a valid ") for each in rest)]
+    return f"must be {', '.join(most)} or {last}"
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -127,7 +182,10 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def with_values(data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a deep copy of `data` with the dotted keys of `values` set.
+    """Return a deep copy of `data` with the dotted keys of `values` set; tables that are missing or None are made.
+
+    Raises:
+        UserError: a dotted key leads through something that is not a table.
 
     >>> with_values({"model": {"depth": 4}}, {"model.depth": 6, "seed": 1})
     {'model': {'depth': 6}, 'seed': 1}
@@ -136,9 +194,14 @@ def with_values(data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
     for dotted, value in values.items():
         *parents, leaf = dotted.split(".")
         level = out
-        for parent in parents:
-            child = level.get(parent)
-            level[parent] = level = dict(child) if isinstance(child, Mapping) else {}
+        for depth, parent in enumerate(parents):
+            child = {} if level.get(parent) is None else level[parent]
+            if not isinstance(child, Mapping):
+                table = ".".join(parents[: depth + 1])
+                raise UserError(
+                    f"{table} must be a table to hold {dotted}, got {child!r}; write it as {table} = {{ ... }}"
+                )
+            level[parent] = level = dict(child)
         level[leaf] = value
     return out
 

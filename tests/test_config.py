@@ -1,5 +1,6 @@
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
@@ -9,11 +10,26 @@ from pydantic import Field
 from landscape_ray.config import Model, config_id, flatten, parse, read_toml, with_values
 from landscape_ray.errors import UserError
 from landscape_ray.registry import resolve
+from landscape_ray.sweep.spec import SweepSpec
 
 
 class Inner(Model):
     depth: int = Field(default=2, ge=1)
     rate: float = 0.5
+
+
+class Entry(Model):
+    low: float | None = None
+    tags: list[float | int | str | bool] | None = None
+    when: dict[str, int | str] = {}
+
+
+class Tables(Model):
+    entries: dict[str, Entry] = {}
+    several: list[Entry] = []
+    pairs: tuple[Entry, ...] = ()
+    either: Annotated[Inner | list[Entry] | None, "said"] = None
+    size: int | Literal["auto"] = "auto"
 
 
 class Outer(Model):
@@ -42,6 +58,92 @@ def test_valid_data_becomes_a_model() -> None:
 def test_every_problem_is_named_with_its_remedy(data: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(Outer, data, "file")
+
+
+VALID = r"valid: low, tags, when$"
+FOUR = r"must be a valid number, integer, string or boolean, got"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"entries": {"a.b": {"lwo": 1.0}}}, rf"^file: unknown key 'entries.a.b.lwo'; did you mean 'low'\? {VALID}"),
+        ({"entries": {"float": {"lwo": 1.0}}}, rf"^file: unknown key 'entries.float.lwo'; did you mean .*{VALID}"),
+        ({"several": [{}, {"lwo": 1.0}]}, rf"^file: unknown key 'several.1.lwo'; did you mean 'low'\? {VALID}"),
+        ({"either": [{"lwo": 1.0}]}, r"unknown key 'either.0.lwo'; did you mean 'low'\? valid: low, tags, when"),
+        ({"either": {"dept": 1}}, r"unknown key 'either.dept'; did you mean 'depth'\? valid: depth, rate"),
+        ({"entries": {"a": {"x": 1}}}, rf"^file: unknown key 'entries.a.x'; {VALID}"),
+    ],
+)
+def test_an_unknown_key_lists_the_valid_ones_wherever_it_is(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(Tables, data, "file")
+
+
+def test_items_of_a_tuple_have_valid_keys_too() -> None:
+    with pytest.raises(UserError, match=rf"^file: unknown key 'pairs.0.lwo'; did you mean 'low'\? {VALID}"):
+        parse(Tables, {"pairs": ({"lwo": 1.0},)}, "file")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"entries": {"a": {"tags": [1, [2]]}}}, rf"^file: 'entries.a.tags.1' {FOUR} \[2\]$"),
+        ({"entries": {"a": {"when": {"x.y": []}}}}, r"^file: 'entries.a.when.x.y' must be a valid integer or string, "),
+        ({"entries": {"a": {"when": {"int": []}}}}, r"^file: 'entries.a.when.int' must be a valid integer or string, "),
+        ({"size": 1.5}, r"^file: 'size' must be a valid integer or 'auto', got 1.5$"),
+        (
+            {"entries": {"a": {"tags": [None, {}]}}},
+            rf"^file: 'entries.a.tags.0' {FOUR} None; 'entries.a.tags.1' {FOUR} {{}}$",
+        ),
+    ],
+)
+def test_a_wrong_value_of_a_union_is_one_sentence(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(Tables, data, "file")
+
+
+@pytest.mark.parametrize(
+    ("entries", "name"),
+    [
+        ({"a": {"b": {"low": 1.0}}}, "a.b"),
+        ({"a": {"b": {"c": {"d": {"when": {"x": 1}}}}}}, "a.b.c.d"),
+        ({"a": {"b": {}}}, "a.b"),
+    ],
+)
+def test_a_table_in_a_table_of_entries_is_an_unquoted_name(entries: dict[str, Any], name: str) -> None:
+    said = rf"^file: unknown key 'entries.a.b'; quote dotted names in \[entries\]: \"{name}\" = {{ ... }}$"
+    with pytest.raises(UserError, match=said):
+        parse(Tables, {"entries": entries}, "file")
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            '[space]\n"schedule.peak_lr" = { log_unifrom = [1e-3, 1e-2] }',
+            r"'space.schedule.peak_lr.log_unifrom'; did you mean 'log_uniform'\? valid: choices, integers, log_",
+        ),
+        (
+            '[space]\n"schedule.peak_lr" = { wehn = { "schedule.name" = "wsd" }, uniform = [1e-3, 1e-2] }',
+            r"'space.schedule.peak_lr.wehn'; did you mean 'when'\? valid: choices, ",
+        ),
+        (
+            "[space.schedule]\npeak_lr = { log_uniform = [1e-3, 1e-2] }",
+            r"'space.schedule.peak_lr'; quote dotted names in \[space\]: \"schedule.peak_lr\" = { ... }$",
+        ),
+        ('[space]\n"schedule.name" = { choices = [["wsd"]] }', rf"'space.schedule.name.choices.0' {FOUR} \['wsd'\]$"),
+        (
+            '[search]\nnum_trials = 2\ninitial = [{ "schedule.peak_lr" = [0.1] }]',
+            rf"'search.initial.0.schedule.peak_lr' {FOUR} \[0.1\]$",
+        ),
+    ],
+)
+def test_mistakes_in_a_sweep_file_are_explained_once(space: str, message: str) -> None:
+    text = f'name = "a"\n[train]\nnum_steps = 10\n{space}\n'
+    with pytest.raises(UserError, match=message) as caught:
+        parse(SweepSpec, tomllib.loads(text), "file")
+    assert sum(str(caught.value).count(said) for said in ("unknown key", ", got ")) == 1
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
@@ -83,6 +185,36 @@ def test_with_values_leaves_its_input_alone() -> None:
     data = {"a": {"b": 1}}
     assert with_values(data, {"a.b": 2, "a.c": 3}) == {"a": {"b": 2, "c": 3}}
     assert data == {"a": {"b": 1}}
+
+
+def test_with_values_makes_tables_that_are_missing() -> None:
+    assert with_values({"a": None}, {"a.b": 1, "c.d.e": 2}) == {"a": {"b": 1}, "c": {"d": {"e": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("data", "values", "message"),
+    [
+        ({"a": "x"}, {"a.b": 1}, r"^a must be a table to hold a\.b, got 'x'; write it as a = { \.\.\. }"),
+        ({"a": {"b": 0}}, {"a.b.c": 1}, r"^a\.b must be a table to hold a\.b\.c, got 0; write it as a\.b = {"),
+        ({"a": [{}]}, {"a.b": 1}, r"^a must be a table to hold a\.b, got \[{}\]"),
+        ({}, {"a": False, "a.b": 1}, r"^a must be a table to hold a\.b, got False"),
+    ],
+)
+def test_with_values_replaces_nothing_by_a_table(data: dict[str, Any], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        with_values(data, values)
+
+
+def test_a_searched_name_below_a_plain_value_is_refused() -> None:
+    text = """
+        name = "a"
+        train = { num_steps = 10, schedule = "cosine" }
+        space = { "schedule.peak_lr" = { uniform = [1e-3, 1e-2] } }
+    """
+    with pytest.raises(
+        UserError, match=r"schedule must be a table to hold schedule.peak_lr, got 'cosine'; write it as"
+    ):
+        parse(SweepSpec, tomllib.loads(text), "file")
 
 
 def test_resolve_knows_names_and_paths() -> None:

@@ -23,8 +23,9 @@ def explore(
 ) -> dict[str, Value]:
     """Return mutated values that lie inside their domains.
 
-    A numeric value is multiplied by one of `factors` and clipped to its domain; a choice moves to a neighbour. With
-    `resample_probability`, a value is instead drawn anew from its domain. Values without a domain stay.
+    A numeric value is multiplied by one of `factors` and clipped to its domain, an integer moving by at least one; a
+    choice moves to a neighbour. With `resample_probability`, a value is instead drawn anew from its domain. Values
+    without a domain stay.
 
     Args:
         values: the donor's values.
@@ -44,8 +45,21 @@ def explore(
             mutated[name] = domain.choices[min(max(index, 0), len(domain.choices) - 1)]
         else:
             factor = factors[min(int(direction * len(factors)), len(factors) - 1)]
-            mutated[name] = domain.clip(float(value) * factor)
+            mutated[name] = domain.clip(_multiplied(float(value), factor, whole=domain.integers is not None))
     return mutated
+
+
+def _multiplied(value: float, factor: float, *, whole: bool) -> float:
+    """Return value * factor; a whole number moves by at least one, so that rounding cannot undo the mutation.
+
+    >>> _multiplied(2.0, 0.8, whole=True), _multiplied(2.0, 1.25, whole=True), _multiplied(2.0, 1.25, whole=False)
+    (1.0, 3.0, 2.5)
+    """
+    moved = value * factor
+    if not whole or factor == 1:
+        return moved
+    upwards = (factor > 1) == (value >= 0)
+    return max(moved, value + 1) if upwards else min(moved, value - 1)
 
 
 def initial_members(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from landscape_ray.errors import UserError
 from landscape_ray.files import write_atomic
@@ -122,7 +123,8 @@ class SweepFit:
 def annealing_curves(collected: Collected, *, loss: Literal["eval", "train"] = "eval") -> CurveGroups:
     """Return the groups of runs that finished with one peak learning rate (within 1e-6) and one setting.
 
-    Losses at step 0 and during warm-up are left out: the law does not describe them.
+    Losses at step 0 and during warm-up are left out: the law does not describe them. The training loss of update s
+    belongs to s - 1 completed updates, before which it was measured.
 
     Args:
         collected: the sweep's records and summaries.
@@ -134,7 +136,7 @@ def annealing_curves(collected: Collected, *, loss: Literal["eval", "train"] = "
     excluded: dict[str, str] = {}
     families: list[tuple[str, float, list[tuple[Run, Curve]]]] = []
     for run in read_runs(collected):
-        reason = _unusable(run)
+        reason = _unusable(run, loss)
         if reason:
             excluded[run.run_id] = reason
             continue
@@ -254,7 +256,7 @@ def headline_run(group: CurveGroup) -> str:
     return min(group.curves, key=rank).run_id
 
 
-def _unusable(run: Run) -> str:
+def _unusable(run: Run, loss: Literal["eval", "train"]) -> str:
     """Return why a run cannot enter the law, an empty text when it can."""
     if run.summary.status != "finished":
         return f"the run is {run.summary.status}: its schedule did not go to its end"
@@ -265,20 +267,24 @@ def _unusable(run: Run) -> str:
         return "its step rows do not cover every update"
     if not np.isfinite(run.steps["lr"]).all():
         return "its step rows do not tell the LR of every update"
-    kept = (run.evals["step"] > run.warmup_steps) & np.isfinite(run.evals["loss_nats"])
-    return "" if kept.any() else "it has no held-out loss after its warm-up"
+    measured, _ = _measured(run, loss)
+    return "" if len(measured) else f"it has no {'held-out' if loss == 'eval' else 'training'} loss after its warm-up"
 
 
 def _curve(run: Run, loss: Literal["eval", "train"]) -> Curve:
+    step, loss_nats = _measured(run, loss)
+    lr_applied = np.asarray(run.steps["lr"], dtype=np.float64)
+    return Curve(run_id=run.run_id, lr=lr_applied, step=step, loss_nats=loss_nats, warmup_steps=run.warmup_steps)
+
+
+def _measured(run: Run, loss: Literal["eval", "train"]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return (updates completed, loss) where a finite loss was measured after the warm-up."""
     rows = run.evals if loss == "eval" else run.steps
-    kept = (rows["step"] > run.warmup_steps) & (rows["step"] >= 1) & np.isfinite(rows["loss_nats"])
-    return Curve(
-        run_id=run.run_id,
-        lr=np.asarray(run.steps["lr"], dtype=np.float64),
-        step=np.asarray(rows["step"][kept], dtype=np.int64),
-        loss_nats=np.asarray(rows["loss_nats"][kept], dtype=np.float64),
-        warmup_steps=run.warmup_steps,
-    )
+    losses = np.asarray(rows["loss_nats"], dtype=np.float64)
+    # the training loss of an update is that of the weights before it
+    completed = np.asarray(rows["step"], dtype=np.int64) - (loss == "train")
+    kept = (completed > run.warmup_steps) & np.isfinite(losses)
+    return completed[kept], losses[kept]
 
 
 def _plain(data: Any) -> Any:

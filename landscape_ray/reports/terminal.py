@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from landscape_ray.errors import UserError
 from landscape_ray.reports.analysis import SweepFit
 from landscape_ray.reports.text import loss, lr, number
 
@@ -65,16 +67,30 @@ def left_out_text(excluded: Mapping[str, str]) -> str:
 
 
 def sweep_table(folders: Sequence[SweepFolder]) -> Table:
-    """Return one row a sweep: when, how far, best loss."""
+    """Return one row a sweep: when, how far, best loss; `damaged` where that cannot be read."""
     table = _table(("sweep", "started", "status", "trials ended", "best loss"), right=(3, 4))
     for folder in folders:
-        meta = folder.meta
-        summaries = [summary for trial in folder.trials() if (summary := trial.summary()) is not None]
-        ended = [s for s in summaries if s.status in ("finished", "diverged", "stopped")]
-        best = min((s.final_loss_nats for s in ended if s.status == "finished"), default=float("nan"))
-        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(meta.get("created_unix", 0))))
-        table.add_row(folder.path.name, started, str(meta.get("status")), f"{len(ended)}/{len(summaries)}", loss(best))
+        try:
+            cells = _progress(folder)
+        except (UserError, OSError, ValueError, TypeError, OverflowError):  # or JSON with values of other types
+            cells = ("–", "damaged", "–", "–")
+        table.add_row(folder.path.name, *cells)
     return table
+
+
+def _progress(folder: SweepFolder) -> tuple[str, str, str, str]:
+    """Return when a sweep was started, its status, trials ended out of those planned, and its lowest final loss.
+
+    Raises:
+        UserError: sweep.json or a trial.json is damaged.
+    """
+    meta = folder.meta
+    summaries = [summary for trial in folder.trials() if (summary := trial.summary()) is not None]
+    ended = [s for s in summaries if s.status in ("finished", "diverged", "stopped")]
+    losses = [s.final_loss_nats for s in ended if s.status == "finished" and math.isfinite(s.final_loss_nats)]
+    started = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(meta.get("created_unix", 0))))
+    planned = int(meta.get("num_trials", len(summaries)))
+    return started, str(meta.get("status")), f"{len(ended)}/{planned}", loss(min(losses, default=math.nan))
 
 
 def _table(headings: Sequence[str], right: Sequence[int] = ()) -> Table:

@@ -298,7 +298,7 @@ def find_sweeps(results: Path) -> list[SweepFolder]:
     found: list[tuple[float, SweepFolder]] = []
     for meta_path in results.glob("*/sweep.json"):
         if not meta_path.parent.name.startswith("."):
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(UserError, TypeError, ValueError):
                 folder = SweepFolder.open(meta_path.parent)
                 found.append((float(folder.meta.get("created_unix", 0.0)), folder))
     return [folder for _, folder in sorted(found, key=lambda pair: (-pair[0], pair[1].path.name))]

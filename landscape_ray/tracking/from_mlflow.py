@@ -108,7 +108,12 @@ def _rows(client: MlflowClient, run: Run, name: str) -> list[dict[str, Any]]:
 
 
 def _config(run: Run) -> dict[str, Any]:
-    return with_values({}, {key: server.decode_value(text) for key, text in run.data.params.items()})
+    """Return the run's parameters, nested; as they are where they don't nest (foreign `model` beside `model.depth`)."""
+    params = {key: server.decode_value(text) for key, text in run.data.params.items()}
+    try:
+        return with_values({}, params)
+    except UserError:
+        return params
 
 
 def _noted(run: Run) -> dict[str, Any] | None:

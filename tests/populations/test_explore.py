@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +32,24 @@ def test_without_resampling_a_value_moves_by_one_factor_or_one_neighbour() -> No
     assert {v["shape"] for v in seen} == {"a", "c"}
     assert {v["other"] for v in seen} == {7.0}
     assert start["lr"] == 1e-2
+
+
+@pytest.mark.parametrize("value", [-3, -1, 0, 1, 2, 3, 7])
+@pytest.mark.parametrize(("factor", "sign"), [(0.8, -1), (0.99, -1), (1.0, 0), (1.01, 1), (1.25, 1)])
+def test_an_integer_moves_by_at_least_one_in_the_direction_of_the_factor(value: int, factor: float, sign: int) -> None:
+    space = {"n": Domain(integers=[-50, 50])}
+    moved = explore({"n": value}, space, np.random.default_rng(0), factors=(factor,), resample_probability=0.0)["n"]
+    assert isinstance(moved, int)
+    away = (moved - value) * (-1 if value < 0 else 1)  # from zero
+    assert away * sign >= 1 if sign else away == 0
+    assert abs(away) == round(abs(away)) <= max(1, round(abs(value * factor - value)))
+
+
+@pytest.mark.parametrize(("value", "factor"), [(1, 0.8), (3, 1.25)])
+def test_an_integer_stays_at_the_edge_of_its_domain(value: int, factor: float) -> None:
+    space = {"n": Domain(integers=[1, 3])}
+    moved = explore({"n": value}, space, np.random.default_rng(0), factors=(factor,), resample_probability=0.0)
+    assert moved == {"n": value}
 
 
 def test_resampling_covers_the_domain_evenly_in_its_own_scale() -> None:

@@ -17,7 +17,7 @@ from landscape_ray.reports.analysis import (
     headline_run,
     load_fit,
 )
-from landscape_ray.tracking.collect import collect
+from landscape_ray.tracking.collect import collect, run_columns
 
 
 def test_import_needs_no_plotting_library():
@@ -47,8 +47,32 @@ def test_curves_are_what_was_recorded(search_folder):
 
 
 def test_training_losses_instead_of_held_out_ones(search_folder):
-    curve = annealing_curves(collect(search_folder), loss="train").groups[0].curves[0]
-    assert curve.step.tolist() == list(range(16, 301))
+    """The loss in the row of update s was measured before it: after s - 1 updates."""
+    collected = collect(search_folder)
+    curve = annealing_curves(collected, loss="train").groups[0].curves[0]
+    assert curve.step.tolist() == list(range(16, 300))
+    rows = run_columns(collected.records, curve.run_id, "step")
+    np.testing.assert_array_equal(curve.loss_nats, rows["loss_nats"][rows["step"] > 16])
+    np.testing.assert_array_equal(curve.lr, rows["lr"])
+
+
+def test_the_training_loss_before_the_first_update_is_left_out(search_folder):
+    collected = collect(search_folder)
+    for index, run in enumerate(collected.runs):
+        schedule = run.config["schedule"] | {"warmup_steps": 0}
+        collected.runs[index] = dataclasses.replace(run, config=run.config | {"schedule": schedule})
+    (group,) = annealing_curves(collected, loss="train").groups
+    assert all(curve.step.tolist() == list(range(1, 300)) for curve in group.curves)
+
+
+def test_a_run_without_a_training_loss_after_its_warmup_is_left_out(search_folder):
+    collected = collect(search_folder)
+    config = json.loads(json.dumps(collected.runs[0].config))
+    config["schedule"]["warmup_steps"] = 299
+    collected.runs[0] = dataclasses.replace(collected.runs[0], config=config)
+    assert "t000" not in annealing_curves(collected).excluded
+    found = annealing_curves(collected, loss="train")
+    assert found.excluded["t000"] == "it has no training loss after its warm-up"
 
 
 def test_members_of_a_population_are_left_out_with_the_reason(population_folder):

@@ -9,8 +9,11 @@ import pytest
 
 from landscape_ray.errors import UserError
 from landscape_ray.reports import text
+from landscape_ray.reports.analysis import annealing_curves
 from landscape_ray.reports.page import export_figures, render_page, safe_json, write_report
-from landscape_ray.reports.views import Sweep, open_sweep
+from landscape_ray.reports.sections import runs_table
+from landscape_ray.reports.views import Sweep, asked, open_sweep
+from landscape_ray.tracking.collect import collect
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{x}}"
 VOID = {"meta", "br", "img", "input", "link", "circle", "rect", "path"}
@@ -205,6 +208,38 @@ def test_one_run_that_is_still_going(fabricate, tmp_path):
     assert "state when this page was written: running" in read.said
     assert "landscape-ray train lr_schedules.toml" in read.said
     assert "1 running" in read.said
+
+
+def test_interrupted_runs_are_shown_as_pending(fabricate, tmp_path):
+    folder = fabricate.make_search(tmp_path / "cut", steps=100, points=fabricate.SEARCH_POINTS[:4], sharp=False)
+    trial = folder.trial("t003")
+    lowest = dataclasses.replace(trial.summary(), final_loss_nats=1.0, step=50)  # it may still not be the best
+    trial.commit(dataclasses.replace(lowest, status="pending", message="interrupted at step 50"), trial.num_parts())
+    folder.trial("t004").set_status("pending", "interrupted at step 0")  # it died before its first commit
+    folder.update_meta(status="interrupted")
+    sweep = open_sweep(folder)
+    assert sweep.best.run_id != "t003"
+    assert dict(asked(sweep))["Runs"] == "3 finished, 2 pending"
+    read = Reader(render_page([sweep]))
+    assert "state when this page was written: interrupted" in read.said
+    assert "3 finished, 2 pending" in read.said
+    rows = runs_table([sweep]).split("<tr")
+    (row,) = (row for row in rows if ">t003<" in row)
+    assert ">pending<" in row
+    assert ">interrupted at step 50<" in row
+    assert ">50 / 100<" in row
+    (empty,) = (row for row in rows if ">t004<" in row)
+    assert ">pending<" in empty
+    assert rows.index(row) > max(index for index, each in enumerate(rows) if ">finished<" in each)
+
+
+def test_only_interrupted_runs(fabricate, tmp_path):
+    folder = fabricate.make_search(tmp_path / "cut", steps=100, points=fabricate.SEARCH_POINTS[:2], sharp=False)
+    for trial in folder.trials():
+        trial.set_status("pending", "interrupted at step 100")
+    assert "Nothing to compare yet: 2 runs pending." in Reader(render_page([open_sweep(folder)])).said
+    with pytest.raises(UserError, match="needs >= 3 finished runs"):
+        annealing_curves(collect(folder))
 
 
 def test_default_place_is_the_first_sweep(fabricate, tmp_path):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -66,17 +69,53 @@ def test_another_peak_or_an_impossible_shape_is_refused(search_folder: SweepFold
         forecast_schedule(search_folder, fitted, schedule="wsd", cooldown_fraction=1.5)
 
 
-def test_a_fit_without_its_runs_is_refused(fabricate: ModuleType, fitted: SweepFit, tmp_path: object) -> None:
-    from pathlib import Path
-
-    assert isinstance(tmp_path, Path)
+def test_a_fit_without_its_runs_is_refused(fabricate: ModuleType, fitted: SweepFit, tmp_path: Path) -> None:
     empty = SweepFolder.create(tmp_path / "empty", spec_text="", meta={})
     with pytest.raises(UserError, match="lacks the runs that its law was fitted to; run `landscape-ray fit`"):
         forecast_schedule(empty, fitted, schedule="wsd")
 
 
+def row_of(folder: SweepFolder, *others: SweepFolder) -> str:
+    text = printed(sweep_table([folder, *others]))
+    (line,) = (row for row in text.splitlines() if row.startswith(folder.path.name))
+    return line
+
+
 def test_the_list_shows_how_far_each_sweep_is(search_folder: SweepFolder) -> None:
-    text = printed(sweep_table([search_folder]))
-    (line,) = (row for row in text.splitlines() if row.startswith("search"))
+    line = row_of(search_folder)
     assert "finished" in line
-    assert "12/12" in line
+    assert "12/12" in line  # sweep.json says no number of trials: those that were started
+
+
+def test_an_unfinished_sweep_counts_against_what_was_planned(fabricate: ModuleType, tmp_path: Path) -> None:
+    folder = fabricate.make_search(tmp_path / "half", steps=50, points=fabricate.SEARCH_POINTS[:3], sharp=False)
+    best = folder.trial("t001").summary()
+    for trial_id, loss_nats in (("t000", best.final_loss_nats + 1), ("t002", best.final_loss_nats - 1)):
+        trial = folder.trial(trial_id)
+        trial.commit(dataclasses.replace(trial.summary(), final_loss_nats=loss_nats), trial.num_parts())
+    folder.trial("t002").set_status("pending", "interrupted at step 50")
+    folder.update_meta(num_trials=8, status="interrupted")
+    line = row_of(folder)
+    assert "interrupted" in line
+    assert "2/8" in line
+    assert line.endswith(f"{best.final_loss_nats:.4f}")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("trials/t001/trial.json", "{"),
+        ("trials/t001/trial.json", '{"num_parts": 1, "summary": {"run_id": "t001", "status": "finished"}}'),
+        ("sweep.json", "[]"),
+        ("sweep.json", json.dumps({"format_version": 1, "created_unix": "today"})),
+        ("sweep.json", json.dumps({"format_version": 1, "num_trials": None})),
+    ],
+)
+def test_a_damaged_sweep_does_not_hide_the_others(
+    fabricate: ModuleType, search_folder: SweepFolder, tmp_path: Path, file: str, content: str
+) -> None:
+    folder = fabricate.make_search(tmp_path / "broken", steps=50, points=fabricate.SEARCH_POINTS[:2], sharp=False)
+    assert "damaged" not in row_of(folder)
+    (folder.path / file).write_text(content)
+    assert row_of(folder, search_folder).split() == ["broken", "–", "damaged", "–", "–"]
+    assert "12/12" in row_of(search_folder, folder)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -247,3 +248,13 @@ def test_published_runs_in_one_compressed_file() -> None:
         assert run.final_loss_nats == evals["loss_nats"][-1]
         assert 2.0 < run.best_loss_nats <= run.final_loss_nats < 10.0
     assert got.records["loss_nats"].null_count == pc.sum(pc.equal(got.records["kind"], "step")).as_py()
+
+
+def test_foreign_parameters_that_do_not_nest_are_kept_as_they_are() -> None:
+    from landscape_ray.tracking.from_mlflow import _config
+
+    def run(params: dict[str, str]) -> Any:
+        return SimpleNamespace(data=SimpleNamespace(params=params))
+
+    assert _config(run({"model.depth": "4", "seed": "0"})) == {"model": {"depth": 4}, "seed": 0}
+    assert _config(run({"model": "gpt", "model.depth": "4"})) == {"model": "gpt", "model.depth": 4}
