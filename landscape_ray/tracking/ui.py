@@ -53,8 +53,8 @@ def serve(results: Path, *, host: str, port: int, tracking_uri: str | None, cons
         process = start_server(uri, host=host, port=port)
         try:
             with console.status("starting the MLflow UI ..."):
+                page = f"{address(host, port)}/#/{start_page(uri)}"  # from the store itself, while the server starts
                 wait_until_up(process, host, port)
-            page = f"{address(host, port)}/#/{start_page(uri)}"
             console.print(f"MLflow UI: {page}\nCtrl-C ends it", highlight=False, soft_wrap=True)
             process.wait()
         finally:
