@@ -24,12 +24,13 @@ EXPLORE_STREAM = 1
 """Second entry of the seed of the explore step; 0 draws the initial members."""
 
 
-def build_population_scheduler(spec: SweepSpec, attempt: int) -> PopulationBasedTraining:
+def build_population_scheduler(spec: SweepSpec, attempt: int, reached_step: int) -> PopulationBasedTraining:
     """Return Ray's PBT scheduler for this sweep.
 
     Args:
         spec: the sweep; must have a [population] table.
         attempt: number of the driver; a resumed sweep draws on from another stream.
+        reached_step: the furthest step of any member; 0 for a new sweep.
     """
     population = spec.population
     if population is None:
@@ -50,7 +51,7 @@ def build_population_scheduler(spec: SweepSpec, attempt: int) -> PopulationBased
         # The serial tells a new exploit from one that Ray repeats after a crash, even of the same checkpoint.
         return {**config, "trial": {"values": values, "exploit": f"{attempt}.{next(exploits)}"}}
 
-    return PopulationBasedTraining(
+    scheduler = PopulationBasedTraining(
         time_attr="step",
         perturbation_interval=population.interval_steps,
         quantile_fraction=population.quantile_fraction,
@@ -59,6 +60,11 @@ def build_population_scheduler(spec: SweepSpec, attempt: int) -> PopulationBased
         synch=population.synchronous,
         log_config=False,
     )
+    # A synchronous population waits for the first multiple of the interval, which lies behind a resumed one: once all
+    # members have met beyond it, none is ever a candidate to go on. It has no public setting.
+    interval = population.interval_steps
+    scheduler._next_perturbation_sync = (reached_step // interval + 1) * interval
+    return scheduler
 
 
 def members(spec: SweepSpec, known: dict[str, RunSummary]) -> dict[str, dict[str, Value]]:

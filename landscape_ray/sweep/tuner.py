@@ -60,7 +60,7 @@ def drive(
         console.print(
             f"[dim]starting Ray {'at ' + address if address else 'on this machine'} ...[/dim]", highlight=False
         )
-        with _ray(address, spec):
+        with _ray(address, spec), termination_as_interrupt():  # once more: Ray sets handlers of its own
             attempt = next_attempt(folder)
             failures = _fit(folder, spec, console, attempt)
         return conclude(folder, spec, projector, failures, started, spec.num_trials)
@@ -94,7 +94,8 @@ def _fit(folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int) -
             return {}
         population = [{"trial_id": trial_id, "values": values} for trial_id, values in left.items()]
         param_space = {**fixed, "trial": tune.grid_search(population)}
-        tune_config |= {"scheduler": build_population_scheduler(spec, attempt)}
+        reached = max((known[trial_id].step for trial_id in left if trial_id in known), default=0)
+        tune_config |= {"scheduler": build_population_scheduler(spec, attempt, reached)}
 
     resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
     with Dashboard(console, folder.path.name, spec.num_trials, first_config(spec).num_steps) as dashboard:
