@@ -115,9 +115,10 @@ class TrialRun:
 
         Args:
             checkpoint: written by `save`.
-            exploit: serial of the exploit in this sweep; empty before a member's first one.
+            exploit: serial of the exploit in this sweep; empty before a member's first one under this driver, when
+                every checkpoint that Ray has of it is its own.
         """
-        if exploit == self.adopted:
+        if exploit in ("", self.adopted):
             return
         payload = read_checkpoint(checkpoint)
         donor, donor_step = str(payload["extra"]["run_id"]), int(payload["counters"]["step"])

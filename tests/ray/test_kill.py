@@ -130,6 +130,7 @@ def test_kill_9_in_the_middle_of_a_population(
     for run_id in summaries(path):
         steps = [r["step"] for r in rows if r["run_id"] == run_id and r["kind"] == "step"]
         assert steps[-1] == STEPS
+    assert all(r["donor"] != r["run_id"] for r in rows if r["event"] == "exploit")
     resumed = Counter(r["run_id"] for r in rows if r["event"] == "resume")
     assert resumed
     assert set(resumed.values()) == {1}

@@ -121,6 +121,11 @@ def test_a_repeated_exploit_changes_nothing_and_a_new_one_does(
     donor.adopt(tmp_path / CHECKPOINT, "")  # and a member's own, older one after a pause
     assert donor.state.step == 10
     assert len(rows(folder, "t0001", "event")) == 1
+    reopened.adopt(
+        tmp_path / CHECKPOINT, ""
+    )  # a later driver knows of no exploit: whatever it hands out is the member's
+    assert reopened.state.step == 10
+    assert len(rows(folder, "t0001", "event")) == 1
     reopened.adopt(tmp_path / CHECKPOINT, "1.2")  # the same weights once more, on purpose
     assert reopened.state.step == 5
     assert [event["donor_step"] for event in rows(folder, "t0001", "event")] == [5, 5]

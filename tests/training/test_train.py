@@ -231,7 +231,7 @@ def test_unknown_schedules_and_long_warmups_are_refused(tiny: dict[str, Any]) ->
         make(tiny, schedule__warmup_steps=11)
 
 
-def test_bfloat16_and_compile_train(tiny: dict[str, Any]) -> None:
+def test_bfloat16_trains_and_keeps_its_weights_in_float32(tiny: dict[str, Any]) -> None:
     state = TrainState.create(make(tiny, precision="bfloat16"))
     records = list(train(state))
     assert all(math.isfinite(r.loss_nats) for r in records if isinstance(r, StepRecord))
