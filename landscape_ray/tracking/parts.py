@@ -115,16 +115,5 @@ def conform(table: pa.Table) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=ARROW_SCHEMA)
 
 
-def read_parts(folder: TrialFolder, start: int = 0, stop: int | None = None) -> pa.Table:
-    """Return the rows of parts `start` .. `stop - 1`, by default of all committed parts.
-
-    Raises:
-        OSError: a part in that range is missing or cannot be read now.
-        UserError: a part is damaged, or written by a newer version.
-    """
-    stop = folder.num_parts() if stop is None else stop
-    return pa.concat_tables([ARROW_SCHEMA.empty_table(), *(read_part(folder.part_path(k)) for k in range(start, stop))])
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

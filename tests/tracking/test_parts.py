@@ -24,7 +24,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.records import COLUMNS, SCHEMA_VERSION, EvalRecord, ProbeRecord, to_row
 from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.folder import SweepFolder
-from landscape_ray.tracking.parts import ARROW_SCHEMA, PartWriter, conform, read_part, read_parts, to_table
+from landscape_ray.tracking.parts import ARROW_SCHEMA, PartWriter, conform, read_part, to_table
 
 
 def _bits(value: Any) -> Any:
@@ -131,7 +131,7 @@ def test_a_full_disk_keeps_the_rows_for_the_next_flush(
             writer.flush()
     assert list(trial.records_path.iterdir()) == []
     assert writer.flush() == 1
-    assert len(read_parts(trial, 0, 1)) == len(make.rows(1, 3))
+    assert len(read_part(trial.part_path(0))) == len(make.rows(1, 3))
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
