@@ -135,6 +135,25 @@ def fit(
 
 
 @app.command()
+def rank(
+    sweeps: Sweeps = None,
+    results: Results = DEFAULT_RESULTS,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for figure and numbers; default: fits/ of the first sweep.")
+    ] = None,
+) -> None:
+    """Rank study: which probe tells how a run generalises, over all runs and at equal settings?"""
+    from landscape_ray.reports.ranking import rank_figure, rank_study, rank_tables
+
+    console = _console()
+    folders = _open_all(sweeps, results)
+    with console.status("comparing runs ..."):
+        study = rank_study(folders)
+    console.print(rank_tables(study), highlight=False, crop=False)
+    _save_study(rank_figure(study), study.to_json(), out if out is not None else folders[0].fits_path, console)
+
+
+@app.command()
 def predict(
     sweep: OneSweep = None,
     schedule: Annotated[str, typer.Option(help="constant | linear | cosine | wsd")] = "wsd",

@@ -19,7 +19,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Dtype: TypeAlias = Literal["int64", "float64", "string"]
 
@@ -53,6 +53,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("value", "float64", "probe's own", "estimate of the probe (probe)"),
     Column("standard_error", "float64", "probe's own", "standard error or error bound of the value (probe)"),
     Column("num_matvecs", "int64", "products", "Hessian-vector products spent (probe)"),
+    Column("price_gradients", "float64", "gradients", "cost in gradients on the probe batch (probe)"),
     Column("event", "string", "", "exploit | mutate | diverged | resume (event)"),
     Column("donor", "string", "", "run whose weights were copied (event: exploit)"),
     Column("donor_step", "int64", "updates", "step of the copied weights (event: exploit)"),
@@ -121,6 +122,9 @@ class ProbeRecord(Progress):
     value: float
     standard_error: float
     num_matvecs: int
+    price_gradients: float = 0.0
+    """What was spent, in gradients on the batch of the probe; of several estimates of one measurement the first bears
+    it all."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,7 +105,7 @@ class Ours:
     def __init__(self, config: TrainConfig, data: TextData) -> None:
         self.state = TrainState(config, data)
         self.model = self.state.module
-        probe = self.state.probes.get("sharpness")
+        probe = self.state.monitor.probes.get("sharpness")
         if isinstance(probe, SharpnessProbe):
             # Probes of a round are closer than those of a run, where a warm start saves less.
             probe.cold_every = 1

@@ -17,6 +17,7 @@ from landscape_ray.training.clipping import ClippingConfig
 from landscape_ray.training.loss import LossConfig
 from landscape_ray.training.optimizers import AdamWConfig, OptimizerConfig
 from landscape_ray.training.precision import SimulatedPrecisionConfig
+from landscape_ray.training.probing import ProbesConfig
 from landscape_ray.training.sam import SAMConfig
 
 
@@ -109,26 +110,6 @@ class EvalConfig(Model):
     def limit(self) -> int | None:
         """Number of batches; None for all."""
         return None if self.num_batches == "all" else self.num_batches
-
-
-class SharpnessConfig(Model):
-    """The table [train.probes.sharpness]: top Hessian eigenvalue on a fixed batch of training data."""
-
-    every_steps: int = Field(default=100, ge=1)
-    batch_size: int = Field(default=4, ge=1)
-    """Examples in the probe batch."""
-    tolerance: float = Field(default=0.01, gt=0, lt=1)
-    """Lanczos stops when the residual is below this share of the eigenvalue. At 0.03, one cold start in five settles
-    early on a value that is more than 1 % too low; at 0.01, one in twenty-five."""
-    max_matvecs: int = Field(default=30, ge=1, le=1000)
-    route: Literal["exact", "finite_difference", "auto"] = "auto"
-    """How Hessian-vector products are computed; auto: finite differences where a check with an exact one agrees."""
-
-
-class ProbesConfig(Model):
-    """The table [train.probes]; a probe that is not named does not run."""
-
-    sharpness: SharpnessConfig | None = None
 
 
 class TrainConfig(Model):

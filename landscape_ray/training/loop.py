@@ -16,6 +16,7 @@ from landscape_ray.data import Batch
 from landscape_ray.records import EvalRecord, EventRecord, ProbeRecord, Record, StepRecord, VariantRecord
 from landscape_ray.schedules import Schedule
 from landscape_ray.training.precision import autocast, simulate
+from landscape_ray.training.probing import host_of, remember_update, weights_before
 from landscape_ray.training.sam import ascend
 from landscape_ray.training.state import TrainState
 
@@ -63,7 +64,9 @@ def update(state: TrainState, schedule: Schedule) -> Record:
     overflow = config.precision == "float16" and state.scaler.factor > 1.0
     if not (math.isfinite(loss_nats) and (math.isfinite(norm) or overflow)):
         return diverge(state, f"loss {loss_nats}, gradient norm {norm} in update {state.step + 1}", lr=lr)
+    before = weights_before(state)
     state.scaler.step()
+    remember_update(state, before)
 
     state.step += 1
     if state.averager is not None:
@@ -132,8 +135,7 @@ def observe(state: TrainState, measured: Measured | None = None) -> Iterator[Rec
             yield diverge(state, f"held-out loss {state.loss_nats} at step {state.step}")
             return
         yield from variants(state)
-    if config.probes.sharpness is not None and due(state, config.probes.sharpness.every_steps):
-        yield probe(state, "sharpness")
+    yield from probe(state)
 
 
 def due(state: TrainState, every_steps: int) -> bool:
@@ -205,22 +207,35 @@ def _mean_loss(state: TrainState, batches: list[Batch]) -> tuple[float, float | 
     return loss, float(torch.stack(correct).cpu().sum()) / num_targets if correct else None
 
 
-def probe(state: TrainState, name: str) -> ProbeRecord:
-    """Return the estimate of one probe; the host is as it was afterwards."""
-    start = time.perf_counter()
+def probe(state: TrainState) -> Iterator[ProbeRecord]:
+    """Yield the estimates of the probes that are due; the host is as it was afterwards."""
+    num_steps = state.config.num_steps
+    if not state.monitor.due(state.step, num_steps):
+        return
+    training_seconds = state.elapsed_seconds - state.eval_seconds - state.probe_seconds
     with _evaluating(state):
-        estimate = state.probes[name].measure(state.module, state.objective)
-    cost = time.perf_counter() - start
-    state.elapsed_seconds += cost
-    state.probe_seconds += cost
-    return ProbeRecord(
-        **progress(state),
-        cost_seconds=cost,
-        probe=name,
-        value=estimate.value,
-        standard_error=estimate.standard_error,
-        num_matvecs=estimate.num_matvecs,
-    )
+        found = list(
+            state.monitor(
+                state.step,
+                state.module,
+                state.objective,
+                host_of(state),
+                training_seconds=training_seconds,
+                num_steps=num_steps,
+            )
+        )
+    for name, estimate in found:
+        state.elapsed_seconds += estimate.cost_seconds
+        state.probe_seconds += estimate.cost_seconds
+        yield ProbeRecord(
+            **progress(state),
+            cost_seconds=estimate.cost_seconds,
+            probe=name,
+            value=estimate.value,
+            standard_error=estimate.standard_error,
+            num_matvecs=estimate.num_matvecs,
+            price_gradients=estimate.price_gradients,
+        )
 
 
 def diverge(state: TrainState, how: str, **detail: float) -> EventRecord:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from pydantic import Field, model_validator
@@ -98,7 +98,7 @@ class Objective:
         self.classifies = signature.classifies
         self.unit = f"nats/{signature.unit}" if self.name == "cross_entropy" else self.name.replace("_", " ")
 
-    def per_example(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def per_target(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the training loss of each target, flat; a user's loss may give their mean only, 0-d."""
         if not (self.label_smoothing or self.z_loss):
             return self.losses(outputs, targets)
@@ -108,6 +108,16 @@ class Objective:
             losses = losses + self.z_loss * logits.logsumexp(-1).square()
         return losses
 
+    @property
+    def likelihood(self) -> Literal["categorical", "gaussian"] | None:
+        """Of which model this is the negative log-likelihood: softmax over the outputs, or unit variance around them.
+
+        Its curvature in the outputs is known then; label smoothing does not change it.
+        """
+        if self.name == "cross_entropy":
+            return None if self.z_loss else "categorical"
+        return "gaussian" if self.name == "squared_error" else None
+
     def __call__(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the mean training loss of `module` on (inputs, targets), 0-d."""
         inputs, targets = batch
@@ -115,7 +125,7 @@ class Objective:
         if self.name == "cross_entropy" and not self.z_loss:  # the fused mean: one pass less over the logits
             logits = outputs.float().flatten(0, -2)
             return F.cross_entropy(logits, targets.flatten(), label_smoothing=self.label_smoothing)
-        return self.per_example(outputs, targets).mean()
+        return self.per_target(outputs, targets).mean()
 
     @torch.no_grad()
     def score(self, outputs: Tensor, targets: Tensor, num_members: int | None = None) -> Score:

@@ -199,6 +199,9 @@ class Optimizer(ABC):
     def preconditioner(self) -> list[Tensor] | None:
         """Return what Adam divides the elements of `parameters` by: sqrt(v / (1 - beta2^t)) + eps, one tensor each.
 
+        Divided by the factor that the parametrisation gives a parameter's learning rate, so that it goes with the
+        learning rate of the schedule.
+
         None before the first update, and where there is no such diagonal for all parameters (SGD, Muon).
         """
         return None
@@ -247,9 +250,9 @@ class Optimizer(ABC):
             group, own = group_of[parameter], state.get(parameter, {})
             if "exp_avg_sq" in own:
                 unbiased = own["exp_avg_sq"] / (1.0 - group["betas"][1] ** updates(group, own))
-                roots.append(unbiased.sqrt() + group["eps"])
+                roots.append((unbiased.sqrt() + group["eps"]) / group["factor"])
             else:  # never had a gradient
-                roots.append(torch.full_like(parameter, group["eps"], requires_grad=False))
+                roots.append(torch.full_like(parameter, group["eps"] / group["factor"], requires_grad=False))
         return roots
 
     def _shapes(self) -> list[list[list[int]]]:

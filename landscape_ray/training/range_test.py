@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 
 from landscape_ray.errors import UserError
 from landscape_ray.records import StepRecord
-from landscape_ray.training.config import EvalConfig, ProbesConfig, ScheduleConfig, TrainConfig
+from landscape_ray.training.config import EvalConfig, ScheduleConfig, TrainConfig
 from landscape_ray.training.loop import train
+from landscape_ray.training.probing import ProbesConfig
 from landscape_ray.training.state import TrainState
 
 

@@ -17,15 +17,15 @@ from landscape_ray.data.prefetch import Prefetcher
 from landscape_ray.errors import UserError
 from landscape_ray.files import write_atomic_with
 from landscape_ray.models import build_model
-from landscape_ray.probes import PROBES, Probe
 from landscape_ray.training.averaging import Averager
 from landscape_ray.training.clipping import Clipper
 from landscape_ray.training.config import TrainConfig
 from landscape_ray.training.loss import Objective
 from landscape_ray.training.optimizers import build_optimizer
 from landscape_ray.training.precision import LossScaler
+from landscape_ray.training.probing import build_monitor
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 
 ABSOLUTE_FIELDS = ("model", "data", "optimizer.name")
 """What weights and optimizer state depend on: a checkpoint cannot continue under other values of it. Nor can averages
@@ -45,6 +45,7 @@ class TrainState:
         loss_nats: held-out loss of the last evaluation; nan before any.
         accuracy: held-out accuracy of the last evaluation; None where targets are not classes.
         best_loss_nats: the lowest held-out loss so far.
+        last_update: what the last update added to the trainable parameters, where a probe asked for it.
         diverged: one sentence that says how, None while the run is sound.
     """
 
@@ -62,7 +63,8 @@ class TrainState:
         self.clipper = Clipper(config.clipping)
         self.scaler = LossScaler(self.optimizer, config.precision)
         self.averager = Averager(self.module, config.averaging, config.num_steps) if config.averaging else None
-        self.probes = build_probes(config, data, self.device)
+        self.monitor = build_monitor(config.probes, data, self.device, config.seed)
+        self.last_update: list[Tensor] | None = None
         self.loader = Prefetcher(data, self.device)
         self.validation = self._on_device(data.validation_batches(config.eval.limit, config.eval.batch_size))
         self.step = 0
@@ -140,7 +142,7 @@ class TrainState:
             "clipper": self.clipper.state_dict(),
             "scaler": self.scaler.state_dict(),
             "averager": self.averager.state_dict() if self.averager is not None else {},
-            "probes": {name: probe.state_dict() for name, probe in self.probes.items()},
+            "probes": self.monitor.state_dict(),
         }
 
     @classmethod
@@ -200,9 +202,7 @@ class TrainState:
             self.averager.load_state_dict(payload["averager"])
         for name in self.COUNTERS:
             setattr(self, name, payload["counters"][name])
-        for name, probe in self.probes.items():
-            if name in payload["probes"]:
-                probe.load_state_dict(payload["probes"][name])
+        self.monitor.load_state_dict(payload["probes"])
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -238,18 +238,3 @@ def select_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise UserError("train.device must be available, got 'cuda' on a machine without a CUDA device; use 'auto'")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
-
-
-def build_probes(config: TrainConfig, data: Data, device: torch.device) -> dict[str, Probe]:
-    """Return the probes that the configuration names, each with its fixed batch."""
-    probes: dict[str, Probe] = {}
-    if (sharpness := config.probes.sharpness) is not None:
-        batch = data.probe_batch(config.seed, sharpness.batch_size)
-        probes["sharpness"] = PROBES["sharpness"](
-            batches=[(batch[0].to(device), batch[1].to(device))],
-            tol=sharpness.tolerance,
-            max_matvecs=sharpness.max_matvecs,
-            route=sharpness.route,
-            seed=config.seed,
-        )
-    return probes

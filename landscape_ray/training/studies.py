@@ -89,7 +89,7 @@ def coordinate_check(
     Raises:
         UserError: fewer than two widths, a model without a width, or a run that diverged.
     """
-    data, widths = _checked(config, widths)
+    data, widths = checked_widths(config, widths)
     change: dict[str, list[float]] = {}
     initial: dict[str, list[float]] = {}
     for width in widths:
@@ -220,7 +220,7 @@ def lr_transfer(
     Raises:
         UserError: too few widths or learning rates, or a model without a width.
     """
-    data, widths = _checked(config, widths)
+    data, widths = checked_widths(config, widths)
     rates = tuple(sorted(peak_lrs))
     if len(set(rates)) < 3:
         raise UserError(f"peak_lrs must hold three or more learning rates, got {list(peak_lrs)}; give a grid")
@@ -248,7 +248,12 @@ def lr_transfer(
     return LRTransfer(widths=widths, peak_lrs=rates, loss=losses.mean(axis=-1), spread=spread, loss_unit=unit)
 
 
-def _checked(config: TrainConfig, widths: Sequence[int]) -> tuple[Data, tuple[int, ...]]:
+def checked_widths(config: TrainConfig, widths: Sequence[int]) -> tuple[Data, tuple[int, ...]]:
+    """Return the data, opened, and the widths in order.
+
+    Raises:
+        UserError: fewer than two widths, or a model without a width.
+    """
     if not hasattr(config.model, "width"):
         raise UserError(f"model.name must be a model with a width, got '{config.model.name}'; there is nothing to vary")
     ordered = tuple(sorted(set(widths)))

@@ -119,7 +119,7 @@ def test_training_with_and_without_the_probe_gives_the_same_bits(route):
             batch = torch.randn(16, 6), torch.randint(3, (16,))  # from the global generator, as dropout
             cross_entropy(module, batch).backward()
             if probe is not None and step % 3 == 0:
-                values.append(probe.measure(module, cross_entropy).value)
+                values.append(probe.measure(module, cross_entropy)["sharpness"].value)
             optimizer.step()
         return module.state_dict(), values
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes import PROBES, Probe, SharpnessProbe
+from landscape_ray.probes.fixed_loss import FixedLoss
 from landscape_ray.probes.operators import FiniteDifferenceHessian, HessianOperator
 from landscape_ray.probes.sharpness import sharpness
 
@@ -103,7 +104,7 @@ def test_auto_gives_the_exact_rayleigh_quotient_and_residual():
     estimate = sharpness(module, cross_entropy, [batch], route="auto")
     assert estimate.route == "finite_difference"
     v = estimate.vector
-    Hv = HessianOperator(module, cross_entropy, [batch])(v)
+    Hv = HessianOperator(FixedLoss(module, cross_entropy, [batch]))(v)
     assert estimate.value == pytest.approx(float(v @ Hv), rel=1e-6)
     assert estimate.standard_error == pytest.approx(float((Hv - (v @ Hv) * v).norm()), rel=1e-4)
 
@@ -127,11 +128,12 @@ def test_differences_that_converge_to_the_wrong_vector_are_refused():
 def test_probe_keeps_to_differences_on_a_smooth_network():
     module, batch = wide(nn.GELU)
     probe = SharpnessProbe([batch], route="auto", cold_every=3)
-    estimates = [probe.measure(module, cross_entropy) for _ in range(4)]
+    estimates = [probe.measure(module, cross_entropy)["sharpness"] for _ in range(4)]
     assert [e.route for e in estimates] == ["finite_difference"] * 4
     # Cold ones check by one exact product, the others by a central difference.
     surcharges = [e.price_gradients - (1 + e.num_matvecs) for e in estimates]
-    assert surcharges == pytest.approx([2.5, 0.0, 0.0, 2.5])
+    # The first one looks whether the loss is a function of the weights, by two forwards.
+    assert surcharges == pytest.approx([2.5 + 2 / 3, 0.0, 0.0, 2.5])
 
 
 @pytest.mark.acceptance
@@ -139,7 +141,7 @@ def test_probe_keeps_to_differences_on_a_smooth_network():
 def test_finite_differences_are_refused_on_networks_with_kinks(seed):
     module, batch = wide(nn.ReLU, seed)
     auto = sharpness(module, cross_entropy, [batch], route="auto")
-    Hv = HessianOperator(module.eval(), cross_entropy, [batch])(auto.vector)
+    Hv = HessianOperator(FixedLoss(module.eval(), cross_entropy, [batch]))(auto.vector)
     assert auto.converged
     assert auto.route == "exact"
     assert float((Hv - auto.value * auto.vector).norm()) == pytest.approx(auto.standard_error, rel=1e-2)
@@ -152,7 +154,7 @@ def test_finite_differences_are_refused_on_networks_with_kinks(seed):
 def test_differences_that_failed_are_not_tried_again_before_the_next_cold_start():
     module, batch = wide(nn.ReLU)
     probe = SharpnessProbe([batch], route="auto", cold_every=3)
-    estimates = [probe.measure(module, cross_entropy) for _ in range(4)]
+    estimates = [probe.measure(module, cross_entropy)["sharpness"] for _ in range(4)]
     assert [e.route for e in estimates] == ["exact"] * 4
     assert [e.num_matvecs for e in estimates[1:3]] == [1, 1]
     assert min(estimates[0].num_matvecs, estimates[3].num_matvecs) > 3
@@ -161,9 +163,9 @@ def test_differences_that_failed_are_not_tried_again_before_the_next_cold_start(
 def test_differences_that_were_trusted_are_still_checked():
     module, batch = wide(nn.ReLU)
     probe = SharpnessProbe([batch], route="auto")
-    probe.measure(module, cross_entropy)
+    probe.measure(module, cross_entropy)["sharpness"]
     probe.load_state_dict({**probe.state_dict(), "differences_failed": False})
-    estimate = probe.measure(module, cross_entropy)
+    estimate = probe.measure(module, cross_entropy)["sharpness"]
     assert (estimate.route, estimate.converged) == ("exact", True)
 
 
@@ -211,7 +213,7 @@ def test_refused_arguments():
         SharpnessProbe([batch], cold_every=0)
     with pytest.raises(UserError, match="tol must be positive"):
         SharpnessProbe([batch], tol=0.0)
-    with pytest.raises(UserError, match=r"state of the sharpness probe must hold vector, .* got nothing"):
+    with pytest.raises(UserError, match=r"state of the probe 'sharpness' must hold num_measured, vector, .* got nothing"):
         SharpnessProbe([batch]).load_state_dict({})
 
 
@@ -230,7 +232,7 @@ def test_warm_start_saves_products_along_a_run():
     spent = {"warm": 0, "cold": 0}
     for step, _ in enumerate(train(module, batch, 100)):
         if step % 10 == 0:
-            followed, fresh = warm.measure(module, cross_entropy), cold.measure(module, cross_entropy)
+            followed, fresh = (probe.measure(module, cross_entropy)["sharpness"] for probe in (warm, cold))
             # Neighbours lie within a few percent here, and 0.03 does not tell them apart, whatever the start.
             reference = sharpness(module, cross_entropy, [batch], tol=1e-4, max_matvecs=100)
             assert 0.9 * reference.value < followed.value < 1.0001 * reference.value
@@ -245,12 +247,12 @@ def test_cold_starts_find_an_eigenvalue_that_overtook():
     curvatures = torch.linspace(0.0, 1.0, 20)
     loss = lambda m, b: 0.5 * (curvatures * m[0].square()).sum()  # noqa: E731
     probe = SharpnessProbe([None], tol=1e-3, cold_every=3)
-    assert probe.measure(module, loss).value == pytest.approx(1.0, rel=1e-3)
+    assert probe.measure(module, loss)["sharpness"].value == pytest.approx(1.0, rel=1e-3)
     probe.load_state_dict({**probe.state_dict(), "vector": torch.eye(20)[19]})
     curvatures[0] = 2.0
-    assert probe.measure(module, loss).value == pytest.approx(1.0)
-    assert probe.measure(module, loss).value == pytest.approx(1.0)
-    assert probe.measure(module, loss).value == pytest.approx(2.0, rel=1e-3)
+    assert probe.measure(module, loss)["sharpness"].value == pytest.approx(1.0)
+    assert probe.measure(module, loss)["sharpness"].value == pytest.approx(1.0)
+    assert probe.measure(module, loss)["sharpness"].value == pytest.approx(2.0, rel=1e-3)
 
 
 @pytest.mark.parametrize("route", ["exact", "auto"])
@@ -262,14 +264,14 @@ def test_probe_continues_from_a_saved_state_bit_by_bit(route):
     for _ in range(3):
         for _ in range(10):
             next(steps)
-        probe.measure(module, cross_entropy)
+        probe.measure(module, cross_entropy)["sharpness"]
     file = io.BytesIO()
     torch.save(probe.state_dict(), file)
     file.seek(0)
     resumed = PROBES["sharpness"](batches=[batch], route=route, seed=3)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.price_gradients == probe.price_gradients
-    a, b = probe.measure(module, cross_entropy), resumed.measure(module, cross_entropy)
+    a, b = probe.measure(module, cross_entropy)["sharpness"], resumed.measure(module, cross_entropy)["sharpness"]
     assert (a.value, a.standard_error, a.num_matvecs) == (b.value, b.standard_error, b.num_matvecs)
     assert torch.equal(a.vector, b.vector)
 
@@ -287,12 +289,12 @@ def test_fresh_state_can_be_saved_without_running_code():
 def test_a_diverged_measurement_is_not_remembered():
     module, batch = wide(nn.Tanh)
     probe = SharpnessProbe([batch])
-    good = probe.measure(module, cross_entropy)
+    good = probe.measure(module, cross_entropy)["sharpness"]
     weights = {name: t.clone() for name, t in module.state_dict().items()}
     module[0].weight.data.fill_(float("nan"))
-    assert math.isnan(probe.measure(module, cross_entropy).value)
+    assert math.isnan(probe.measure(module, cross_entropy)["sharpness"].value)
     module.load_state_dict(weights)
-    again = probe.measure(module, cross_entropy)
+    again = probe.measure(module, cross_entropy)["sharpness"]
     assert again.value == pytest.approx(good.value, rel=1e-2)
     assert again.num_matvecs == 1
 
@@ -301,8 +303,9 @@ def test_price_is_typical_first_and_then_measured():
     module, batch = wide(nn.Tanh)
     probe = SharpnessProbe([batch], route="finite_difference")
     assert probe.price_gradients == 12.0
-    estimate = probe.measure(module, cross_entropy)
-    assert probe.price_gradients == estimate.price_gradients == 1.0 + estimate.num_matvecs
+    estimate = probe.measure(module, cross_entropy)["sharpness"]
+    assert probe.price_gradients == pytest.approx(1.0 + estimate.num_matvecs)
+    assert estimate.price_gradients == pytest.approx(probe.price_gradients + 2 / 3)  # the check, once
     assert estimate.cost_seconds > 0
 
 
@@ -310,8 +313,8 @@ def test_fused_attention_serves_both_routes(case):
     # Without the context the exact route would raise; finite differences keep the fused kernel.
     module, loss, batch = case
     v = torch.ones(sum(p.numel() for p in module.parameters()), dtype=torch.float64)
-    exact = HessianOperator(module, loss, [batch])(v)
-    torch.testing.assert_close(FiniteDifferenceHessian(module, loss, [batch])(v), exact, rtol=1e-4, atol=1e-4)
+    exact = HessianOperator(FixedLoss(module, loss, [batch]))(v)
+    torch.testing.assert_close(FiniteDifferenceHessian(FixedLoss(module, loss, [batch]))(v), exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.acceptance
@@ -335,5 +338,5 @@ def test_gradient_descent_settles_at_the_edge_of_stability():
         half_squared_error(module, (inputs, one_hot)).backward()
         optimizer.step()
         if step >= 3000 and step % 50 == 0:
-            values.append(probe.measure(module, half_squared_error).value)
+            values.append(probe.measure(module, half_squared_error)["sharpness"].value)
     assert sum(values) / len(values) == pytest.approx(2 / 0.4, rel=0.04)

@@ -152,12 +152,12 @@ def test_rounds_are_updates_of_the_real_loop_with_one_probe_from_a_random_start(
     run(3)
     assert run.state.step == 3
     starts = []
-    measure = run.state.probes["sharpness"].measure
-    run.state.probes["sharpness"].measure = lambda *given: (starts.append(run.state.step), measure(*given))[1]
+    measure = run.state.monitor.probes["sharpness"].measure
+    run.state.monitor.probes["sharpness"].measure = lambda *given: (starts.append(run.state.step), measure(*given))[1]
     timing = run(3)
     assert run.state.step == 6
     assert starts == [6]
-    assert run.state.probes["sharpness"].cold_every == 1
+    assert run.state.monitor.probes["sharpness"].cold_every == 1
     assert timing.num_products > 0
     assert timing.probe > 0
     assert bench.Ours(config, data)(1).probe == 0

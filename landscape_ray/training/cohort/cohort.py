@@ -22,7 +22,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.files import write_atomic
 from landscape_ray.records import Record, StepRecord
 from landscape_ray.schedules import Schedule
-from landscape_ray.training import loop
+from landscape_ray.training import loop, probing
 from landscape_ray.training.cohort.buffers import Buffers, why_not
 from landscape_ray.training.cohort.plan import Choice, Plan, choose, given
 from landscape_ray.training.cohort.routes import untrained
@@ -173,6 +173,7 @@ class Cohort:
                 yield k, loop.update(self._members[k], self._values[k].schedule)
             return
         values = {k: self._values[k].apply() for k in active}
+        before = {k: probing.weights_before(self._members[k]) for k in active}
         losses, norms = self._apply(active, self._batch())
         cost = (time.perf_counter() - start) / len(active)
         for k in active:
@@ -181,6 +182,7 @@ class Cohort:
                 how = f"loss {losses[k]}, gradient norm {norms[k]} in update {member.step + 1}"
                 yield k, loop.diverge(member, how, lr=lr)
                 continue
+            probing.remember_update(member, before[k])
             member.step += 1
             if member.averager is not None:
                 member.averager.update(member.module, member.step)

@@ -170,7 +170,7 @@ class _Joint(Program):
             layer.key.copy_(torch.tensor(keys))
 
     def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        per_target = self.members[0].objective.per_example(self._apply(inputs), targets)
+        per_target = self.members[0].objective.per_target(self._apply(inputs), targets)
         return per_target.view(len(self.members), -1).mean(1)
 
     def outputs(self, inputs: Tensor) -> Tensor:
@@ -275,11 +275,11 @@ def _loss_apart(member: TrainState) -> str | None:
     outputs = member.module(inputs)
     member.module.train(mode)
     both = (outputs, outputs.roll(1, 0))  # other values, but such as the model gives
-    apart = [member.objective.per_example(each, targets) for each in both]
+    apart = [member.objective.per_target(each, targets) for each in both]
     if apart[0].dim() == 0:
         return "the loss gives one mean for all targets"
     try:
-        joint = member.objective.per_example(torch.stack(both), torch.stack((targets, targets)))
+        joint = member.objective.per_target(torch.stack(both), torch.stack((targets, targets)))
     except Exception:  # a user's function raises what it likes
         return "the loss does not take outputs with an axis for the members"
     expected = torch.cat([losses.flatten() for losses in apart])

@@ -6,24 +6,18 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.estimate import Estimate
-from landscape_ray.probes.guard import host_untouched
-from landscape_ray.probes.lanczos import LanczosResult, lanczos, unit_vector
-from landscape_ray.probes.operators import (
-    Batches,
-    CurvatureOperator,
-    FiniteDifferenceHessian,
-    HessianOperator,
-    Loss,
-)
-from landscape_ray.probes.probe import Probe
+from landscape_ray.probes.estimate import UNKNOWN, Estimate
+from landscape_ray.probes.fixed_loss import Batches, FixedLoss, Loss, observing
+from landscape_ray.probes.operators import FiniteDifferenceHessian, HessianOperator
+from landscape_ray.probes.probe import Host, Probe
+from landscape_ray.probes.spectrum.lanczos import LanczosResult, lanczos, unit_vector
 
 Route: TypeAlias = Literal["exact", "finite_difference", "auto"]
 """How Hessian-vector products are computed; see :func:`sharpness`."""
@@ -93,56 +87,57 @@ def sharpness(
     >>> round(sharpness(chain, half_square, [1.0]).value, 4)
     4.25
     """
-    return _sharpness(module, loss, batches, start, tol, max_matvecs, route, seed, eval_mode, check_exactly=True)
+    began = time.perf_counter()
+    _check(tol, route)
+    with observing(module, loss, batches, eval_mode=eval_mode) as function:
+        found = UNKNOWN
+        if function.finite:
+            found = top_pair(function, start, tol, max_matvecs, route, seed, check_exactly=True)
+    return dataclasses.replace(
+        found, price_gradients=function.spent_gradients, cost_seconds=time.perf_counter() - began
+    )
 
 
-def _sharpness(
-    module: nn.Module,
-    loss: Loss,
-    batches: Batches,
+def top_pair(
+    function: FixedLoss,
     start: Tensor | None,
     tol: float,
     max_matvecs: int,
     route: Route,
     seed: int,
-    eval_mode: bool,
+    *,
     check_exactly: bool,
 ) -> Estimate:
-    """Return the sharpness; route auto checks with a central difference, cheaper, unless `check_exactly`."""
-    began = time.perf_counter()
-    _check(tol, route)
-    with host_untouched(module):
-        if eval_mode:
-            module.eval()
-        exact = HessianOperator(module, loss, batches)
-        differences = FiniteDifferenceHessian(module, loss, batches)
-        first = unit_vector(exact.size, start, seed=seed, dtype=exact.dtype, device=exact.device)
-        solve = functools.partial(
-            lanczos, size=exact.size, max_matvecs=max_matvecs, dtype=exact.dtype, device=exact.device
-        )
-        operator: CurvatureOperator = exact
-        found: LanczosResult | None = None
-        if all(bool(p.isfinite().all()) for p in module.parameters()):
-            good = False
-            if route != "exact":
-                operator = differences
-                check = exact if route == "auto" and check_exactly else differences.central
-                found, good = _by_differences(solve, differences, check, first, tol)
-                first = found.vector
-            if route == "exact" or (route == "auto" and not good):
-                operator = exact
-                found = solve(exact, start=first, tol=tol)
+    """Return the sharpness at finite weights; the cost is counted by `function`.
 
-    sound = found if found and math.isfinite(found.value) and math.isfinite(operator.mean_loss) else None
+    Route auto checks with an exact product if `check_exactly`, and otherwise with a central difference, cheaper.
+    """
+    exact, differences = HessianOperator(function), FiniteDifferenceHessian(function)
+    first = unit_vector(function.size, start, seed=seed, dtype=function.dtype, device=function.device)
+    solve = functools.partial(
+        lanczos, size=function.size, max_matvecs=max_matvecs, dtype=function.dtype, device=function.device
+    )
+    operator: HessianOperator | FiniteDifferenceHessian = exact
+    found: LanczosResult | None = None
+    good = False
+    if route != "exact":
+        operator = differences
+        check = exact if route == "auto" and check_exactly else differences.central
+        found, good = _by_differences(solve, differences, check, first, tol)
+        first = found.vector
+    if route == "exact" or (route == "auto" and not good):
+        operator = exact
+        found = solve(exact, start=first, tol=tol)
+    num_matvecs = exact.num_matvecs + differences.num_matvecs
+    if found is None or not (math.isfinite(found.value) and math.isfinite(operator.mean_loss)):
+        return dataclasses.replace(UNKNOWN, num_matvecs=num_matvecs)
     return Estimate(
-        value=sound.value if sound else math.nan,
-        standard_error=sound.residual if sound else math.nan,
-        num_matvecs=exact.num_matvecs + differences.num_matvecs,
-        price_gradients=exact.price_gradients + differences.price_gradients,
-        cost_seconds=time.perf_counter() - began,
-        converged=sound is not None and sound.converged,
+        value=found.value,
+        standard_error=found.residual,
+        num_matvecs=num_matvecs,
+        converged=found.converged,
         route="exact" if operator is exact else "finite_difference",
-        vector=sound.vector if sound else None,
+        vector=found.vector,
     )
 
 
@@ -192,6 +187,7 @@ class SharpnessProbe(Probe):
     """
 
     name = "sharpness"
+    STATE: ClassVar[tuple[str, ...]] = ("_vector", "_differences_failed", "_price_gradients")
 
     def __init__(
         self,
@@ -221,10 +217,9 @@ class SharpnessProbe(Probe):
         _check(tol, route)
         if cold_every < 1:
             raise UserError(f"cold_every must be at least 1, got {cold_every}; 1 starts every measurement anew")
-        self.batches, self.tol, self.max_matvecs, self.route = batches, tol, max_matvecs, route
-        self.cold_every, self.eval_mode, self.seed = cold_every, eval_mode, seed
+        super().__init__(batches, eval_mode=eval_mode, seed=seed)
+        self.tol, self.max_matvecs, self.route, self.cold_every = tol, max_matvecs, route, cold_every
         self._vector: Tensor | None = None
-        self._num_measured = 0
         self._differences_failed = False
         self._price_gradients = {"exact": 20.0, "finite_difference": 12.0, "auto": 15.0}[route]
 
@@ -233,53 +228,27 @@ class SharpnessProbe(Probe):
         """What the last measurement cost, in gradients on the batches of the probe; a typical price before any."""
         return self._price_gradients
 
-    def measure(self, module: nn.Module, loss: Loss) -> Estimate:
-        """Return the sharpness at the present weights; arguments and errors as for :func:`sharpness`.
+    def _measure(self, function: FixedLoss, host: Host) -> dict[str, Estimate]:
+        """Return the sharpness at the present weights.
 
         A measurement that is not finite is not remembered: the next one starts where the last finite one ended.
         """
+        before = function.spent_gradients
         cold = self._vector is None or self._num_measured % self.cold_every == 0
         route = "exact" if self.route == "auto" and self._differences_failed and not cold else self.route
-        estimate = _sharpness(
-            module,
-            loss,
-            self.batches,
-            start=None if cold else self._vector,
-            tol=self.tol,
-            max_matvecs=self.max_matvecs,
-            route=route,
-            seed=self.seed + self._num_measured,
-            eval_mode=self.eval_mode,
+        price = 1.0 if route == "finite_difference" else 2.3
+        most = min(self.max_matvecs, max(1, int(min(host.allowance_gradients, 1e6) / price)))
+        estimate = top_pair(
+            function,
+            None if cold else self._vector,
+            self.tol,
+            most,
+            route,
+            self.seed + self._num_measured,
             check_exactly=cold,
         )
         if estimate.vector is not None:
             self._vector = estimate.vector
-            self._num_measured += 1
             self._differences_failed = estimate.route == "exact"
-            self._price_gradients = estimate.price_gradients
-        return estimate
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the last eigenvector, how many measurements were made, and what was learned about their price."""
-        return {
-            "vector": self._vector,
-            "num_measured": self._num_measured,
-            "differences_failed": self._differences_failed,
-            "price_gradients": self._price_gradients,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of this or another instance.
-
-        Raises:
-            UserError: an entry is missing or unknown.
-        """
-        if set(state) != set(self.state_dict()):
-            raise UserError(
-                f"state of the sharpness probe must hold {', '.join(self.state_dict())}, "
-                f"got {', '.join(state) or 'nothing'}; the checkpoint is of another version"
-            )
-        self._vector = state["vector"]
-        self._num_measured = int(state["num_measured"])
-        self._differences_failed = bool(state["differences_failed"])
-        self._price_gradients = float(state["price_gradients"])
+            self._price_gradients = function.spent_gradients - before
+        return {self.name: estimate}

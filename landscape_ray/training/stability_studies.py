@@ -1,0 +1,266 @@
+"""Studies of how curvature moves along a run: edge of stability, SGD's own bound, and sharpness over widths.
+
+follow_edge         curvature along a run, and the threshold of its optimizer
+sgd_stability       SGD on one example at a time, against the bound on the trace of the Hessian
+sharpness_transfer  sharpness along runs of several widths: does it coincide?
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from landscape_ray.errors import UserError
+from landscape_ray.probes.sharpness.stability import EdgeState, edge_state, threshold
+from landscape_ray.records import ProbeRecord, StepRecord
+from landscape_ray.training.config import TrainConfig
+from landscape_ray.training.loop import train
+from landscape_ray.training.optimizers import SGDConfig
+from landscape_ray.training.state import TrainState
+from landscape_ray.training.studies import Progress, checked_widths, with_width
+
+Floats = NDArray[np.float64]
+
+CURVATURES = {
+    "sgd": "sharpness",
+    "adamw": "preconditioned_sharpness",
+    "schedule_free_adamw": "preconditioned_sharpness",
+}
+"""Which probe the threshold of an optimizer is one of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeRun:
+    """Curvature along a run, and where its optimizer stops being stable.
+
+    Attributes:
+        probe: what was measured: sharpness, or preconditioned_sharpness.
+        optimizer: sgd, adamw ...
+        steps: of the measurements, shape (M,).
+        curvature: shape (M,).
+        thresholds: at the same steps, by the learning rate and momentum applied there, shape (M,).
+        losses: training loss of every update, shape (T,).
+        state: of the second half of the run.
+    """
+
+    probe: str
+    optimizer: str
+    steps: Floats
+    curvature: Floats
+    thresholds: Floats
+    losses: Floats
+    state: EdgeState
+
+
+def follow_edge(config: TrainConfig, *, progress: Callable[[int], None] | None = None) -> EdgeRun:
+    """Return curvature and threshold along a run.
+
+    Args:
+        config: with the probe that goes with its optimizer: [train.probes.sharpness] for sgd, and
+            [train.probes.preconditioned_sharpness] for adamw. The theory is one of full batches: `batch_size` equal to
+            `data.train_size`, and a probe batch of all of it.
+        progress: called with the number of updates made.
+
+    Raises:
+        UserError: no threshold is known for the optimizer, its probe is missing, or the run diverged at once.
+
+    References:
+        Cohen et al. 2021, arXiv 2103.00065; Cohen et al. 2022, arXiv 2207.14484 (adaptive methods).
+    """
+    optimizer = config.optimizer
+    name = CURVATURES.get(optimizer.name)
+    if name is None:
+        raise UserError(
+            f"optimizer.name must be one with a known threshold ({', '.join(CURVATURES)}), got '{optimizer.name}'"
+        )
+    if name not in config.probes.tables:
+        raise UserError(f"the file must measure what {optimizer.name} is stable by; add [train.probes.{name}]")
+    state = TrainState.create(config)
+    schedule = config.schedule.build(config.num_steps)
+    steps, values, limits, losses = [], [], [], []
+    for record in train(state):
+        if isinstance(record, StepRecord):
+            losses.append(record.loss_nats)
+            if progress is not None and record.step % 50 == 0:
+                progress(record.step)
+        elif isinstance(record, ProbeRecord) and record.probe == name and math.isfinite(record.value):
+            last = max(record.step - 1, 0)
+            limit = threshold(
+                optimizer.name,
+                float(schedule(last)),
+                schedule.momentum(last, optimizer.momentum),
+                nesterov=isinstance(optimizer, SGDConfig) and optimizer.nesterov,
+                weight_decay=optimizer.weight_decay,
+                coupled=isinstance(optimizer, SGDConfig) and optimizer.l2,
+            )
+            if limit is not None and math.isfinite(limit):
+                steps.append(record.step)
+                values.append(record.value)
+                limits.append(limit)
+    if len(values) < 4:
+        how = state.diverged or f"it has {config.num_steps} updates"
+        raise UserError(f"the run must live for four measurements, got {len(values)} ({how}); lower the learning rate")
+    return EdgeRun(
+        probe=name,
+        optimizer=optimizer.name,
+        steps=np.array(steps, dtype=np.float64),
+        curvature=np.array(values),
+        thresholds=np.array(limits),
+        losses=np.array(losses),
+        state=edge_state(values, limits, steps, tail=0.5),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDStability:
+    """SGD on one example at a time, over learning rates.
+
+    Attributes:
+        dimension: d.
+        trace: of the Hessian.
+        sharpness: its largest eigenvalue.
+        num_steps: updates made.
+        lrs: shape (L,).
+        growth: mean |w|^2 after the updates divided by that before, shape (L,).
+        standard_error: of it, over repetitions, shape (L,).
+        expected: by theory, shape (L,).
+    """
+
+    dimension: int
+    trace: float
+    sharpness: float
+    num_steps: int
+    lrs: Floats
+    growth: Floats
+    standard_error: Floats
+    expected: Floats
+
+    @property
+    def measured_threshold(self) -> float:
+        """The learning rate where the measured growth crosses 1; between two, by a line through the logarithms."""
+        logs = np.log(self.growth)
+        above = np.flatnonzero(logs > 0)
+        if not len(above) or above[0] == 0:
+            return math.nan
+        right = int(above[0])
+        share = -logs[right - 1] / (logs[right] - logs[right - 1])
+        return float(self.lrs[right - 1] + share * (self.lrs[right] - self.lrs[right - 1]))
+
+
+def sgd_stability(
+    lrs: Sequence[float],
+    *,
+    dimension: int = 10,
+    num_steps: int = 300,
+    num_repetitions: int = 2000,
+    seed: int = 0,
+) -> SGDStability:
+    """Return how the squared distance from the minimum grows under SGD with one example in each update.
+
+    Loss `0.5 (w'x)^2`, x uniform on the unit sphere of R^d: `H = I / d`, so that the largest eigenvalue is 1 / d and
+    the trace 1. Each update multiplies the expected |w|^2 by `1 - 2 lr / d + lr^2 / d`: SGD is stable below
+    `lr tr(H) = 2`, where gradient descent on the full loss would be until `lr lambda_1 = 2`, d times as far.
+
+    Args:
+        lrs: increasing.
+        dimension: d, >= 2.
+        num_steps: updates.
+        num_repetitions: runs to average over.
+        seed: of the examples.
+
+    Raises:
+        UserError: fewer than two learning rates, or one that is not positive.
+
+    References:
+        Wu, Ma and E, How SGD selects the global minima, NeurIPS 2018. Ma and Ying 2021, arXiv 2105.13462.
+    """
+    if len(lrs) < 2 or min(lrs) <= 0:
+        raise UserError(f"lrs must hold two or more positive learning rates, got {list(lrs)}")
+    rates = np.sort(np.asarray(lrs, dtype=np.float64))
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(num_repetitions, dimension, generator=generator, dtype=torch.float64)
+    start /= start.norm(dim=1, keepdim=True)
+    weights = start.expand(len(rates), -1, -1).clone()
+    column = torch.from_numpy(rates)[:, None, None]
+    # log of the mean: the mean itself is ruled by few repetitions; but it is the mean that the theory is about
+    for _ in range(num_steps):
+        x = torch.randn(num_repetitions, dimension, generator=generator, dtype=torch.float64)
+        x /= x.norm(dim=1, keepdim=True)
+        weights -= column * (weights * x).sum(-1, keepdim=True) * x
+    squares = weights.square().sum(-1)
+    return SGDStability(
+        dimension=dimension,
+        trace=1.0,
+        sharpness=1.0 / dimension,
+        num_steps=num_steps,
+        lrs=rates,
+        growth=squares.mean(1).numpy(),
+        standard_error=(squares.std(1) / math.sqrt(num_repetitions)).numpy(),
+        expected=(1 - 2 * rates / dimension + rates**2 / dimension) ** num_steps,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharpnessTransfer:
+    """Sharpness along runs of several widths.
+
+    Attributes:
+        widths: increasing, shape (W,).
+        steps: of the measurements, shape (M,).
+        sharpness: shape (W, M); nan after a divergence.
+    """
+
+    widths: tuple[int, ...]
+    steps: Floats
+    sharpness: Floats
+
+    @property
+    def spread(self) -> Floats:
+        """Largest over smallest sharpness of the widths at each step, shape (M,)."""
+        return np.asarray(self.sharpness.max(axis=0) / self.sharpness.min(axis=0))
+
+    @property
+    def slope(self) -> float:
+        """D log(sharpness) / d log(width), the mean over the second half of the measurements; 0 where it transfers."""
+        late = self.sharpness[:, len(self.steps) // 2 :]
+        known = np.isfinite(late).all(axis=0) & (late > 0).all(axis=0)
+        if not known.any():
+            return math.nan
+        x = np.log(np.array(self.widths, dtype=np.float64))
+        return float(np.mean(np.polyfit(x, np.log(late[:, known]), 1)[0]))
+
+
+def sharpness_transfer(
+    config: TrainConfig, widths: Sequence[int], *, progress: Progress | None = None
+) -> SharpnessTransfer:
+    """Return the sharpness along runs that differ in width only: same data, same schedule, same steps.
+
+    Args:
+        config: of the runs, with [train.probes.sharpness].
+        widths: two or more values of `model.width`.
+        progress: called after each run.
+
+    Raises:
+        UserError: fewer than two widths, a model without a width, or no sharpness probe.
+
+    References:
+        Noci et al. 2024, Super consistency of neural network landscapes, arXiv 2402.17457.
+    """
+    if config.probes.sharpness is None:
+        raise UserError("the file must measure sharpness along the run; add [train.probes.sharpness]")
+    _, ordered = checked_widths(config, widths)
+    curves: list[dict[int, float]] = []
+    for width in ordered:
+        state = TrainState.create(with_width(config, width))
+        found = {r.step: r.value for r in train(state) if isinstance(r, ProbeRecord) and r.probe == "sharpness"}
+        curves.append(found)
+        if progress is not None:
+            progress(f"width {width}: sharpness {list(found.values())[-1]:.3g}")
+    steps = sorted(set().union(*curves))
+    values = [[curve.get(step, math.nan) for step in steps] for curve in curves]
+    return SharpnessTransfer(widths=ordered, steps=np.array(steps, dtype=np.float64), sharpness=np.array(values))
