@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import errno
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from landscape_ray.cli.checks import check
+from landscape_ray.cli.shared import (
+    DEFAULT_RESULTS,
+    Address,
+    Name,
+    OneSweep,
+    Results,
+    Spec,
+    Sweeps,
+    Tracking,
+    new_console,
+    open_all,
+    open_sweep,
+    save_study,
+    shown,
+    tracking_uri_of,
+)
 from landscape_ray.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from landscape_ray.reports.figures import Figure
     from landscape_ray.sweep.session import Outcome
     from landscape_ray.tracking.folder import SweepFolder
-    from landscape_ray.training import TrainConfig
 
 app = typer.Typer(
     name="landscape-ray",
@@ -30,30 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Hyperparameter search and population training on Ray that understands the loss landscape it moves in.",
 )
-
-DEFAULT_RESULTS = Path("runs")
-
-Results = Annotated[
-    Path, typer.Option("--results", envvar="LANDSCAPE_RAY_RESULTS", help="Folder that holds the sweeps.")
-]
-Spec = Annotated[Path, typer.Argument(metavar="SPEC.toml", help="The sweep file; examples are in search_spaces/.")]
-Name = Annotated[str | None, typer.Option("--name", help="Folder name; default: name in the file, date and time.")]
-Address = Annotated[
-    str | None,
-    typer.Option("--address", envvar="RAY_ADDRESS", help="Ray cluster to attach to; default: start Ray here."),
-]
-Tracking = Annotated[
-    str | None,
-    typer.Option(
-        "--tracking-uri", help="MLflow store or server; default: $MLFLOW_TRACKING_URI, else RESULTS/mlflow.db."
-    ),
-]
-Sweeps = Annotated[
-    list[str] | None, typer.Argument(metavar="[SWEEP]...", help="Names or folders of sweeps; default: the newest.")
-]
-OneSweep = Annotated[
-    str | None, typer.Argument(metavar="[SWEEP]", help="Name or folder of a sweep; default: the newest.")
-]
+app.add_typer(check, name="check")
 
 
 @app.command()
@@ -73,9 +61,9 @@ def sweep(
     parsed, text = read_spec(spec)
     if parsed.search is None and parsed.population is None:
         raise UserError(f"{spec} must have a [search] or a [population] table; for a single run: landscape-ray train")
-    console = _console()
+    console = new_console()
     folder = new_sweep(parsed, text, results, name, tracking_uri)
-    console.print(f"sweep [bold]{folder.path.name}[/bold] in {_shown(folder.path)}", soft_wrap=True)
+    console.print(f"sweep [bold]{folder.path.name}[/bold] in {shown(folder.path)}", soft_wrap=True)
     _finish(drive(folder, console, address, tracking_uri), console)
 
 
@@ -89,9 +77,9 @@ def resume(
     tracking_uri: Tracking = None,
 ) -> None:
     """Go on with a sweep that was stopped, killed or left with failed trials."""
-    folder = _open(sweep, results, unfinished=True)
-    console = _console()
-    console.print(f"resuming [bold]{folder.path.name}[/bold] in {_shown(folder.path)}", soft_wrap=True)
+    folder = open_sweep(sweep, results, unfinished=True)
+    console = new_console()
+    console.print(f"resuming [bold]{folder.path.name}[/bold] in {shown(folder.path)}", soft_wrap=True)
     if folder.meta.get("single_run"):
         from landscape_ray.sweep.session import train_one
 
@@ -104,15 +92,15 @@ def resume(
 
 @app.command()
 def train(spec: Spec, name: Name = None, results: Results = DEFAULT_RESULTS, tracking_uri: Tracking = None) -> None:
-    """Train the [train] table of a file as one run in this process, without Ray; searched values take their low end."""
+    """Train a file as one run in this process, without Ray; searched values take their low end."""
     from landscape_ray.sweep.session import new_sweep, train_one
     from landscape_ray.sweep.spec import read_spec
 
     parsed, text = read_spec(spec)
-    console = _console()
+    console = new_console()
     folder = new_sweep(parsed, text, results, name, tracking_uri)
     folder.update_meta(single_run=True)
-    console.print(f"run [bold]{folder.path.name}[/bold] in {_shown(folder.path)}", soft_wrap=True)
+    console.print(f"run [bold]{folder.path.name}[/bold] in {shown(folder.path)}", soft_wrap=True)
     _finish(train_one(folder, console, tracking_uri), console)
 
 
@@ -126,12 +114,12 @@ def fit(
     from landscape_ray.reports.analysis import fit_sweep
     from landscape_ray.reports.terminal import fit_tables
 
-    console = _console()
-    for folder in _open_all(sweeps, results):
+    console = new_console()
+    for folder in open_all(sweeps, results):
         with console.status(f"fitting {folder.path.name} ..."):
             result = fit_sweep(folder, num_bootstrap=num_bootstrap)
         console.print(fit_tables(folder.path.name, result))
-        console.print(f"saved in {_shown(folder.fits_path)}", highlight=False, soft_wrap=True)
+        console.print(f"saved in {shown(folder.fits_path)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -145,12 +133,12 @@ def rank(
     """Rank study: which probe tells how a run generalises, over all runs and at equal settings?"""
     from landscape_ray.reports.ranking import rank_figure, rank_study, rank_tables
 
-    console = _console()
-    folders = _open_all(sweeps, results)
+    console = new_console()
+    folders = open_all(sweeps, results)
     with console.status("comparing runs ..."):
         study = rank_study(folders)
     console.print(rank_tables(study), highlight=False, crop=False)
-    _save_study(rank_figure(study), study.to_json(), out if out is not None else folders[0].fits_path, console)
+    save_study(rank_figure(study), study.to_json(), out if out is not None else folders[0].fits_path, console)
 
 
 @app.command()
@@ -169,7 +157,7 @@ def predict(
     from landscape_ray.reports.analysis import load_fit
     from landscape_ray.reports.forecast import forecast_schedule
 
-    folder = _open(sweep, results)
+    folder = open_sweep(sweep, results)
     fitted = load_fit(folder)
     if fitted is None:
         raise UserError(
@@ -186,7 +174,7 @@ def predict(
         cooldown_fraction=cooldown_fraction,
         cooldown_shape=cooldown_shape,
     )
-    console = _console()
+    console = new_console()
     console.print(forecast.sentence, highlight=False, soft_wrap=True)
     for warning in forecast.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
@@ -204,14 +192,14 @@ def report(
 
     from landscape_ray.reports.page import export_figures, write_report
 
-    console = _console()
-    folders = _open_all(sweeps, results)
+    console = new_console()
+    folders = open_all(sweeps, results)
     paths = [folder.path for folder in folders]
     with console.status("writing the report ..."):
         page = write_report(paths, out)
         if figures is not None:
             export_figures(paths, figures)
-    console.print(f"report: {_shown(page)}", highlight=False, soft_wrap=True)
+    console.print(f"report: {shown(page)}", highlight=False, soft_wrap=True)
     with console.status("adding it to MLflow ..."), tempfile.TemporaryDirectory() as temporary:
         images = export_figures(paths, Path(temporary))
         for folder in folders:
@@ -223,10 +211,10 @@ def sync(sweeps: Sweeps = None, results: Results = DEFAULT_RESULTS, tracking_uri
     """Send to the tracking server what it has not received yet; sending twice changes nothing."""
     from landscape_ray.tracking.projector import Projector
 
-    console = _console()
-    for folder in _open_all(sweeps, results):
+    console = new_console()
+    for folder in open_all(sweeps, results):
         with folder.lock():
-            uri = _tracking_uri(folder, tracking_uri)
+            uri = tracking_uri_of(folder, tracking_uri)
             Projector.check(uri)
             outcome = Projector(folder, uri, folder.meta["experiment"]).close(timeout_seconds=600.0)
         if outcome.error:
@@ -246,7 +234,7 @@ def ui(
     """Open the MLflow UI on the results, on this machine only. Ctrl-C ends it."""
     from landscape_ray.tracking.ui import serve
 
-    serve(results, host=host, port=port, tracking_uri=tracking_uri, console=_console())
+    serve(results, host=host, port=port, tracking_uri=tracking_uri, console=new_console())
 
 
 @app.command(name="list")
@@ -255,125 +243,14 @@ def list_sweeps(results: Results = DEFAULT_RESULTS) -> None:
     from landscape_ray.reports.terminal import sweep_table
     from landscape_ray.tracking.folder import find_sweeps
 
-    console = _console()
+    console = new_console()
     found = find_sweeps(results)
     if not found:
         console.print(
-            f"no sweeps in {_shown(results)}; start one with `landscape-ray sweep search_spaces/quickstart.toml`"
+            f"no sweeps in {shown(results)}; start one with `landscape-ray sweep search_spaces/quickstart.toml`"
         )
         return
     console.print(sweep_table(found))
-
-
-check = typer.Typer(no_args_is_help=True, help="Small studies of a model before a sweep; each draws a figure.")
-app.add_typer(check, name="check")
-
-Widths = Annotated[str, typer.Option("--widths", help="Values of model.width, separated by commas.")]
-Figures = Annotated[Path, typer.Option("--out", help="Folder for the figure (PNG) and the numbers (JSON).")]
-Parametrisations = Annotated[
-    str, typer.Option("--parametrisations", help="Which of standard, ntk, mup to compare, separated by commas.")
-]
-
-
-@check.command()
-def coordinates(
-    spec: Spec,
-    widths: Widths = "64,128,256,512,1024",
-    parametrisations: Parametrisations = "standard,mup",
-    num_steps: Annotated[int, typer.Option(min=1, help="Updates before activations are compared.")] = 8,
-    num_seeds: Annotated[int, typer.Option(min=1)] = 3,
-    out: Figures = Path("checks"),
-) -> None:
-    """Coordinate check: do activations move alike at every width? Flat lines mean that settings transfer."""
-    from landscape_ray.reports.studies import coordinate_figure
-    from landscape_ray.training.studies import coordinate_check
-
-    console = _console()
-    for name in _parametrisations(parametrisations):
-        config = _study_config(spec, name)
-        with _advancing(console, f"{name}", len(_numbers(widths)) * num_seeds) as progress:
-            found = coordinate_check(
-                config, _numbers(widths), num_steps=num_steps, num_seeds=num_seeds, progress=progress
-            )
-        figure = coordinate_figure(
-            found.widths, found.change, found.slopes(), num_steps=num_steps, parametrisation=name
-        )
-        numbers = {"slopes": found.slopes(), "widths": found.widths, "num_steps": num_steps, "num_seeds": num_seeds}
-        numbers["change"] = {layer: values.tolist() for layer, values in found.change.items()}
-        _save_study(figure, numbers, out, console)
-
-
-@check.command()
-def transfer(
-    spec: Spec,
-    widths: Widths = "64,128,256,512",
-    peak_lrs: Annotated[
-        str, typer.Option("--peak-lrs", help="Lowest and highest peak learning rate and their number: low,high,number.")
-    ] = "0.0005,0.032,7",
-    parametrisations: Parametrisations = "standard,mup",
-    num_seeds: Annotated[int, typer.Option(min=1)] = 1,
-    out: Figures = Path("checks"),
-) -> None:
-    """Learning-rate transfer: does the best peak learning rate stay where it is when the model gets wider?"""
-    import numpy as np
-
-    from landscape_ray.reports.studies import transfer_figure
-    from landscape_ray.training.studies import lr_transfer
-
-    names, grid = _parametrisations(parametrisations), _words(peak_lrs)
-    try:
-        low, high, number = float(grid[0]), float(grid[1]), int(grid[2])
-    except (ValueError, IndexError):
-        raise UserError(
-            f"--peak-lrs must be low,high,number, got '{peak_lrs}'; 0.001,0.064,7 doubles six times"
-        ) from None
-    if not (0 < low < high and number >= 3):
-        raise UserError(f"--peak-lrs must be 0 < low < high and three or more, got '{peak_lrs}'; try 0.001,0.064,7")
-    rates = np.geomspace(low, high, number).tolist()
-    console = _console()
-    panels, numbers = {}, {}
-    for name in names:
-        config = _study_config(spec, name)
-        with _advancing(console, name, len(_numbers(widths)) * number * num_seeds) as progress:
-            found = lr_transfer(config, _numbers(widths), rates, num_seeds=num_seeds, progress=progress)
-        panels[name] = (found.widths, found.peak_lrs, found.loss)
-        numbers[name] = {
-            "widths": found.widths,
-            "peak_lrs": found.peak_lrs,
-            "loss": [[value if math.isfinite(value) else None for value in row] for row in found.loss.tolist()],
-            "best_lr": [found.peak_lrs[place] for place in found.best],
-            "interpolated_best_lr": found.optimum.tolist(),
-            "drift_steps": found.drift,
-        }
-    _save_study(transfer_figure(panels, loss_unit=found.loss_unit), numbers, out, console)
-
-
-@check.command(name="range")
-def lr_range(
-    spec: Spec,
-    low: Annotated[float, typer.Option(min=0.0, help="First learning rate.")] = 1e-6,
-    high: Annotated[float, typer.Option(min=0.0, help="Last learning rate.")] = 1.0,
-    num_steps: Annotated[int, typer.Option(min=20)] = 200,
-    out: Figures = Path("checks"),
-) -> None:
-    """Learning-rate range test: one short run under a growing learning rate suggests a peak."""
-    from landscape_ray.reports.studies import range_figure
-    from landscape_ray.schedules import analyse_range
-    from landscape_ray.training.range_test import range_test
-
-    console = _console()
-    with console.status(f"{num_steps} updates ..."):
-        curve = range_test(_study_config(spec), low=low, high=high, num_steps=num_steps)
-    found = analyse_range(curve.lrs, curve.losses)
-    figure = range_figure(
-        curve.lrs,
-        curve.losses,
-        suggested_lr=found.suggested_lr,
-        steepest_lr=found.steepest_lr,
-        open_end=found.open_end,
-        loss_unit="",
-    )
-    _save_study(figure, {**dataclasses.asdict(found), **curve._asdict()}, out, console)
 
 
 @app.command()
@@ -386,103 +263,10 @@ def refine(
     """Refine a schedule to the gradient norms of a finished run (Defazio et al. 2023); prints it as TOML."""
     from landscape_ray.reports.refinement import refined_schedule
 
-    found = refined_schedule(_open(sweep, results), run, num_points=num_points)
-    console = _console()
+    found = refined_schedule(open_sweep(sweep, results), run, num_points=num_points)
+    console = new_console()
     console.print(f"# refined to {found.run_id}: put this into the sweep file", highlight=False, markup=False)
     console.print(found.toml, highlight=False, markup=False, soft_wrap=True)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _parametrisations(text: str) -> list[str]:
-    names = _words(text)
-    if not names:
-        raise UserError(f"--parametrisations must name at least one, got '{text}'; standard,mup")
-    return names
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        raise UserError(f"--widths must be whole numbers separated by commas, got '{text}'; 64,128,256") from None
-
-
-def _study_config(spec: Path, parametrisation: str | None = None) -> TrainConfig:
-    """Return the [train] table of a file at the first value of every domain, under another parametrisation."""
-    from landscape_ray.sweep.spec import read_spec
-
-    parsed, _ = read_spec(spec)
-    values = parsed.first_values()
-    if parametrisation is not None:
-        values["model.parametrisation"] = parametrisation
-    return parsed.train_config(values, 0)
-
-
-@contextlib.contextmanager
-def _advancing(console: Console, title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar with an estimate of the end; called with a few words after each step."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[news]}"), console=console) as bar:
-        task = bar.add_task(title, total=total, news="")
-        yield lambda news: bar.update(task, advance=1, news=news)
-
-
-def _save_study(figure: Figure, numbers: Mapping[str, object], out: Path, console: Console) -> None:
-    import json
-
-    from landscape_ray.files import write_atomic
-    from landscape_ray.reports.static import render
-
-    write_atomic(out / f"{figure.key}.json", json.dumps(numbers, indent=1) + "\n")
-    write_atomic(out / f"{figure.key}.png", render(figure))
-    console.print(figure.takeaway, highlight=False, soft_wrap=True)
-    console.print(f"figure: {_shown(out / f'{figure.key}.png')}", highlight=False, soft_wrap=True)
-
-
-def _shown(path: Path) -> str:
-    """Return the path as a person would type it from here."""
-    absolute = path.absolute()
-    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
-
-
-def _open(name: str | None, results: Path, *, unfinished: bool = False) -> SweepFolder:
-    """Return the sweep with this name or at this path; without one, the newest (unfinished) sweep."""
-    from landscape_ray.tracking.folder import SweepFolder, find_sweeps
-
-    if name is None:
-        found = [f for f in find_sweeps(results) if not (unfinished and f.meta.get("status") == "finished")]
-        if not found:
-            what = "unfinished sweep" if unfinished else "sweep"
-            raise UserError(f"no {what} in {results}; give its folder, or --results where it is")
-        return found[0]
-    path = Path(name)
-    if (path / "sweep.json").is_file() or path.is_absolute():
-        return SweepFolder.open(path)
-    if not (results / name / "sweep.json").is_file():
-        known = ", ".join(f.path.name for f in find_sweeps(results)[:8]) or "none"
-        raise UserError(f"no sweep '{name}' in {results}; there: {known}. Give --results if it is elsewhere")
-    return SweepFolder.open(results / name)
-
-
-def _open_all(names: list[str] | None, results: Path) -> list[SweepFolder]:
-    return [_open(name, results) for name in names] if names else [_open(None, results)]
-
-
-def _tracking_uri(folder: SweepFolder, explicit: str | None = None) -> str:
-    from landscape_ray.tracking.uris import resolve_tracking_uri
-
-    return resolve_tracking_uri(explicit, folder.path.parent, folder.meta.get("tracking_uri"))
 
 
 def _attach(folder: SweepFolder, paths: list[Path], console: Console) -> None:
@@ -490,7 +274,7 @@ def _attach(folder: SweepFolder, paths: list[Path], console: Console) -> None:
     from landscape_ray.tracking.projector import Projector
 
     try:
-        uri = _tracking_uri(folder)
+        uri = tracking_uri_of(folder)
         Projector.check(uri)
         with folder.lock():  # the driver of a running sweep has its own view of the runs
             projector = Projector(folder, uri, folder.meta["experiment"])
@@ -536,7 +320,3 @@ def _fail(message: str) -> NoReturn:
 
     Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

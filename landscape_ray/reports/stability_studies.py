@@ -57,7 +57,7 @@ def edge_figure(
     )
     return Figure(
         key=f"edge-{name}",
-        title=f"Edge of stability: {name}",
+        title=f"Edge of stability: {name.replace("-", " ")}",
         takeaway=said[0].upper() + said[1:],
         x=STEP,
         panels=(
