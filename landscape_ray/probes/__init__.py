@@ -17,8 +17,35 @@ from landscape_ray.probes.estimate import Estimate
 from landscape_ray.probes.fixed_loss import FixedLoss, OutputLoss
 from landscape_ray.probes.monitor import Monitor
 from landscape_ray.probes.probe import Host, Probe
-from landscape_ray.probes.sharpness import SharpnessProbe
+from landscape_ray.probes.sharpness import (
+    AverageCaseSharpness,
+    BatchSharpnessProbe,
+    CriticalSharpnessProbe,
+    DirectionalSharpnessProbe,
+    LayerSharpnessProbe,
+    LinfSmoothness,
+    LogitSharpness,
+    PreconditionedSharpnessProbe,
+    SamSharpness,
+    SharpnessProbe,
+    WorstCaseSharpness,
+)
 
-PROBES: dict[str, type[Probe]] = {probe.name: probe for probe in (SharpnessProbe,)}
+PROBES: dict[str, type[Probe]] = {
+    probe.name: probe
+    for probe in (
+        SharpnessProbe,
+        PreconditionedSharpnessProbe,
+        LayerSharpnessProbe,
+        BatchSharpnessProbe,
+        DirectionalSharpnessProbe,
+        CriticalSharpnessProbe,
+        SamSharpness,
+        WorstCaseSharpness,
+        AverageCaseSharpness,
+        LogitSharpness,
+        LinfSmoothness,
+    )
+}
 
 __all__ = ["PROBES", "Estimate", "FixedLoss", "Host", "Monitor", "OutputLoss", "Probe", "SharpnessProbe"]

@@ -57,7 +57,7 @@ def edge_figure(
     )
     return Figure(
         key=f"edge-{name}",
-        title=f"Edge of stability: {name.replace("-", " ")}",
+        title="Edge of stability: " + name.replace("-", " "),
         takeaway=said[0].upper() + said[1:],
         x=STEP,
         panels=(
@@ -149,5 +149,8 @@ def width_figure(panels: Mapping[str, tuple[Sequence[int], ArrayLike, NDArray[np
         takeaway="; ".join(told) + ".",
         x=STEP,
         panels=tuple(out),
-        note="Powers are means over the second half of the measurements.",
+        note=(
+            "Of the Hessian in the coordinates in which all weights have one learning rate. Powers are means over the "
+            "second half of the measurements."
+        ),
     )

@@ -42,9 +42,14 @@ class LossConfig(Model):
         return self
 
 
+def _precise(outputs: Tensor) -> Tensor:
+    """Return outputs in float32, or in float64 where they are."""
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
+
+
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return -log softmax(outputs)[target] in nats: outputs (..., num_classes), targets (...), result flat."""
-    return F.cross_entropy(outputs.float().flatten(0, -2), targets.flatten(), reduction="none")
+    return F.cross_entropy(_precise(outputs).flatten(0, -2), targets.flatten(), reduction="none")
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -52,7 +57,7 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
     The convention of the edge-of-stability literature (Cohen et al. 2021, arXiv 2103.00065).
     """
-    outputs = outputs.float().flatten(0, -2)
+    outputs = _precise(outputs).flatten(0, -2)
     if not targets.is_floating_point():
         targets = F.one_hot(targets.flatten(), outputs.shape[-1])
     return 0.5 * (outputs - targets.reshape(outputs.shape)).square().sum(-1)
@@ -102,7 +107,7 @@ class Objective:
         """Return the training loss of each target, flat; a user's loss may give their mean only, 0-d."""
         if not (self.label_smoothing or self.z_loss):
             return self.losses(outputs, targets)
-        logits = outputs.float().flatten(0, -2)
+        logits = _precise(outputs).flatten(0, -2)
         losses = F.cross_entropy(logits, targets.flatten(), reduction="none", label_smoothing=self.label_smoothing)
         if self.z_loss:
             losses = losses + self.z_loss * logits.logsumexp(-1).square()
@@ -123,7 +128,7 @@ class Objective:
         inputs, targets = batch
         outputs = module(inputs)
         if self.name == "cross_entropy" and not self.z_loss:  # the fused mean: one pass less over the logits
-            logits = outputs.float().flatten(0, -2)
+            logits = _precise(outputs).flatten(0, -2)
             return F.cross_entropy(logits, targets.flatten(), label_smoothing=self.label_smoothing)
         return self.per_target(outputs, targets).mean()
 

@@ -197,12 +197,11 @@ class Optimizer(ABC):
         """Put the weights to evaluate into the module; with schedule-free they are not those that are trained."""
 
     def preconditioner(self) -> list[Tensor] | None:
-        """Return what Adam divides the elements of `parameters` by: sqrt(v / (1 - beta2^t)) + eps, one tensor each.
+        """Return what an update divides the elements of the gradient by, one tensor for each of `parameters`.
 
-        Divided by the factor that the parametrisation gives a parameter's learning rate, so that it goes with the
-        learning rate of the schedule.
-
-        None before the first update, and where there is no such diagonal for all parameters (SGD, Muon).
+        For Adam `sqrt(v / (1 - beta2^t)) + eps`, for SGD 1; divided by the factor that the parametrisation gives the
+        learning rate of a parameter, so that it goes with the learning rate of the schedule. None before Adam's first
+        update, and where there is no such diagonal for all parameters (Muon).
         """
         return None
 
@@ -289,6 +288,13 @@ class _SGD(Optimizer):
 
     def _set_averages(self, group: Group, momentum: float, beta2: float | None) -> None:
         group["momentum"] = momentum
+
+    def preconditioner(self) -> list[Tensor] | None:
+        group_of = {parameter: group for group in self._groups() for parameter in group["params"]}
+        return [
+            torch.full_like(parameter, 1.0 / group_of[parameter]["factor"], requires_grad=False)
+            for parameter in self.parameters
+        ]
 
     @torch.no_grad()
     def step(self) -> None:

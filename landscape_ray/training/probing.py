@@ -38,7 +38,8 @@ class ProbeTable(Model):
 
     def settings(self) -> dict[str, Any]:
         """Return the keywords of the probe's constructor."""
-        return self.model_dump(exclude={"every_steps", "batch_size", "num_batches"})
+        named = self.model_dump(exclude={"every_steps", "batch_size", "num_batches"})
+        return {("tol" if name == "tolerance" else name): value for name, value in named.items()}
 
 
 class SharpnessConfig(ProbeTable):
@@ -51,9 +52,130 @@ class SharpnessConfig(ProbeTable):
     route: Literal["exact", "finite_difference", "auto"] = "auto"
     """How Hessian-vector products are computed; auto: finite differences where a check with an exact one agrees."""
 
-    def settings(self) -> dict[str, Any]:
-        """Return the keywords of the probe's constructor."""
-        return {"tol": self.tolerance, "max_matvecs": self.max_matvecs, "route": self.route}
+
+class PreconditionedSharpnessConfig(ProbeTable):
+    """The table [train.probes.preconditioned_sharpness]: top eigenvalue of the Hessian as the optimizer sees it.
+
+    Preconditioned by Adam's second moments, and by the parametrisation's factors of the learning rate; what the
+    threshold of the optimizer is one of.
+    """
+
+    tolerance: float = Field(default=0.03, gt=0, lt=1)
+    """Lanczos stops when the residual is below this share of the eigenvalue."""
+    max_matvecs: int = Field(default=40, ge=1, le=1000)
+    route: Literal["exact", "finite_difference"] = "exact"
+    """How Hessian-vector products are computed; finite differences are for networks without kinks."""
+
+
+class LayerSharpnessConfig(ProbeTable):
+    """The table [train.probes.layer_sharpness]: curvature of each layer."""
+
+    kind: Literal["quotient", "block"] = "quotient"
+    """quotient: along the part of the top eigenvector that lies in the layer; block: the top eigenvalue of the layer's
+    own block of the Hessian, dearer."""
+    tolerance: float = Field(default=0.03, gt=0, lt=1)
+    """Of the eigenvalues, relative."""
+    max_matvecs: int = Field(default=30, ge=1, le=1000)
+
+
+class BatchSharpnessConfig(ProbeTable):
+    """The table [train.probes.batch_sharpness]: curvature of minibatches along their own gradients.
+
+    batch_size is that of a minibatch, usually the one of training; num_batches how many are looked at.
+    """
+
+    batch_size: int = Field(default=16, ge=1)
+    """Examples in each minibatch."""
+    num_batches: int = Field(default=8, ge=2)
+    """How many minibatches."""
+    route: Literal["exact", "gradient_difference"] = "exact"
+    """By second derivatives, or by the difference of two gradients, a third of the price."""
+
+
+class DirectionalSharpnessConfig(ProbeTable):
+    """The table [train.probes.directional_sharpness]: curvature along the last update."""
+
+    route: Literal["auto", "exact", "gradient", "loss"] = "auto"
+    """By a Hessian-vector product, by differences of gradients or of losses; auto takes the cheapest that will do."""
+    tolerance: float = Field(default=0.05, gt=0, lt=1)
+    """Relative error that is asked for."""
+
+
+class CriticalSharpnessConfig(ProbeTable):
+    """The table [train.probes.critical_sharpness]: 2 over the smallest multiple of the update that raises the loss."""
+
+    tolerance: float = Field(default=0.1, gt=0, lt=1)
+    """Relative width of the bracket."""
+    max_forwards: int = Field(default=20, ge=3)
+
+
+class _PerturbationConfig(ProbeTable):
+    norm: Literal["l2", "linf"] = "l2"
+    """Of the ball that weights are moved in."""
+    eta: float = Field(default=0.0, ge=0)
+    """Added to the scale of each weight under adaptive scaling; at 0, weights that are zero stay."""
+    one_dimensional: bool = True
+    """Whether biases and gains are moved, too."""
+    normalise_logits: bool = False
+    """Whether the logits of each target are centred and divided by their norm first."""
+
+
+class SamSharpnessConfig(_PerturbationConfig):
+    """The table [train.probes.sam_sharpness]: rise of the loss after one normalised step up the gradient."""
+
+    radii: list[float] = [0.05]
+    """Lengths of the step; a value for each."""
+    scaling: Literal["standard", "elementwise", "filterwise"] = "standard"
+    """Whether a weight may move by the same as all, in proportion to its size, or to the norm of its filter."""
+    subset_examples: int = Field(default=0, ge=0)
+    """m of m-sharpness: mean over parts of the batch of this size, each with its own step; 0: the batch as a whole."""
+
+
+class WorstCaseSharpnessConfig(_PerturbationConfig):
+    """The table [train.probes.worst_case_sharpness]: highest loss found in a ball around the weights."""
+
+    radii: list[float] = [0.5]
+    """Of the ball, relative to the weights under adaptive scaling; a value for each."""
+    scaling: Literal["standard", "elementwise", "filterwise"] = "elementwise"
+    """See sam_sharpness."""
+    subset_examples: int = Field(default=0, ge=0)
+    """See sam_sharpness."""
+    num_steps: int = Field(default=20, ge=1)
+    """Most steps of the ascent."""
+    num_starts: int = Field(default=1, ge=1)
+    """Ascents from different points; under linf take several."""
+
+
+class AverageCaseSharpnessConfig(_PerturbationConfig):
+    """The table [train.probes.average_case_sharpness]: mean rise of the loss under random perturbations."""
+
+    radii: list[float] = [0.05]
+    """Standard deviations of the noise, relative to the weights under adaptive scaling; a value for each."""
+    scaling: Literal["standard", "elementwise", "filterwise"] = "elementwise"
+    """See sam_sharpness."""
+    per_dimension: bool = False
+    """Whether the noise is divided by the root of the number of weights."""
+    num_pairs: int = Field(default=10, ge=2)
+    """Pairs of opposite perturbations."""
+
+
+class LogitSharpnessConfig(ProbeTable):
+    """The table [train.probes.logit_sharpness]: rise of the loss, in per cent, in a box around the last logits."""
+
+    radii: list[float] = [0.001, 0.0005]
+    """Relative half-widths of the box; a value for each."""
+
+
+class LinfSmoothnessConfig(ProbeTable):
+    """The table [train.probes.linf_smoothness]: sum of the absolute entries of the Hessian.
+
+    It bounds how fast the gradient changes under updates of equal size in all weights (Adam's, sign descent's).
+    """
+
+    num_vectors: int = Field(default=20, ge=2)
+    """Products it is estimated from; with 20 the error is 20 to 40 %."""
+    num_ascents: int = Field(default=4, ge=0)
+    """Products spent on a lower bound."""
 
 
 class ProbesConfig(Model):
@@ -63,6 +185,16 @@ class ProbesConfig(Model):
     """Most that all probes together may take, as a share of the training time: 0.05 is 5 %. What is due waits until it
     can be paid for; so that with a budget the clock has a say in what is measured when. None: no limit."""
     sharpness: SharpnessConfig | None = None
+    preconditioned_sharpness: PreconditionedSharpnessConfig | None = None
+    layer_sharpness: LayerSharpnessConfig | None = None
+    batch_sharpness: BatchSharpnessConfig | None = None
+    directional_sharpness: DirectionalSharpnessConfig | None = None
+    critical_sharpness: CriticalSharpnessConfig | None = None
+    sam_sharpness: SamSharpnessConfig | None = None
+    worst_case_sharpness: WorstCaseSharpnessConfig | None = None
+    average_case_sharpness: AverageCaseSharpnessConfig | None = None
+    logit_sharpness: LogitSharpnessConfig | None = None
+    linf_smoothness: LinfSmoothnessConfig | None = None
 
     @property
     def tables(self) -> dict[str, ProbeTable]:

@@ -27,11 +27,12 @@ from landscape_ray.training.studies import Progress, checked_widths, with_width
 Floats = NDArray[np.float64]
 
 CURVATURES = {
-    "sgd": "sharpness",
-    "adamw": "preconditioned_sharpness",
-    "schedule_free_adamw": "preconditioned_sharpness",
+    "sgd": ("sharpness", "preconditioned_sharpness"),
+    "adamw": ("preconditioned_sharpness",),
+    "schedule_free_adamw": ("preconditioned_sharpness",),
 }
-"""Which probe the threshold of an optimizer is one of."""
+"""Which probes the threshold of an optimizer is one of; for sgd they differ where layers have factors of the learning
+rate, and then it is the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +74,15 @@ def follow_edge(config: TrainConfig, *, progress: Callable[[int], None] | None =
         Cohen et al. 2021, arXiv 2103.00065; Cohen et al. 2022, arXiv 2207.14484 (adaptive methods).
     """
     optimizer = config.optimizer
-    name = CURVATURES.get(optimizer.name)
-    if name is None:
+    names = CURVATURES.get(optimizer.name)
+    if names is None:
         raise UserError(
             f"optimizer.name must be one with a known threshold ({', '.join(CURVATURES)}), got '{optimizer.name}'"
         )
-    if name not in config.probes.tables:
-        raise UserError(f"the file must measure what {optimizer.name} is stable by; add [train.probes.{name}]")
+    measured = [name for name in names if name in config.probes.tables]
+    if not measured:
+        raise UserError(f"the file must measure what {optimizer.name} is stable by; add [train.probes.{names[0]}]")
+    name = measured[-1]
     state = TrainState.create(config)
     schedule = config.schedule.build(config.num_steps)
     steps, values, limits, losses = [], [], [], []
@@ -207,7 +210,7 @@ def sgd_stability(
 
 @dataclass(frozen=True, kw_only=True)
 class SharpnessTransfer:
-    """Sharpness along runs of several widths.
+    """Sharpness along runs of several widths, as the optimizer sees it: of diag(factor) H, or of P^-1 H.
 
     Attributes:
         widths: increasing, shape (W,).
@@ -241,23 +244,29 @@ def sharpness_transfer(
     """Return the sharpness along runs that differ in width only: same data, same schedule, same steps.
 
     Args:
-        config: of the runs, with [train.probes.sharpness].
+        config: of the runs, with [train.probes.preconditioned_sharpness]: the largest eigenvalue of the Hessian in the
+            coordinates in which all weights have one learning rate. Under muP that is what has a limit at large width;
+            for SGD under the standard parametrisation it is the sharpness.
         widths: two or more values of `model.width`.
         progress: called after each run.
 
     Raises:
-        UserError: fewer than two widths, a model without a width, or no sharpness probe.
+        UserError: fewer than two widths, a model without a width, or no such probe.
 
     References:
         Noci et al. 2024, Super consistency of neural network landscapes, arXiv 2402.17457.
     """
-    if config.probes.sharpness is None:
-        raise UserError("the file must measure sharpness along the run; add [train.probes.sharpness]")
+    if config.probes.preconditioned_sharpness is None:
+        raise UserError("the file must measure sharpness along the run; add [train.probes.preconditioned_sharpness]")
     _, ordered = checked_widths(config, widths)
     curves: list[dict[int, float]] = []
     for width in ordered:
         state = TrainState.create(with_width(config, width))
-        found = {r.step: r.value for r in train(state) if isinstance(r, ProbeRecord) and r.probe == "sharpness"}
+        found = {
+            r.step: r.value
+            for r in train(state)
+            if isinstance(r, ProbeRecord) and r.probe == "preconditioned_sharpness"
+        }
         curves.append(found)
         if progress is not None:
             progress(f"width {width}: sharpness {list(found.values())[-1]:.3g}")

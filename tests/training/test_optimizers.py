@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from landscape_ray.config import Model, parse
 from landscape_ray.errors import UserError
+from landscape_ray.models import MLPConfig, build_model
 from landscape_ray.models.layers import Embedding, LayerNorm, Linear
 from landscape_ray.models.network import Group, Network
 from landscape_ray.models.parametrisation import Rule
@@ -531,12 +532,28 @@ def test_preconditioner_has_the_order_of_the_parameters() -> None:
     assert torch.equal((other.preconditioner() or [])[-1], torch.full((3, 8), 0.5))
 
 
-@pytest.mark.parametrize("config", [SGDConfig(), MuonConfig()], ids=["sgd", "muon"])
-def test_there_is_no_preconditioner_without_a_second_moment(config: AnyOptimizerConfig) -> None:
+def test_there_is_no_preconditioner_of_muon() -> None:
     module = Toy()
-    optimizer = build_optimizer(module, config, peak_lr=PEAK)
-    advance(module, optimizer, config, range(1))
+    optimizer = build_optimizer(module, MuonConfig(), peak_lr=PEAK)
+    advance(module, optimizer, MuonConfig(), range(1))
     assert optimizer.preconditioner() is None
+
+
+def test_the_preconditioner_undoes_the_factors_of_the_learning_rate() -> None:
+    """An update is lr times the gradient over it, whatever the parametrisation."""
+    config = MLPConfig(width=32, parametrisation="mup", base_width=8)
+    module = build_model(config, Vectors(num_features=3, num_outputs=2, targets="values"), torch.Generator().manual_seed(0))
+    optimizer = build_optimizer(module, SGDConfig(momentum=0.0), peak_lr=PEAK)
+    before = [p.detach().clone() for p in optimizer.parameters]
+    for parameter in optimizer.parameters:
+        parameter.grad = torch.full_like(parameter, 3.0)
+    optimizer.set_values(PEAK, 0.0, 0.0)
+    found = optimizer.preconditioner()
+    assert found is not None
+    optimizer.step()
+    for old, new, root in zip(before, optimizer.parameters, found, strict=True):
+        torch.testing.assert_close(new.detach(), old - PEAK * 3.0 / root)
+    assert len({float(root.flatten()[0]) for root in found}) > 1
 
 
 # Configuration and errors

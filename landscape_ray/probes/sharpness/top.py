@@ -92,7 +92,7 @@ def sharpness(
     with observing(module, loss, batches, eval_mode=eval_mode) as function:
         found = UNKNOWN
         if function.finite:
-            found = top_pair(function, start, tol, max_matvecs, route, seed, check_exactly=True)
+            found, _ = top_pair(function, start, tol, max_matvecs, route, seed)
     return dataclasses.replace(
         found, price_gradients=function.spent_gradients, cost_seconds=time.perf_counter() - began
     )
@@ -106,13 +106,16 @@ def top_pair(
     route: Route,
     seed: int,
     *,
-    check_exactly: bool,
-) -> Estimate:
-    """Return the sharpness at finite weights; the cost is counted by `function`.
+    error: float | None = None,
+) -> tuple[Estimate, float]:
+    """Return the sharpness at finite weights, and the error of differences; the cost is counted by `function`.
 
-    Route auto checks with an exact product if `check_exactly`, and otherwise with a central difference, cheaper.
+    Args:
+        error: how far products by differences are off along the vector, relative to the value, as an earlier check
+            found it; None checks, in route auto by an exact product, else by a central difference. The others as in
+            :func:`sharpness`.
     """
-    exact, differences = HessianOperator(function), FiniteDifferenceHessian(function)
+    exact, differences = HessianOperator(function), FiniteDifferenceHessian(function, eps=_step(function.dtype))
     first = unit_vector(function.size, start, seed=seed, dtype=function.dtype, device=function.device)
     solve = functools.partial(
         lanczos, size=function.size, max_matvecs=max_matvecs, dtype=function.dtype, device=function.device
@@ -122,16 +125,16 @@ def top_pair(
     good = False
     if route != "exact":
         operator = differences
-        check = exact if route == "auto" and check_exactly else differences.central
-        found, good = _by_differences(solve, differences, check, first, tol)
+        check = exact if route == "auto" else differences.central
+        found, good, error = _by_differences(solve, differences, check, first, tol, error)
         first = found.vector
     if route == "exact" or (route == "auto" and not good):
         operator = exact
         found = solve(exact, start=first, tol=tol)
     num_matvecs = exact.num_matvecs + differences.num_matvecs
     if found is None or not (math.isfinite(found.value) and math.isfinite(operator.mean_loss)):
-        return dataclasses.replace(UNKNOWN, num_matvecs=num_matvecs)
-    return Estimate(
+        return dataclasses.replace(UNKNOWN, num_matvecs=num_matvecs), math.nan
+    estimate = Estimate(
         value=found.value,
         standard_error=found.residual,
         num_matvecs=num_matvecs,
@@ -139,6 +142,12 @@ def top_pair(
         route="exact" if operator is exact else "finite_difference",
         vector=found.vector,
     )
+    return estimate, 0.0 if error is None else error
+
+
+def _step(dtype: torch.dtype) -> float:
+    """Return the length of a step: shorter than suits random vectors, whose products are smaller."""
+    return 0.002 * math.sqrt(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
 
 
 def _by_differences(
@@ -147,25 +156,32 @@ def _by_differences(
     check: Callable[[Tensor], Tensor],
     first: Tensor,
     tol: float,
-) -> tuple[LanczosResult, bool]:
-    """Return the top pair by finite differences, with value and residual from `check`, and whether it can stand.
+    error: float | None,
+) -> tuple[LanczosResult, bool, float]:
+    """Return the top pair by finite differences, whether it can stand, and the relative error of the differences.
 
-    It cannot where the differences were not symmetric, or met the tolerance by their own account only. What is not
-    finite, or ran out of products, stands: other products would not mend that.
+    Without a known error, value and residual come from `check`. The pair cannot stand where the differences were not
+    symmetric, or met the tolerance by their own account only. What is not finite, or ran out of products, stands:
+    other products would not mend that.
     """
-    # Half of the tolerance for the iteration leaves the other half to the error of the differences.
-    found = solve(differences, start=first, tol=tol / 2, max_asymmetry=MAX_ASYMMETRY)
+    # What is left of the tolerance is for the error of the differences, which adds to the residual in squares.
+    found = solve(differences, start=first, tol=0.8 * tol, max_asymmetry=MAX_ASYMMETRY)
     if not math.isfinite(found.value):
-        return found, True
+        return found, True, math.nan
     symmetric = found.asymmetry <= MAX_ASYMMETRY * float(found.ritz_values.abs().max())
-    product = check(found.vector)
-    value = float(found.vector @ product)
-    residual = float(torch.linalg.vector_norm(product - value * found.vector))
+    value = found.value
+    if error is None:
+        product = check(found.vector)
+        value = float(found.vector @ product)
+        residual = float(torch.linalg.vector_norm(product - value * found.vector))
+        error = math.sqrt(max(0.0, residual**2 - found.residual**2)) / abs(value) if value else 0.0
+    else:
+        residual = math.hypot(found.residual, error * value)
     accurate = residual <= tol * abs(value)
     anew = dataclasses.replace(
         found, value=value, residual=residual, converged=found.converged and symmetric and accurate
     )
-    return anew, symmetric and (accurate or not found.converged)
+    return anew, symmetric and (accurate or not found.converged), error
 
 
 def _check(tol: float, route: str) -> None:
@@ -187,7 +203,7 @@ class SharpnessProbe(Probe):
     """
 
     name = "sharpness"
-    STATE: ClassVar[tuple[str, ...]] = ("_vector", "_differences_failed", "_price_gradients")
+    STATE: ClassVar[tuple[str, ...]] = ("_vector", "_differences_failed", "_difference_error", "_price_gradients")
 
     def __init__(
         self,
@@ -220,7 +236,7 @@ class SharpnessProbe(Probe):
         super().__init__(batches, eval_mode=eval_mode, seed=seed)
         self.tol, self.max_matvecs, self.route, self.cold_every = tol, max_matvecs, route, cold_every
         self._vector: Tensor | None = None
-        self._differences_failed = False
+        self._differences_failed, self._difference_error = False, 0.0
         self._price_gradients = {"exact": 20.0, "finite_difference": 12.0, "auto": 15.0}[route]
 
     @property
@@ -236,19 +252,19 @@ class SharpnessProbe(Probe):
         before = function.spent_gradients
         cold = self._vector is None or self._num_measured % self.cold_every == 0
         route = "exact" if self.route == "auto" and self._differences_failed and not cold else self.route
-        price = 1.0 if route == "finite_difference" else 2.3
+        price = 1.0 if route == "finite_difference" or (route == "auto" and not cold) else 2.3
         most = min(self.max_matvecs, max(1, int(min(host.allowance_gradients, 1e6) / price)))
-        estimate = top_pair(
+        estimate, error = top_pair(
             function,
             None if cold else self._vector,
             self.tol,
             most,
             route,
             self.seed + self._num_measured,
-            check_exactly=cold,
+            error=None if cold else self._difference_error,
         )
         if estimate.vector is not None:
             self._vector = estimate.vector
-            self._differences_failed = estimate.route == "exact"
+            self._differences_failed, self._difference_error = estimate.route == "exact", error
             self._price_gradients = function.spent_gradients - before
         return {self.name: estimate}

@@ -1,25 +1,18 @@
-"""Eigenvalues at the ends of a symmetric operator's spectrum, by Lanczos with full reorthogonalisation.
-
-There is one iteration. It keeps an orthonormal basis Q, whose first m vectors have been multiplied by A, and T with
-
-    A Q_m = Q T,    T[i, j] = q_i' A q_j
-
-A step multiplies the next waiting vector, orthogonalises the product against all of Q, twice, and appends what is left
-of it. With one start vector that is the Lanczos iteration and T is tridiagonal; with several it is band Lanczos, the
-block version that can stop after any product. A full basis is compressed to the Ritz vectors that matter, of which T
-becomes the diagonal (thick restart), and goes on growing.
-"""
+"""Eigenvalues at the ends of a symmetric operator's spectrum, by Lanczos with full reorthogonalisation."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from landscape_ray.errors import UserError
+from landscape_ray.probes.spectrum.krylov import Krylov, random_directions, unit_vector
+
+__all__ = ["ExtremalPairs", "LanczosResult", "extremal_pairs", "lanczos", "unit_vector"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +41,8 @@ class ExtremalPairs:
     """The wanted Ritz pairs and the state of the iteration.
 
     Attributes:
-        values: the k largest Ritz values, descending, and then the smallest ones, ascending; float64, (k + num_smallest,).
-            nan if the operator returned something that is not finite.
+        values: the k largest Ritz values, descending, and then the smallest ones, ascending; (k + num_smallest,),
+            float64. nan if the operator returned something that is not finite.
         vectors: their Ritz vectors, unit length, (k + num_smallest, size).
         residuals: `||A v - theta v||` of each: an eigenvalue of A lies within that distance of theta.
         asymmetry: largest `|q_i' A q_j - q_j' A q_i|` seen. Rounding for a symmetric A; more means that the operator
@@ -78,37 +71,6 @@ class ExtremalPairs:
     num_restarts: int
     exhausted: bool
     converged: bool
-
-
-def unit_vector(
-    size: int,
-    start: Tensor | None = None,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Return a start vector at unit length: `start` itself, or a random direction.
-
-    Args:
-        size: number of entries.
-        start: finite and not zero; None draws from a generator of its own, the same numbers on every device.
-        seed: of that generator.
-        dtype: of the result.
-        device: of the result.
-
-    Raises:
-        UserError: start has another shape, is zero, or is not finite.
-    """
-    if start is None:
-        start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    if start.shape != (size,):
-        raise UserError(f"start must have shape ({size},), got {tuple(start.shape)}; it belongs to another module")
-    start = start.detach().to(dtype=dtype, device=device)
-    length = float(torch.linalg.vector_norm(start))
-    if not (math.isfinite(length) and length > 0):
-        raise UserError(f"start must be finite and not zero, got a vector of length {length}; None draws one")
-    return start / length
 
 
 def lanczos(
@@ -191,8 +153,9 @@ def extremal_pairs(
 ) -> ExtremalPairs:
     """Return the algebraically largest and smallest eigenvalues of a symmetric operator, with vectors and error bounds.
 
-    With T of the multiplied vectors and `T s = theta s`, the pair theta, `v = Q s` has the residual `||T_w s||`, T_w the
-    rows of the waiting vectors, at no further product. The iteration stops once for *every* wanted pair
+    In an orthonormal basis Q, whose first m vectors have been multiplied, `A Q_m = Q T` (`krylov.py`). With
+    `T_m s = theta s`, T_m the rows of the multiplied vectors and T_w those of the waiting ones, the pair theta and
+    `v = Q_m s` has the residual `||T_w s||`, at no further product. The iteration stops once for *every* wanted pair
 
         residual < tol max(|theta|, floor max_i |theta_i|)
 
@@ -242,11 +205,11 @@ def extremal_pairs(
     starts = [] if start is None else list(start) if start.dim() == 2 else [start]
     block = min(max(block, len(starts)), size)
     _check(size, k, num_smallest, tol, max_matvecs, max_basis, block)
-    random = _directions(size, seed, dtype, device)
+    random = random_directions(size, seed, dtype, device)
     eps = torch.finfo(dtype).eps
     floor = math.sqrt(eps) if floor is None else floor
     capacity = min(size, max_matvecs + block, max_matvecs + block if max_basis is None else max_basis)
-    krylov = _Krylov(capacity, size, dtype, device)
+    krylov = Krylov(capacity, size, dtype, device)
     for vector in starts:
         krylov.append(unit_vector(size, vector, dtype=dtype, device=device))
     while krylov.count < block:  # also in place of a start vector that is a sum of others
@@ -300,90 +263,6 @@ def extremal_pairs(
     )
 
 
-class _Krylov:
-    """The basis and T.
-
-    Attributes:
-        basis: rows orthonormal up to `count`; those up to `done` have been multiplied, the others wait.
-        projected: T, float64, on the CPU. Below the diagonal it is what products left over, which defines it; above,
-            nothing is kept: what is measured there differs by the asymmetry of A.
-        asymmetry: largest difference between the two so far.
-    """
-
-    def __init__(self, capacity: int, size: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.basis = torch.empty(capacity, size, dtype=dtype, device=device)
-        self.projected = torch.zeros(capacity, capacity, dtype=torch.float64)
-        self.done = self.count = 0
-        self.asymmetry = 0.0
-        self._norm = 0.0  # largest ||A q|| so far
-
-    def append(self, vector: Tensor) -> None:
-        """Add the direction of a unit vector beside the basis to those that wait, unless it lies in the basis."""
-        *_, rest = self._orthogonalise(vector)
-        length = float(torch.linalg.vector_norm(rest))
-        if length > 10 * torch.finfo(rest.dtype).eps:
-            torch.div(rest, length, out=self.basis[self.count])
-            self.count += 1
-
-    def multiply(self, matvec: Callable[[Tensor], Tensor]) -> bool:
-        """Multiply the next waiting vector, and append what the product adds; False if it is not finite."""
-        first, second, rest = self._orthogonalise(matvec(self.basis[self.done]))
-        overlaps, length = (first + second).double().cpu(), float(torch.linalg.vector_norm(rest))
-        if not (math.isfinite(length) and bool(overlaps.isfinite().all())):
-            return False
-        j = self.done
-        if j > 0:
-            difference = first[:j].double().cpu() - self.projected[j, :j]
-            self.asymmetry = max(self.asymmetry, float(difference.abs().max()))
-        self.projected[j : self.count, j] = overlaps[j:]
-        self._norm = max(self._norm, math.hypot(float(torch.linalg.vector_norm(overlaps)), length))
-        self.done += 1
-        if self.count < len(self.basis) and length > torch.finfo(self.basis.dtype).eps * self._norm:
-            torch.div(rest, length, out=self.basis[self.count])
-            self.projected[self.count, j] = length
-            self.count += 1
-        return True
-
-    def _orthogonalise(self, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the parts of a vector along the basis, as two passes find them, and a new tensor with the rest."""
-        known = self.basis[: self.count]
-        first = known @ vector
-        rest = vector - first @ known
-        second = known @ rest
-        return first, second, rest.sub_(second @ known)
-
-    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Ritz values, ascending, the coefficients of their vectors in columns, and their residuals."""
-        values, vectors = torch.linalg.eigh(self.projected[: self.done, : self.done])  # reads below the diagonal
-        return values, vectors, torch.linalg.vector_norm(self._border @ vectors, dim=0)
-
-    @property
-    def _border(self) -> Tensor:
-        return self.projected[self.done : self.count, : self.done]
-
-    def restart(self, num_largest: int, num_smallest: int) -> None:
-        """Put Ritz vectors in place of the multiplied vectors: those of the largest and of the smallest values."""
-        values, vectors, _ = self.ritz()
-        kept = [*range(num_smallest), *range(self.done - num_largest, self.done)]
-        border = self._border @ vectors[:, kept]
-        turn = vectors[:, kept].T.to(self.basis)
-        for part in self.basis.split(2**20, dim=1):  # in place, but for a million columns at a time
-            part[: self.count - self.done + len(kept)] = torch.cat(
-                [turn @ part[: self.done], part[self.done : self.count]]
-            )
-        waiting = self.count - self.done
-        self.done, self.count = len(kept), len(kept) + waiting
-        self.projected.zero_()
-        self.projected[: self.done, : self.done] = torch.diag(values[kept])
-        self.projected[self.done : self.count, : self.done] = border
-
-
-def _directions(size: int, seed: int, dtype: torch.dtype, device: torch.device | str) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield unit_vector(size, torch.randn(size, generator=generator, dtype=dtype), dtype=dtype, device=device)
-
-
 def _share(capacity: int, waiting: int, k: int, num_smallest: int) -> tuple[int, int]:
     """Return how many Ritz vectors of each end survive a restart: the wanted ones and half of the room beside them."""
     extra = (capacity - waiting - k - num_smallest) // 2
@@ -391,7 +270,7 @@ def _share(capacity: int, waiting: int, k: int, num_smallest: int) -> tuple[int,
     return k + above, num_smallest + extra - above
 
 
-def _unknown(krylov: _Krylov, num_wanted: int, num_matvecs: int, num_restarts: int) -> ExtremalPairs:
+def _unknown(krylov: Krylov, num_wanted: int, num_matvecs: int, num_restarts: int) -> ExtremalPairs:
     nothing = torch.full((num_wanted,), math.nan, dtype=torch.float64)
     return ExtremalPairs(
         values=nothing,
