@@ -242,13 +242,20 @@ class Optimizer(ABC):
         """Return the preconditioner of a single part, given how many `updates` a parameter has had."""
         state = self.parts[0].state
         group_of = {parameter: group for group in self._groups() for parameter in group["params"]}
-        if not any("exp_avg_sq" in state.get(parameter, {}) for parameter in self.parameters):
+        # the state may be there before there was an update: a cohort makes room for it
+        counts = {
+            parameter: float(updates(group_of[parameter], state[parameter]))
+            if "exp_avg_sq" in state.get(parameter, {})
+            else 0.0
+            for parameter in self.parameters
+        }
+        if not any(counts.values()):
             return None
         roots = []
         for parameter in self.parameters:
             group, own = group_of[parameter], state.get(parameter, {})
-            if "exp_avg_sq" in own:
-                unbiased = own["exp_avg_sq"] / (1.0 - group["betas"][1] ** updates(group, own))
+            if counts[parameter]:
+                unbiased = own["exp_avg_sq"] / (1.0 - group["betas"][1] ** counts[parameter])
                 roots.append((unbiased.sqrt() + group["eps"]) / group["factor"])
             else:  # never had a gradient
                 roots.append(torch.full_like(parameter, group["eps"] / group["factor"], requires_grad=False))

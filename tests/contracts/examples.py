@@ -50,6 +50,21 @@ OPTIMIZER: dict[str, dict[str, Any]] = {
 NEEDS = {"transformers": "transformers", "schedule_free_adamw": "schedulefree"}
 """Package that an entry needs beyond those that are always installed."""
 
+PROBE: dict[str, dict[str, Any]] = {
+    "sharpness": {"tolerance": 0.1},
+    "preconditioned_sharpness": {"tolerance": 0.1},
+    "layer_sharpness": {"tolerance": 0.2, "max_matvecs": 8},
+    "batch_sharpness": {"num_batches": 3},
+    "directional_sharpness": {},
+    "critical_sharpness": {},
+    "sam_sharpness": {"radii": [0.01, 0.05]},
+    "worst_case_sharpness": {"num_steps": 3},
+    "average_case_sharpness": {"num_pairs": 3},
+    "logit_sharpness": {},
+    "linf_smoothness": {"num_vectors": 3, "num_ascents": 1},
+}
+"""Their tables; batch_size and every_steps come on top."""
+
 SCHEDULE: dict[str, dict[str, Any]] = {
     "constant": {},
     "linear": {"warmup_steps": 2},

@@ -187,8 +187,9 @@ def assert_resumes_to_the_bit(run: TrainConfig, path: Path) -> list[Record]:
     one = torch.load(path, weights_only=True)
     second.save(path)
     other = torch.load(path, weights_only=True)
-    for part in ("module", "optimizer", "averager", "probes"):
+    for part in ("module", "optimizer", "averager"):
         assert_same(one[part], other[part], part)
+    assert_same(one["probes"]["probes"], other["probes"]["probes"], "probes")  # beside them are readings of the clock
     return records
 
 
