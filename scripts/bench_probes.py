@@ -1,299 +1,359 @@
-"""What a sharpness probe costs: Hessian-vector products, one cold solve, and tracking along a run; ours and a peer.
+"""What curvature probes cost, ours and two peers, on the same models, data and accuracy; and what tracking costs.
 
-    python scripts/bench_probes.py
+    python scripts/bench_probes.py [--quick] [--only cold top10 trace density tracking share]
 
-A GPT-like model (4 layers, width 64, context 128, batch 8 x 128, bytes) after some AdamW updates on synthetic text, on
-one CPU core. Times are CPU seconds; 1 g is one gradient on the probe batch; errors are relative to a Lanczos solve in
-float64 to a residual of 1e-3 (errors near 1e-6). The peers solve with the same exact products, on a graph that is kept:
+The peers are PyHessian and curvlinops, `pip install -e .[peers]`; without them their rows are left out. Each is called
+as its documentation says, and with the settings that suited it best here. A CNN and a small GPT, both partly trained;
+everything on one thread. Times are CPU seconds, medians over interleaved repetitions; errors are relative, to a Lanczos
+solve that ends in float64 (that of ten values: the largest of the ten). `ratio` is the time over that of our cheapest
+row within the accuracy asked for; `meets` says which rows are.
 
-    power       power iteration as PyHessian does it: random start, stop when the value changes by less than tol
-    eigsh       ARPACK as curvlinops is commonly used with it: scipy's eigsh(k=1, which="LA") with its defaults
-    PyHessian   the package itself, where it can be imported
+    cold      the largest eigenvalue from a random start, to 1e-2
+    top10     the ten largest, to 1e-2
+    trace     to a standard error of 5 percent; peers are told how many samples of Hutchinson's estimator that takes
+    density   Lanczos quadrature of the same length; the error is that of the largest node, and copies counts the nodes
+              within 1e-3 of the largest eigenvalue, of which there is one
+    tracking  the largest eigenvalue every 50 updates of a run, to 1e-2
+    share     the same by ours alone, for probe batches that are a part of a training batch: part of the training time
 """
 
 from __future__ import annotations
 
-import copy
-import importlib.util
+import argparse
+import dataclasses
+import functools
 import math
 import statistics
+import sys
 import time
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
+from bench_peers import (
+    LOSS,
+    Batch,
+    CurvlinopsTop,
+    Found,
+    Run,
+    Solve,
+    curvlinops_density,
+    curvlinops_trace,
+    installed,
+    pyhessian_density,
+    pyhessian_top,
+    pyhessian_trace,
+)
 from torch import Tensor, nn
 
 from landscape_ray.probes import SharpnessProbe
-from landscape_ray.probes.estimate import Estimate
-from landscape_ray.probes.lanczos import lanczos, unit_vector
-from landscape_ray.probes.operators import CurvatureOperator, FiniteDifferenceHessian, HessianOperator
+from landscape_ray.probes.fixed_loss import observing
+from landscape_ray.probes.operators import HessianOperator
 from landscape_ray.probes.sharpness import sharpness
+from landscape_ray.probes.spectrum.density import spectral_density
+from landscape_ray.probes.spectrum.eigenpairs import eigenvalues
+from landscape_ray.probes.spectrum.lanczos import extremal_pairs
+from landscape_ray.probes.spectrum.trace import trace
 
-VOCABULARY, CONTEXT, BATCH, WIDTH, HEADS, DEPTH = 256, 128, 8, 64, 4, 4
-WARM_UP_STEPS, TRACKED_STEPS, EVERY = 50, 125, 25
-SEEDS = range(3)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.mix = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).view(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.mix(mixed.transpose(1, 2).reshape(x.shape))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+ACCURACY = 1e-2
+WARM_UP, EVERY = 200, 50
+PARTS = (1, 2, 4, 8)
 
 
-class ByteGPT(nn.Module):
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.02, generator=generator)
-            elif parameter.ndim == 1 and not bool((parameter == 1).all()):
-                nn.init.zeros_(parameter)
+@dataclasses.dataclass
+class Row:
+    """What a method needed, one entry for each repetition."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions.weight)))
-        return logits
+    products: list[int] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    errors: list[float] = dataclasses.field(default_factory=list)
+    remark: str = ""
 
+    def add(self, solve: Callable[[], Found], references: list[float]) -> None:
+        """Solve, and note what it took; a peer that cannot says why."""
+        if self.remark.startswith("cannot"):
+            return
+        began = time.process_time()
+        try:
+            found = solve()
+        except (NotImplementedError, RuntimeError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+            self.remark = f"cannot: {str(error).splitlines()[0][:90]}"
+            return
+        self.seconds.append(time.process_time() - began)
+        self.products.append(found.num_matvecs)
+        self.errors.append(max(abs(v / r - 1) for v, r in zip(found.values, references, strict=False)))
+        self.remark = found.remark
 
-def next_byte_loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return nn.functional.cross_entropy(module(batch[0]).flatten(0, 1), batch[1].flatten())
+    @property
+    def cost(self) -> float:
+        return statistics.median(self.seconds) if self.seconds else math.inf
 
-
-def synthetic_text(seed: int) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets from a fixed Markov chain over bytes."""
-    table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(1000 + seed)
-    columns = [torch.randint(VOCABULARY, (BATCH, 1), generator=generator)]
-    for _ in range(CONTEXT):
-        probabilities = torch.softmax(2 * table[columns[-1][:, 0]], -1)
-        columns.append(torch.multinomial(probabilities, 1, generator=generator))
-    text = torch.cat(columns, 1)
-    return text[:, :-1], text[:, 1:]
+    def meets(self, accuracy: float) -> bool:
+        return bool(self.errors) and statistics.median(self.errors) <= accuracy
 
 
-def trained(module: nn.Module, optimizer: torch.optim.Optimizer, first: int, steps: int) -> None:
-    for step in range(first, first + steps):
-        optimizer.zero_grad()
-        next_byte_loss(module, synthetic_text(step)).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-
-
-class Solve(NamedTuple):
-    value: float
-    num_matvecs: int
-    cpu_seconds: float
-    price_gradients: float
-
-
-def timed(solve: Callable[[], Any]) -> tuple[Any, float]:
-    began = time.process_time()
-    result = solve()
-    return result, time.process_time() - began
-
-
-def repeated(solve: Callable[[], Any], times: int) -> float:
-    """Return the median CPU seconds."""
-    return statistics.median(timed(solve)[1] for _ in range(times))
-
-
-def power_iteration(matvec: Callable[[Tensor], Tensor], size: int, seed: int, tol: float, most: int = 100) -> float:
-    """Return the eigenvalue of largest magnitude; stops when it changes by less than `tol`, relative."""
-    v = unit_vector(size, seed=seed)
-    value = math.nan
-    for _ in range(most):
-        product = matvec(v)
-        previous, value = value, float(v @ product)
-        if abs(value - previous) < tol * (abs(previous) + 1e-6):
-            break
-        v = product / torch.linalg.vector_norm(product)
-    return value
-
-
-def arpack(matvec: Callable[[Tensor], Tensor], size: int, seed: int) -> float:
-    def product(v: np.ndarray) -> np.ndarray:
-        return matvec(torch.from_numpy(v.ravel())).numpy()
-
-    operator = LinearOperator((size, size), matvec=product, dtype=np.float32)
-    start = unit_vector(size, seed=seed).numpy()
-    return float(eigsh(operator, k=1, which="LA", v0=start, return_eigenvectors=False)[0])
-
-
-def pyhessian_value(module: nn.Module, batch: tuple[Tensor, Tensor], tol: float) -> float:
-    from pyhessian import hessian  # type: ignore[import-not-found,unused-ignore]
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def criterion(logits: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it keeps the graph in .grad
-        values, _ = hessian(copy.deepcopy(module), criterion, data=batch, cuda=False).eigenvalues(tol=tol)
-    return float(values[0])
-
-
-def prices(module: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
-    """Print the price of one product by route; return the CPU seconds of one gradient."""
-    parameters = list(module.parameters())
-    gradient = repeated(lambda: torch.autograd.grad(next_byte_loss(module, batch), parameters), 7)
-    size = sum(p.numel() for p in parameters)
-    print(f"\nOne Hessian-vector product; 1 g = {1e3 * gradient:.0f} ms of CPU, {size} weights")
-    operators: dict[str, CurvatureOperator] = {
-        "exact, graph kept": HessianOperator(module, next_byte_loss, [batch]),
-        "exact, graph built anew": HessianOperator(module, next_byte_loss, [batch], retain_graph=False),
-        "finite difference": FiniteDifferenceHessian(module, next_byte_loss, [batch]),
-    }
-    v = unit_vector(size)
-    exact = operators["exact, graph kept"](v)
-    for name, operator in operators.items():
-        error = float((operator(v) - exact).norm() / exact.norm())
-        cost = repeated(lambda operator=operator: operator(v), 7)  # type: ignore[misc]
-        print(f"  {name:<24} {cost / gradient:5.2f} g   charged {operator.matvec_gradients:.1f} g   error {error:.1e}")
-    return gradient
-
-
-def report(rows: dict[str, list[Solve]], references: list[float], peer: str) -> None:
-    """Print one line a method: means, the errors, and how the costs compare with those of the peer."""
-    print(f"  {'':<34}{'products':>9}{'CPU s':>8}{'error median':>14}{'max':>9}{'peer / this, CPU':>18}")
-    peer_seconds = statistics.mean(s.cpu_seconds for s in rows[peer])
-    for name, solves in rows.items():
-        errors = [abs(s.value / r - 1) for s, r in zip(solves, references, strict=True)]
-        seconds = statistics.mean(s.cpu_seconds for s in solves)
-        products = statistics.mean(s.num_matvecs for s in solves)
-        shown = f"{products:9.1f}" if products else f"{'':>9}"
+def report(title: str, rows: dict[str, Row], accuracy: float = math.inf) -> None:
+    """Print one line a method, and how the best of each stand to each other."""
+    print(f"\n  {title}\n    {'':<44}{'products':>9}{'CPU s':>8}{'error':>9}{'largest':>9}{'meets':>7}{'ratio':>7}")
+    met = {name: row for name, row in rows.items() if row.meets(accuracy)}
+    ours = min((row.cost for name, row in met.items() if name.startswith("ours")), default=math.nan)
+    for name, row in rows.items():
+        if not row.seconds:
+            print(f"    {name:<44}{row.remark}")
+            continue
         print(
-            f"  {name:<34}{shown}{seconds:8.2f}{statistics.median(errors):14.1e}{max(errors):9.1e}"
-            f"{peer_seconds / seconds:18.1f}"
+            f"    {name:<44}{statistics.median(row.products):9.1f}{row.cost:8.2f}{statistics.median(row.errors):9.1e}"
+            f"{max(row.errors):9.1e}{'yes' if name in met else 'no':>7}{row.cost / ours:7.2f}  {row.remark}"
         )
+    for peer in ("PyHessian", "curvlinops"):
+        best = min(((row.cost, name) for name, row in met.items() if name.startswith(peer)), default=None)
+        if best:
+            print(f"    -> {best[0] / ours:.2f} times faster than {best[1]}")
 
 
-def of_estimate(estimate: Estimate, seconds: float) -> Solve:
-    return Solve(estimate.value, estimate.num_matvecs, seconds, estimate.price_gradients)
+def reference(module: nn.Module, batch: Batch, k: int = 1) -> list[float]:
+    """Return the largest eigenvalues: a float32 solve for where to start, then float64; errors are below 1e-4.
+
+    Raises:
+        RuntimeError: it did not converge.
+    """
+    start: Tensor | None = None
+    if k == 1:
+        start = sharpness(module, LOSS, [batch], tol=0.01, max_matvecs=60, seed=1234).vector
+    with observing(module, LOSS, [batch], double=True) as function:
+        start = None if start is None else start.double()
+        found = extremal_pairs(
+            HessianOperator(function), function.size, k=k, start=start, tol=0.005, max_matvecs=150, dtype=torch.float64
+        )
+    if not found.converged:
+        raise RuntimeError(f"the reference did not converge: {found}")
+    return found.values.tolist()
 
 
-def cold_solves(module: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    reference = converged(module, batch)
-    print(f"\nTop eigenvalue, cold, {len(SEEDS)} seeds; reference {reference:.4f}")
-    rows: dict[str, list[Solve]] = {}
-    for seed in SEEDS:
-        for route, tol in (("exact", 0.03), ("exact", 0.005), ("auto", 0.03), ("auto", 0.005)):
-            settings: dict[str, Any] = {"route": route, "tol": tol, "seed": seed}
-            solved = timed(lambda: sharpness(module, next_byte_loss, [batch], **settings))  # noqa: B023
-            rows.setdefault(f"ours, {route}, tol {tol}", []).append(of_estimate(*solved))
-        for name, solve in peers(seed).items():
-            operator = HessianOperator(module, next_byte_loss, [batch])
-            value, seconds = timed(lambda: solve(operator))  # noqa: B023
-            rows.setdefault(name, []).append(Solve(value, operator.num_matvecs, seconds, operator.price_gradients))
-        if importlib.util.find_spec("pyhessian"):
-            value, seconds = timed(lambda: pyhessian_value(module, batch, 1e-3))
-            rows.setdefault("PyHessian, tol 1e-3", []).append(Solve(value, 0, seconds, math.nan))
-    report(rows, [reference] * len(SEEDS), "power, tol 1e-3")
-    if not importlib.util.find_spec("pyhessian"):
-        print("  (PyHessian is not installed: skipped)")
-    first_below(module, batch, reference)
+def ours_top(**settings: Any) -> Solve:
+    def solve(module: nn.Module, batch: Batch, seed: int) -> Found:
+        estimate = sharpness(module, LOSS, [batch], seed=seed, **settings)
+        return Found([estimate.value], estimate.num_matvecs, estimate.route if settings["route"] == "auto" else "")
+
+    return solve
 
 
-def peers(seed: int) -> dict[str, Callable[[HessianOperator], float]]:
-    return {
-        "power, tol 1e-2": lambda h: power_iteration(h, h.size, seed, 1e-2),
-        "power, tol 1e-3": lambda h: power_iteration(h, h.size, seed, 1e-3),
-        "eigsh, defaults": lambda h: arpack(h, h.size, seed),
-    }
-
-
-def first_below(module: nn.Module, batch: tuple[Tensor, Tensor], reference: float) -> None:
-    """Print how many products bring the value within one percent, whatever the stopping rule would say."""
-    needed: dict[str, list[int]] = {"Lanczos": [], "power": []}
-    most = 24
-    for seed in SEEDS:
-        operator = HessianOperator(module, next_byte_loss, [batch])
-        for name in needed:
-            vectors: list[Tensor] = []
-            products: list[Tensor] = []
-
-            def recorded(v: Tensor, vectors: list[Tensor] = vectors, products: list[Tensor] = products) -> Tensor:
-                vectors.append(v.clone())
-                products.append(operator(v))  # noqa: B023
-                return products[-1]
-
-            if name == "power":
-                power_iteration(recorded, operator.size, seed, 0.0, most)
-                values = [float(v @ product) for v, product in zip(vectors, products, strict=True)]
-            else:
-                lanczos(recorded, operator.size, seed=seed, tol=0.0, max_matvecs=most)
-                projected = torch.stack(vectors) @ torch.stack(products).T
-                values = [float(torch.linalg.eigvalsh(projected[:m, :m])[-1]) for m in range(1, most + 1)]
-            needed[name].append(next((k for k, x in enumerate(values, 1) if abs(x / reference - 1) < 0.01), most))
-    shown = ", ".join(f"{name} {counts}" for name, counts in needed.items())
-    print(f"  products until within 1e-2, by seed, {most} at most: {shown}")
-
-
-def converged(module: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
-    """Return the top eigenvalue in float64; the bound of the result is checked."""
-    twin = copy.deepcopy(module).double()
-    estimate = sharpness(twin, next_byte_loss, [batch], tol=1e-3, max_matvecs=60)
-    if not estimate.converged:
-        raise RuntimeError(f"the reference did not converge: {estimate}")
-    return estimate.value
-
-
-def tracking(
-    module: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], gradient: float
+def compare(
+    run: Run, title: str, methods: dict[str, Solve], repeats: int, wanted: list[float], accuracy: float
 ) -> None:
-    trackers = {
-        "ours, warm, exact": SharpnessProbe([batch], cold_every=10**6),
-        "ours, cold, exact": SharpnessProbe([batch], cold_every=1),
-        "ours, warm, differences": SharpnessProbe([batch], cold_every=10**6, route="finite_difference"),
-        "ours, as shipped, auto": SharpnessProbe([batch], route="auto"),
+    """Let the methods take turns, and print their table."""
+    rows = {name: Row() for name in methods}
+    for seed in range(repeats):
+        for name, method in methods.items():
+            rows[name].add(functools.partial(method, run.module, run.probe_batch, seed), wanted)
+    report(title, rows, accuracy)
+
+
+def cold(run: Run, quick: bool) -> None:
+    methods: dict[str, Solve] = {
+        "ours, exact, residual 0.05": ours_top(route="exact", tol=0.05),
+        "ours, exact, residual 0.03": ours_top(route="exact", tol=0.03),
+        "ours, auto, residual 0.03": ours_top(route="auto", tol=0.03),
     }
-    rows: dict[str, list[Solve]] = {}
-    references: list[float] = []
-    for first in range(WARM_UP_STEPS, WARM_UP_STEPS + TRACKED_STEPS + 1, EVERY):
-        references.append(converged(module, batch))
-        for name, tracker in trackers.items():
-            estimate, seconds = timed(lambda: tracker.measure(module, next_byte_loss))  # noqa: B023
-            rows.setdefault(name, []).append(of_estimate(estimate, seconds))
-        operator = HessianOperator(module, next_byte_loss, [batch])
-        value, seconds = timed(lambda: power_iteration(operator, operator.size, first, 1e-3))  # noqa: B023
-        rows.setdefault("power, tol 1e-3", []).append(Solve(value, operator.num_matvecs, seconds, 0.0))
-        trained(module, optimizer, first, EVERY)
-    # The first measurement is cold for all.
-    rows, references = {name: solves[1:] for name, solves in rows.items()}, references[1:]
-    print(f"\nTracking every {EVERY} updates, {len(references)} measurements; sharpness", end=" ")
-    print(" ".join(f"{r:.1f}" for r in references))
-    report(rows, references, "power, tol 1e-3")
-    for name in ("ours, warm, exact", "ours, as shipped, auto"):
-        price = statistics.mean(s.cpu_seconds for s in rows[name]) / gradient
-        charged = statistics.mean(s.price_gradients for s in rows[name])
+    if "pyhessian" in installed():
+        methods |= {f"PyHessian, tol {tol:g}": pyhessian_top(tol) for tol in (1e-2, 3e-3, 1e-3)}
+    if "curvlinops" in installed():
+        methods["curvlinops, eigsh"] = CurvlinopsTop()
+        methods |= {f"curvlinops, eigsh ncv={n} tol=1e-2": CurvlinopsTop(ncv=n, tol=1e-2) for n in (4, 8)}
+    wanted = reference(run.module, run.probe_batch)
+    compare(run, f"cold: largest eigenvalue, {wanted[0]:.3f}", methods, 1 if quick else 5, wanted, ACCURACY)
+
+
+def top10(run: Run, quick: bool) -> None:
+    def ours(tol: float) -> Solve:
+        def solve(module: nn.Module, batch: Batch, seed: int) -> Found:
+            found = eigenvalues(module, LOSS, [batch], k=10, tol=tol, seed=seed)
+            return Found([e.value for e in found.largest], found.num_matvecs)
+
+        return solve
+
+    methods: dict[str, Solve] = {f"ours, residual {tol:g}": ours(tol) for tol in (0.03, 0.01)}
+    if "pyhessian" in installed() and not quick:
+        methods |= {f"PyHessian, tol {tol:g}": pyhessian_top(tol, 10) for tol in (1e-2, 1e-3)}
+    if "curvlinops" in installed():
+        methods["curvlinops, eigsh tol=1e-2"] = CurvlinopsTop(10, tol=1e-2)
+        methods["curvlinops, eigsh ncv=30 tol=1e-2"] = CurvlinopsTop(10, ncv=30, tol=1e-2)
+    wanted = reference(run.module, run.probe_batch, 10)
+    shown = " ".join(f"{value:.1f}" for value in wanted)
+    compare(run, f"top10: {shown}", methods, 1 if quick else 2, wanted, ACCURACY)
+
+
+def traces(run: Run, quick: bool) -> None:
+    def ours(**settings: Any) -> Solve:
+        def solve(module: nn.Module, batch: Batch, seed: int) -> Found:
+            found = trace(module, LOSS, [batch], tol=0.05, seed=seed, **settings)
+            return Found([found.value], found.num_matvecs, f"{found.route}, own error {found.standard_error:.2g}")
+
+        return solve
+
+    num_samples = 20 if quick else 60
+    with observing(run.module, LOSS, [run.probe_batch]) as function:
+        hessian = HessianOperator(function)
+        generator = torch.Generator().manual_seed(99)
+        samples = []
+        for _ in range(num_samples):
+            signs = torch.randint(2, (function.size,), generator=generator).to(function.dtype).mul_(2).sub_(1)
+            samples.append(float(signs @ hessian(signs)))
+    mean, spread = statistics.mean(samples), statistics.stdev(samples)
+    needed = max(1, math.ceil((spread / mean / 0.05) ** 2))
+    methods: dict[str, Solve] = {"ours, exact": ours(), "ours, auto": ours(route="auto")}
+    if "pyhessian" in installed():
+        methods["PyHessian, its own stop"] = pyhessian_trace(None)
+        methods[f"PyHessian, {needed} samples"] = pyhessian_trace(needed)
+    if "curvlinops" in installed():
+        methods[f"curvlinops, Hutchinson, {needed} samples"] = curvlinops_trace(needed)
+        fit = max(3, 3 * round(needed / 3))
+        methods[f"curvlinops, Hutch++, {fit} products"] = curvlinops_trace(fit, "hutchpp_trace")
+    title = (
+        f"trace: {mean:.1f} +- {spread / math.sqrt(num_samples):.1f}, {needed} samples of Hutchinson's for 5 percent"
+    )
+    compare(run, title, methods, 1 if quick else 5, [mean], 0.1)
+
+
+def density(run: Run, quick: bool) -> None:
+    num_steps, num_vectors = (12, 1) if quick else (40, 1)
+    (largest,) = reference(run.module, run.probe_batch)
+
+    def remarked(solve: Solve) -> Solve:
+        def counted(module: nn.Module, batch: Batch, seed: int) -> Found:
+            found = solve(module, batch, seed)
+            copies = sum(abs(value / largest - 1) < 1e-3 for value in found.values)
+            return found._replace(remark=f"{copies} copies; {found.remark}".rstrip("; "))
+
+        return counted
+
+    def ours(module: nn.Module, batch: Batch, seed: int) -> Found:
+        found = spectral_density(module, LOSS, [batch], num_steps=num_steps, num_vectors=num_vectors, seed=seed)
+        nodes = torch.cat(list(found.nodes)).sort(descending=True).values.tolist()
+        return Found(nodes, num_steps * num_vectors)
+
+    methods: dict[str, Solve] = {"ours": ours}
+    if "pyhessian" in installed():
+        methods["PyHessian"] = pyhessian_density(num_steps, num_vectors)
+    if "curvlinops" in installed():
+        methods["curvlinops"] = curvlinops_density(num_steps, num_vectors)
+    methods = {name: remarked(method) for name, method in methods.items()}
+    compare(run, f"density: {num_steps} steps, {num_vectors} vector", methods, 1, [largest], math.inf)
+
+
+def tracking(run: Run, quick: bool) -> None:
+    """Print what following the largest eigenvalue costs; the first measurement, cold for all, is not counted."""
+    probes = {
+        f"ours, {route}, residual {tol:g}": SharpnessProbe([run.probe_batch], route=route, tol=tol)
+        for route in (("exact", "auto") if run.kind == "gpt" else ("exact",))
+        for tol in (0.05, 0.03)
+    }
+    methods: dict[str, Solve] = {name: tracked(probe) for name, probe in probes.items()}
+    if "pyhessian" in installed():
+        methods |= {f"PyHessian, tol {tol:g}": pyhessian_top(tol) for tol in (1e-2, 3e-3)}
+    if "curvlinops" in installed():
+        methods |= {
+            f"curvlinops, eigsh ncv={n} tol=1e-2 warm": CurvlinopsTop(ncv=n, tol=1e-2, warm=True) for n in (4, 8)
+        }
+    rows = {name: Row() for name in methods}
+    seen: list[float] = []
+    for index in range(4 if quick else 11):
+        run.train(EVERY)
+        wanted = reference(run.module, run.probe_batch)
+        seen += wanted
+        for name, method in methods.items():
+            rows[name].add(functools.partial(method, run.module, run.probe_batch, index), wanted)
+            if index == 0 and rows[name].seconds:
+                rows[name] = Row()
+    shown = " ".join(f"{value:.1f}" for value in seen[1:])
+    report(f"tracking every {EVERY} updates: {shown}", rows, ACCURACY)
+
+
+def tracked(probe: SharpnessProbe) -> Solve:
+    def solve(module: nn.Module, batch: Batch, seed: int) -> Found:
+        estimate = probe.measure(module, LOSS)["sharpness"]
+        return Found([estimate.value], estimate.num_matvecs, estimate.route if probe.route == "auto" else "")
+
+    return solve
+
+
+def share(run: Run, quick: bool) -> None:
+    """Print the part of the training time that tracking takes, with each probe batch and route."""
+    inputs, targets = run.probe_batch
+    batches = {part: (inputs[: len(inputs) // part], targets[: len(targets) // part]) for part in PARTS}
+    routes = ("exact", "auto", "finite_difference") if run.kind == "gpt" else ("exact",)
+    probes = {
+        (part, route, tol): SharpnessProbe([batches[part]], route=route, tol=tol)  # type: ignore[arg-type]
+        for part in PARTS
+        for route in routes
+        for tol in (0.1, 0.05)
+    }
+    rows = {key: Row() for key in probes}
+    prices: dict[tuple[int, str, float], list[float]] = {key: [] for key in probes}
+    training = 0.0
+    rounds = 3 if quick else 8
+    for _ in range(rounds):
+        began = time.process_time()
+        run.train(EVERY)
+        training += time.process_time() - began
+        wanted = {part: reference(run.module, batch) for part, batch in batches.items()}
+        for key, probe in probes.items():
+            rows[key].add(functools.partial(tracked(probe), run.module, batches[key[0]], 0), wanted[key[0]])
+            prices[key].append(probe.price_gradients)
+    print(
+        f"\n  share: every {EVERY} updates of {1e3 * training / rounds / EVERY:.0f} ms, the first, cold one included\n"
+        f"    {'probe batch':<14}{'route':<20}{'residual':>9}{'products':>9}{'gradients':>10}{'of training':>12}"
+        f"{'error':>9}{'largest':>9}   5 % and 5 %"
+    )
+    for (part, route, tol), row in rows.items():
+        part_of_time = sum(row.seconds) / training
+        error = statistics.median(row.errors)
         print(
-            f"  {name}: {price:.1f} g of CPU, {charged:.1f} g charged; 5 % of the time every {price / 0.05:.0f} updates"
+            f"    {f'1/{part}':<14}{route:<20}{tol:9.2f}{statistics.mean(row.products):9.1f}"
+            f"{statistics.mean(prices[part, route, tol]):10.1f}{part_of_time:12.1%}{error:9.1e}{max(row.errors):9.1e}"
+            f"   {'yes' if part_of_time <= 0.05 and error <= 0.05 else 'no'}"
         )
+
+
+PARTS_OF_THE_BENCHMARK: dict[str, Callable[[Run, bool], None]] = {
+    "cold": cold,
+    "top10": top10,
+    "trace": traces,
+    "density": density,
+    "tracking": tracking,
+    "share": share,
+}
+
+
+def runs(chosen: list[str]) -> Iterator[tuple[Run, list[str]]]:
+    """Yield the partly trained models, and what is measured on each."""
+    yield Run("gpt"), chosen
+    yield Run("cnn"), chosen
+    if "curvlinops" in installed():  # which has no products for group norm
+        yield Run("batchnorm"), [name for name in ("cold", "top10") if name in chosen]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Curvature probes, ours and two peers.")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and measurements: a minute or two")
+    parser.add_argument("--only", nargs="+", choices=PARTS_OF_THE_BENCHMARK, default=list(PARTS_OF_THE_BENCHMARK))
+    parser.add_argument("--models", nargs="+", choices=("gpt", "cnn", "batchnorm"), default=("gpt", "cnn", "batchnorm"))
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    warnings.simplefilter("ignore")
+    missing = [name for name in ("pyhessian", "curvlinops") if name not in installed()]
+    if missing:
+        print(f"not installed, left out: {', '.join(missing)}; pip install -e .[peers]")
     began = time.process_time()
-    module, batch = ByteGPT(seed=0), synthetic_text(-1)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-    trained(module, optimizer, 0, WARM_UP_STEPS)
-    gradient = prices(module, batch)
-    cold_solves(module, batch)
-    tracking(module, optimizer, batch, gradient)
+    for run, chosen in runs(arguments.only):
+        if run.kind not in arguments.models or not chosen:
+            continue
+        run.train(WARM_UP)
+        print(f"\n{run.title}, after {WARM_UP} updates")
+        for name in chosen:
+            PARTS_OF_THE_BENCHMARK[name](run, arguments.quick)
     print(f"\n{time.process_time() - began:.0f} s of CPU in all")
 
 

@@ -142,6 +142,72 @@ def rank(
 
 
 @app.command()
+def probe(
+    sweep: OneSweep = None,
+    run: Annotated[str | None, typer.Option("--run", help="Identifier of the run; default: the best one.")] = None,
+    probes: Annotated[
+        str, typer.Option("--probes", help="Names, separated by commas; default: those that the run had.")
+    ] = "",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in the probe batch.")] = 256,
+    num_batches: Annotated[int, typer.Option(min=1, help="How many such batches.")] = 1,
+    density: Annotated[bool, typer.Option("--density", help="Draw the spectral density of the Hessian.")] = False,
+    results: Results = DEFAULT_RESULTS,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for numbers and figure; default: fits/ of the sweep.")
+    ] = None,
+) -> None:
+    """Measure the last checkpoint of a run: sharpness, trace, noise scale ... or the whole spectrum."""
+    import json
+
+    from landscape_ray.files import write_atomic
+    from landscape_ray.reports.inspection import density_figure, probe_table
+    from landscape_ray.sweep.run import checkpoint_of
+    from landscape_ray.training.inspection import inspect
+
+    console = new_console()
+    folder = open_sweep(sweep, results)
+    run_id, path = checkpoint_of(folder, run)
+    with console.status("measuring ...") as status:
+        found = inspect(
+            path,
+            [name.strip() for name in probes.split(",") if name.strip()],
+            batch_size=batch_size,
+            num_batches=num_batches,
+            density=density,
+            progress=lambda name: status.update(f"measuring {name} ..."),
+        )
+    rows = {
+        name: (e.value, e.standard_error, e.converged, e.price_gradients, e.cost_seconds)
+        for name, e in found.estimates.items()
+    }
+    title = f"{run_id} after {found.step} updates, on {found.num_examples} examples of its training data"
+    console.print(probe_table(title, rows))
+    for name, reason in found.unknown.items():
+        console.print(f"[yellow]{name}: left out, {reason}[/yellow]", highlight=False)
+    numbers: dict[str, object] = {"run_id": run_id, "step": found.step, "num_examples": found.num_examples}
+    fields = ("value", "standard_error", "converged", "price_gradients", "cost_seconds")
+    numbers["estimates"] = {name: dict(zip(fields, row, strict=True)) for name, row in rows.items()}
+    target = out if out is not None else folder.fits_path
+    if found.density is not None:
+        spectrum = found.density
+        error = spectrum.density_error
+        figure = density_figure(
+            run_id,
+            spectrum.grid.numpy(),
+            spectrum.density.numpy(),
+            None if error is None else error.numpy(),
+            outliers=spectrum.outliers.numpy(),
+            bulk=(spectrum.bulk_lower.value, spectrum.bulk_upper.value),
+            trace=spectrum.trace.value,
+            num_params=found.num_params,
+        )
+        points = {"grid": spectrum.grid.tolist(), "density": spectrum.density.tolist()}
+        save_study(figure, {**points, "outliers": spectrum.outliers.tolist()}, target, console)
+    write_atomic(target / f"probes-{run_id}.json", json.dumps(numbers, indent=1) + "\n")
+    console.print(f"saved in {shown(target)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def predict(
     sweep: OneSweep = None,
     schedule: Annotated[str, typer.Option(help="constant | linear | cosine | wsd")] = "wsd",

@@ -15,6 +15,10 @@
 
 from landscape_ray.probes.estimate import Estimate
 from landscape_ray.probes.fixed_loss import FixedLoss, OutputLoss
+from landscape_ray.probes.gradients.coherence import GradientCoherenceProbe
+from landscape_ray.probes.gradients.noise_scale import GradientNoiseScaleProbe
+from landscape_ray.probes.gradients.norms import DistanceFromInitProbe, GradientNormsProbe
+from landscape_ray.probes.gradients.opposing import OpposingSignalsProbe
 from landscape_ray.probes.monitor import Monitor
 from landscape_ray.probes.probe import Host, Probe
 from landscape_ray.probes.sharpness import (
@@ -30,6 +34,10 @@ from landscape_ray.probes.sharpness import (
     SharpnessProbe,
     WorstCaseSharpness,
 )
+from landscape_ray.probes.spectrum.density import SpectralDensityProbe
+from landscape_ray.probes.spectrum.eigenpairs import EigenvaluesProbe
+from landscape_ray.probes.spectrum.ggn_trace import GGNTraceProbe
+from landscape_ray.probes.spectrum.trace import TraceProbe
 
 PROBES: dict[str, type[Probe]] = {
     probe.name: probe
@@ -45,6 +53,15 @@ PROBES: dict[str, type[Probe]] = {
         AverageCaseSharpness,
         LogitSharpness,
         LinfSmoothness,
+        EigenvaluesProbe,
+        SpectralDensityProbe,
+        TraceProbe,
+        GGNTraceProbe,
+        GradientNoiseScaleProbe,
+        GradientCoherenceProbe,
+        GradientNormsProbe,
+        DistanceFromInitProbe,
+        OpposingSignalsProbe,
     )
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from landscape_ray.data import Data
+from landscape_ray.errors import UserError
 from landscape_ray.records import EventRecord, Record, RunStatus, RunSummary, StepRecord
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
@@ -35,6 +36,26 @@ def index_of(trial_id: str) -> int:
     7
     """
     return int(trial_id[1:])
+
+
+def checkpoint_of(folder: SweepFolder, run_id: str | None = None) -> tuple[str, Path]:
+    """Return a run and its last checkpoint; without a name the run with the lowest final loss.
+
+    Raises:
+        UserError: no such run, or it has no checkpoint.
+    """
+    there = {trial.trial_id: trial for trial in folder.trials() if (trial.checkpoint_path / CHECKPOINT).is_file()}
+    if not there:
+        raise UserError(f"no run of {folder.path.name} has a checkpoint yet; wait for the first, or resume the sweep")
+    if run_id is None:
+        summaries = {name: trial.summary() for name, trial in there.items()}
+        known = {
+            n: s.final_loss_nats for n, s in summaries.items() if s is not None and math.isfinite(s.final_loss_nats)
+        }
+        run_id = min(known, key=lambda name: known[name]) if known else next(iter(there))
+    if run_id not in there:
+        raise UserError(f"--run must be a run with a checkpoint ({', '.join(sorted(there)[:8])}), got '{run_id}'")
+    return run_id, there[run_id].checkpoint_path / CHECKPOINT
 
 
 class TrialRun:

@@ -12,6 +12,7 @@ from landscape_ray.config import Model
 from landscape_ray.data import Data
 from landscape_ray.errors import UserError
 from landscape_ray.probes import PROBES, Host, Monitor, Probe
+from landscape_ray.probes.spectrum.eigenpairs import Curvature
 
 if TYPE_CHECKING:
     from landscape_ray.training.state import TrainState
@@ -70,9 +71,9 @@ class PreconditionedSharpnessConfig(ProbeTable):
 class LayerSharpnessConfig(ProbeTable):
     """The table [train.probes.layer_sharpness]: curvature of each layer."""
 
-    kind: Literal["quotient", "block"] = "quotient"
-    """quotient: along the part of the top eigenvector that lies in the layer; block: the top eigenvalue of the layer's
-    own block of the Hessian, dearer."""
+    kind: Literal["quotient", "eigenvalue"] = "quotient"
+    """quotient: along the part of the top eigenvector that lies in the layer; eigenvalue: the largest one of the
+    layer's own block of the Hessian, dearer."""
     tolerance: float = Field(default=0.03, gt=0, lt=1)
     """Of the eigenvalues, relative."""
     max_matvecs: int = Field(default=30, ge=1, le=1000)
@@ -88,15 +89,16 @@ class BatchSharpnessConfig(ProbeTable):
     """Examples in each minibatch."""
     num_batches: int = Field(default=8, ge=2)
     """How many minibatches."""
-    route: Literal["exact", "gradient_difference"] = "exact"
+    route: Literal["exact", "finite_difference"] = "exact"
     """By second derivatives, or by the difference of two gradients, a third of the price."""
 
 
 class DirectionalSharpnessConfig(ProbeTable):
     """The table [train.probes.directional_sharpness]: curvature along the last update."""
 
-    route: Literal["auto", "exact", "gradient", "loss"] = "auto"
-    """By a Hessian-vector product, by differences of gradients or of losses; auto takes the cheapest that will do."""
+    route: Literal["auto", "exact", "gradient", "parabola"] = "auto"
+    """By a Hessian-vector product, a difference of gradients or a parabola through losses; auto takes the cheapest
+    that will do."""
     tolerance: float = Field(default=0.05, gt=0, lt=1)
     """Relative error that is asked for."""
 
@@ -178,6 +180,112 @@ class LinfSmoothnessConfig(ProbeTable):
     """Products spent on a lower bound."""
 
 
+class EigenvaluesConfig(ProbeTable):
+    """The table [train.probes.eigenvalues]: the largest and the smallest eigenvalues of the curvature."""
+
+    k: int = Field(default=3, ge=1)
+    """How many of the largest."""
+    num_smallest: int = Field(default=1, ge=0)
+    """How many of the smallest."""
+    curvature: Curvature = "hessian"
+    """Of which matrix: the Hessian, the Gauss-Newton matrix, the Fisher matrix by sampled or by true labels."""
+    tolerance: float = Field(default=0.01, gt=0, lt=1)
+    """Residual of each, relative to its value; at 0.03 neighbours in a cluster are missed now and then."""
+    max_matvecs: int = Field(default=100, ge=1)
+
+
+class SpectralDensityConfig(ProbeTable):
+    """The table [train.probes.spectral_density]: bulk and outliers, trace and norm from one Lanczos run."""
+
+    num_steps: int = Field(default=50, ge=2)
+    """Products for each vector."""
+    num_vectors: int = Field(default=1, ge=1)
+    """Random vectors; with two or more the errors are known."""
+    curvature: Curvature = "hessian"
+    """See eigenvalues."""
+    min_gap: float = Field(default=0.25, gt=0, lt=1)
+    """Gap that parts outliers from the bulk, relative to their distance from the median."""
+
+
+class TraceConfig(ProbeTable):
+    """The table [train.probes.trace]: trace and Frobenius norm of the curvature."""
+
+    tolerance: float = Field(default=0.05, gt=0, lt=1)
+    """Relative standard error to reach."""
+    max_matvecs: int = Field(default=100, ge=3)
+    curvature: Literal["hessian", "ggn"] = "hessian"
+    """Of which matrix."""
+    method: Literal["auto", "hutchinson", "hutch++", "xtrace"] = "auto"
+    """The estimator; auto: what a few samples say is the cheapest."""
+    route: Literal["exact", "finite_difference", "auto"] = "exact"
+    """How Hessian-vector products are computed."""
+
+
+class GGNTraceConfig(ProbeTable):
+    """The table [train.probes.ggn_trace]: trace of the Gauss-Newton matrix, for a few gradients."""
+
+    tolerance: float = Field(default=0.05, gt=0, lt=1)
+    """Relative standard error to reach."""
+    max_gradients: float = Field(default=50.0, ge=1)
+    """Most to spend."""
+
+
+class GradientNoiseScaleConfig(ProbeTable):
+    """The table [train.probes.gradient_noise_scale]: noise of the gradient, and the batch size that it makes critical.
+
+    From the examples of the probe batch, or from num_batches batches of batch_size, eight or more.
+    """
+
+    batch_size: int = Field(default=64, ge=1)
+    """Examples in each batch."""
+    source: Literal["auto", "micro_batches", "examples"] = "auto"
+    """What is compared: batches where there are eight or more, else single examples."""
+    num_products: int = Field(default=0, ge=0)
+    """Hessian-vector products for the Hessian-weighted scale; 0 leaves it out, otherwise 2 or more."""
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Weight of earlier measurements in a running mean of numerator and denominator."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> GradientNoiseScaleConfig:
+        if self.source == "micro_batches" and self.num_batches < 3:
+            raise ValueError(f"num_batches must be at least 3 with source 'micro_batches', got {self.num_batches}")
+        if self.num_products == 1:
+            raise ValueError("num_products must be 0 or at least 2, got 1; an error needs two")
+        return self
+
+
+class GradientCoherenceConfig(ProbeTable):
+    """The table [train.probes.gradient_coherence]: how far the gradients of single examples agree."""
+
+    batch_size: int = Field(default=64, ge=2)
+    """Examples to compare."""
+
+
+class GradientNormsConfig(ProbeTable):
+    """The table [train.probes.gradient_norms]: norm of the gradient, of all weights and of each layer's."""
+
+    layers: bool = True
+    """Whether each layer's is recorded."""
+
+
+class DistanceFromInitConfig(ProbeTable):
+    """The table [train.probes.distance_from_init]: how far the weights have moved since the first measurement."""
+
+    layers: bool = True
+    """Whether each layer's is recorded."""
+
+
+class OpposingSignalsConfig(ProbeTable):
+    """The table [train.probes.opposing_signals]: outlying groups of examples that pull against each other."""
+
+    batch_size: int = Field(default=256, ge=8)
+    """Examples to search."""
+    fraction: float = Field(default=0.05, gt=0, lt=0.5)
+    """Share of the examples in each of the two groups."""
+    num_permutations: int = Field(default=999, ge=19)
+    """Of the test that the groups oppose each other more than chance would have it."""
+
+
 class ProbesConfig(Model):
     """The table [train.probes]; a probe that is not named does not run."""
 
@@ -195,6 +303,15 @@ class ProbesConfig(Model):
     average_case_sharpness: AverageCaseSharpnessConfig | None = None
     logit_sharpness: LogitSharpnessConfig | None = None
     linf_smoothness: LinfSmoothnessConfig | None = None
+    eigenvalues: EigenvaluesConfig | None = None
+    spectral_density: SpectralDensityConfig | None = None
+    trace: TraceConfig | None = None
+    ggn_trace: GGNTraceConfig | None = None
+    gradient_noise_scale: GradientNoiseScaleConfig | None = None
+    gradient_coherence: GradientCoherenceConfig | None = None
+    gradient_norms: GradientNormsConfig | None = None
+    distance_from_init: DistanceFromInitConfig | None = None
+    opposing_signals: OpposingSignalsConfig | None = None
 
     @property
     def tables(self) -> dict[str, ProbeTable]:

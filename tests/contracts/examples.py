@@ -62,6 +62,15 @@ PROBE: dict[str, dict[str, Any]] = {
     "average_case_sharpness": {"num_pairs": 3},
     "logit_sharpness": {},
     "linf_smoothness": {"num_vectors": 3, "num_ascents": 1},
+    "eigenvalues": {"tolerance": 0.1, "max_matvecs": 12},
+    "spectral_density": {"num_steps": 8},
+    "trace": {"max_matvecs": 12},
+    "ggn_trace": {"max_gradients": 10.0},
+    "gradient_noise_scale": {"batch_size": 16},
+    "gradient_coherence": {"batch_size": 8},
+    "gradient_norms": {},
+    "distance_from_init": {},
+    "opposing_signals": {"batch_size": 16, "fraction": 0.25, "num_permutations": 19},
 }
 """Their tables; batch_size and every_steps come on top."""
 

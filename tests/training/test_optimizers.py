@@ -542,7 +542,9 @@ def test_there_is_no_preconditioner_of_muon() -> None:
 def test_the_preconditioner_undoes_the_factors_of_the_learning_rate() -> None:
     """An update is lr times the gradient over it, whatever the parametrisation."""
     config = MLPConfig(width=32, parametrisation="mup", base_width=8)
-    module = build_model(config, Vectors(num_features=3, num_outputs=2, targets="values"), torch.Generator().manual_seed(0))
+    module = build_model(
+        config, Vectors(num_features=3, num_outputs=2, targets="values"), torch.Generator().manual_seed(0)
+    )
     optimizer = build_optimizer(module, SGDConfig(momentum=0.0), peak_lr=PEAK)
     before = [p.detach().clone() for p in optimizer.parameters]
     for parameter in optimizer.parameters:

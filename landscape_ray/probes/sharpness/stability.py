@@ -45,8 +45,8 @@ def threshold(
         schedule_free_adamw:  2 / ((1 - beta) lr)                      of the preconditioned sharpness
 
     The velocity of sgd is torch's, `v <- beta v + g`, not the mean `beta v + (1 - beta) g` of Adam: with beta = 0.9,
-    3.8 / lr against 38 / lr. That of schedule-free AdamW is the limit of an average that no longer moves. The curvature is
-    that of the loss without weight decay. Full batches; for minibatches of sgd, see :func:`sgd_curvature`.
+    3.8 / lr against 38 / lr. That of schedule-free AdamW is the limit of an average that no longer moves. The curvature
+    is that of the loss without weight decay. Full batches; for minibatches of sgd, see :func:`sgd_curvature`.
 
     One learning rate for all weights is assumed. Where parameter groups have factors of it (muP), the threshold is one
     of `lambda_1(diag(factor) P^-1 H)`. Weight decay is taken to act on all weights; left out for some of them, the

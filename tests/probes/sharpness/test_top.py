@@ -213,7 +213,7 @@ def test_refused_arguments():
         SharpnessProbe([batch], cold_every=0)
     with pytest.raises(UserError, match="tol must be positive"):
         SharpnessProbe([batch], tol=0.0)
-    with pytest.raises(UserError, match=r"state of the probe 'sharpness' must hold num_measured, vector, .* got nothing"):
+    with pytest.raises(UserError, match=r"probe 'sharpness' must hold num_measured, vector, .* got nothing"):
         SharpnessProbe([batch]).load_state_dict({})
 
 
@@ -314,7 +314,9 @@ def test_fused_attention_serves_both_routes(case):
     module, loss, batch = case
     v = torch.ones(sum(p.numel() for p in module.parameters()), dtype=torch.float64)
     exact = HessianOperator(FixedLoss(module, loss, [batch]))(v)
-    torch.testing.assert_close(FiniteDifferenceHessian(FixedLoss(module, loss, [batch]))(v), exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        FiniteDifferenceHessian(FixedLoss(module, loss, [batch]))(v), exact, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.acceptance

@@ -32,7 +32,9 @@ def test_exact_product_equals_dense_hessian(case, dense_hessian):
 
 def test_recomputed_graph_gives_the_same_bits(case):
     (v,) = directions(HessianOperator(FixedLoss(case.module, case.loss, [case.batch])).size, 1)
-    kept, anew = (HessianOperator(FixedLoss(case.module, case.loss, [case.batch]), retain_graph=keep) for keep in (True, False))
+    kept, anew = (
+        HessianOperator(FixedLoss(case.module, case.loss, [case.batch]), retain_graph=keep) for keep in (True, False)
+    )
     assert torch.equal(kept(v), anew(v))
     assert torch.equal(kept(v), anew(v))
     assert (kept.matvec_gradients, anew.matvec_gradients) == (2.3, 3.5)

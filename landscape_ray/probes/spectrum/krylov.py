@@ -1,0 +1,137 @@
+"""The one Lanczos iteration, with full reorthogonalisation: an orthonormal basis and the operator seen in it.
+
+It keeps an orthonormal basis Q, whose first m vectors have been multiplied by A, and T with
+
+    A Q_m = Q T,    T[i, j] = q_i' A q_j
+
+A step multiplies the next waiting vector, orthogonalises the product against all of Q, twice, and appends what is left
+of it. With one start vector that is the Lanczos iteration and T is tridiagonal; with several it is band Lanczos, the
+block version that can stop after any product. A full basis is compressed to the Ritz vectors that matter, of which T
+becomes the diagonal (thick restart), and goes on growing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from landscape_ray.errors import UserError
+
+
+def unit_vector(
+    size: int,
+    start: Tensor | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return a start vector at unit length: `start` itself, or a random direction.
+
+    Args:
+        size: number of entries.
+        start: finite and not zero; None draws from a generator of its own, the same numbers on every device.
+        seed: of that generator.
+        dtype: of the result.
+        device: of the result.
+
+    Raises:
+        UserError: start has another shape, is zero, or is not finite.
+    """
+    if start is None:
+        start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    if start.shape != (size,):
+        raise UserError(f"start must have shape ({size},), got {tuple(start.shape)}; it belongs to another module")
+    start = start.detach().to(dtype=dtype, device=device)
+    length = float(torch.linalg.vector_norm(start))
+    if not (math.isfinite(length) and length > 0):
+        raise UserError(f"start must be finite and not zero, got a vector of length {length}; None draws one")
+    return start / length
+
+
+def random_directions(size: int, seed: int, dtype: torch.dtype, device: torch.device | str) -> Iterator[Tensor]:
+    """Return random directions, each another one; the first is that of `unit_vector`."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield unit_vector(size, torch.randn(size, generator=generator, dtype=dtype), dtype=dtype, device=device)
+
+
+class Krylov:
+    """Q and T.
+
+    Attributes:
+        basis: rows orthonormal up to `count`; those up to `done` have been multiplied, the others wait.
+        projected: T, float64, on the CPU. Below the diagonal it is what products left over, which defines it; above,
+            nothing is kept: what is measured there differs by the asymmetry of A.
+        asymmetry: largest difference between the two so far.
+    """
+
+    def __init__(self, capacity: int, size: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.basis = torch.empty(capacity, size, dtype=dtype, device=device)
+        self.projected = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self.done = self.count = 0
+        self.asymmetry = 0.0
+        self._norm = 0.0  # largest ||A q|| so far
+
+    def append(self, vector: Tensor) -> None:
+        """Add the direction of a unit vector beside the basis to those that wait, unless it lies in the basis."""
+        *_, rest = self._orthogonalise(vector)
+        length = float(torch.linalg.vector_norm(rest))
+        if length > 10 * torch.finfo(rest.dtype).eps:
+            torch.div(rest, length, out=self.basis[self.count])
+            self.count += 1
+
+    def multiply(self, matvec: Callable[[Tensor], Tensor]) -> bool:
+        """Multiply the next waiting vector, and append what the product adds; False if it is not finite."""
+        first, second, rest = self._orthogonalise(matvec(self.basis[self.done]))
+        overlaps, length = (first + second).double().cpu(), float(torch.linalg.vector_norm(rest))
+        if not (math.isfinite(length) and bool(overlaps.isfinite().all())):
+            return False
+        j = self.done
+        if j > 0:
+            difference = first[:j].double().cpu() - self.projected[j, :j]
+            self.asymmetry = max(self.asymmetry, float(difference.abs().max()))
+        self.projected[j : self.count, j] = overlaps[j:]
+        self._norm = max(self._norm, math.hypot(float(torch.linalg.vector_norm(overlaps)), length))
+        self.done += 1
+        if self.count < len(self.basis) and length > torch.finfo(self.basis.dtype).eps * self._norm:
+            torch.div(rest, length, out=self.basis[self.count])
+            self.projected[self.count, j] = length
+            self.count += 1
+        return True
+
+    def _orthogonalise(self, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the parts of a vector along the basis, as two passes find them, and a new tensor with the rest."""
+        known = self.basis[: self.count]
+        first = known @ vector
+        rest = vector - first @ known
+        second = known @ rest
+        return first, second, rest.sub_(second @ known)
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Ritz values, ascending, the coefficients of their vectors in columns, and their residuals."""
+        values, vectors = torch.linalg.eigh(self.projected[: self.done, : self.done])  # reads below the diagonal
+        return values, vectors, torch.linalg.vector_norm(self._border @ vectors, dim=0)
+
+    @property
+    def _border(self) -> Tensor:
+        return self.projected[self.done : self.count, : self.done]
+
+    def restart(self, num_largest: int, num_smallest: int) -> None:
+        """Put Ritz vectors in place of the multiplied vectors: those of the largest and of the smallest values."""
+        values, vectors, _ = self.ritz()
+        kept = [*range(num_smallest), *range(self.done - num_largest, self.done)]
+        border = self._border @ vectors[:, kept]
+        turn = vectors[:, kept].T.to(self.basis)
+        for part in torch.split(self.basis, 2**20, dim=1):  # in place, but for a million columns at a time
+            part[: self.count - self.done + len(kept)] = torch.cat(
+                [turn @ part[: self.done], part[self.done : self.count]]
+            )
+        waiting = self.count - self.done
+        self.done, self.count = len(kept), len(kept) + waiting
+        self.projected.zero_()
+        self.projected[: self.done, : self.done] = torch.diag(values[kept])
+        self.projected[self.done : self.count, : self.done] = border

@@ -1,0 +1,254 @@
+"""Trace and Frobenius norm of the Hessian and of the Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import ClassVar, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from landscape_ray.errors import UserError
+from landscape_ray.probes.estimate import UNKNOWN, Estimate
+from landscape_ray.probes.fixed_loss import Batches, FixedLoss, Loss, observing
+from landscape_ray.probes.operators.gauss_newton import GGNOperator
+from landscape_ray.probes.operators.hessian import FiniteDifferenceHessian, HessianOperator
+from landscape_ray.probes.probe import Host, Probe
+from landscape_ray.probes.spectrum.sign_samples import random_signs
+from landscape_ray.probes.spectrum.trace_estimators import Method, TraceResult, check_settings, stochastic_trace
+
+Curvature: TypeAlias = Literal["hessian", "ggn"]
+"""Of which matrix."""
+
+Products: TypeAlias = Literal["exact", "finite_difference", "auto"]
+"""How products with the Hessian are computed; see :func:`trace`."""
+
+MAX_DIFFERENCE = 0.02
+"""Of a product by finite differences from the exact one, relative: 0.003 is usual on smooth networks, 1 on ReLU."""
+
+
+def trace(
+    module: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    *,
+    tol: float = 0.05,
+    max_matvecs: int = 100,
+    curvature: Curvature = "hessian",
+    method: Method = "auto",
+    route: Products = "exact",
+    seed: int = 0,
+    eval_mode: bool = True,
+) -> Estimate:
+    """Return the trace of the Hessian, or of the Gauss-Newton matrix, of the mean loss at the present weights.
+
+    The module and all global random generators are bit-identical afterwards. Non-finite weights or losses give nan.
+    The trace of the Gauss-Newton matrix alone is had for far less by :func:`landscape_ray.probes.spectrum.ggn_trace`.
+
+    Routes to a product with the Hessian:
+        exact: second derivatives; 2.3 gradients on one micro-batch, 3.5 on several.
+        finite_difference: one gradient, for networks without kinks; the first is checked by a finer central difference,
+            two gradients, and `converged` is false where the two differ by more than 2 percent.
+        auto: finite differences, if the first is within 2 percent of the exact product; else exact ones.
+        How far the sample of the check was off is part of the standard error.
+
+    Args:
+        module: any module, float32 or float64; data-parallel wrappers taken off.
+        loss: `loss(module, batch)`, the mean loss of one micro-batch; a `DetailedLoss` for the Gauss-Newton matrix.
+        batches: pairs `(batch, num_examples)`, batches with `num_examples`, or a single batch.
+        tol: standard error to reach, relative to the trace, > 0.
+        max_matvecs: most products for the estimate, >= 2.
+        curvature: hessian or ggn.
+        method: see :func:`landscape_ray.probes.spectrum.trace_estimators.stochastic_trace`.
+        route: see above; the Gauss-Newton matrix knows only exact.
+        seed: of the random vectors.
+        eval_mode: measure in eval mode: no dropout, running batch statistics. False keeps the modes of the host.
+
+    Returns:
+        The estimate; its `route` names the method, and the products where they are differences.
+
+    Raises:
+        UserError: an argument out of its range, or parameters that cannot be measured.
+
+    >>> module = nn.Linear(2, 1, bias=False)  # half squares: the mean of |x|^2
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    >>> trace(module, lambda m, batch: 0.5 * m(batch).square().mean(), [x]).value
+    7.0
+    """
+    began = time.perf_counter()
+    _check(tol, max_matvecs, curvature, method, route)
+    with observing(module, loss, batches, eval_mode=eval_mode) as function:
+        found = UNKNOWN
+        if function.finite:
+            found, _ = trace_and_frobenius(
+                function, tol, max_matvecs, curvature, method, route, seed, check_exactly=True
+            )
+    return dataclasses.replace(
+        found, price_gradients=function.spent_gradients, cost_seconds=time.perf_counter() - began
+    )
+
+
+def trace_and_frobenius(
+    function: FixedLoss,
+    tol: float,
+    max_matvecs: int,
+    curvature: Curvature,
+    method: Method,
+    route: Products,
+    seed: int,
+    *,
+    check_exactly: bool,
+    allowance_gradients: float = math.inf,
+) -> tuple[Estimate, Estimate]:
+    """Return the trace and the Frobenius norm (not squared) at finite weights; the cost is counted by `function`.
+
+    Route auto checks with an exact product if `check_exactly`, and otherwise with a central difference, cheaper.
+    """
+    exact = GGNOperator(function) if curvature == "ggn" else HessianOperator(function)
+    differences = FiniteDifferenceHessian(function)
+    operator: Callable[[Tensor], Tensor] = exact
+    trusted, bias, name = True, 0.0, ""
+    if route != "exact":
+        signs = random_signs(
+            function.size, torch.Generator().manual_seed(seed), function.dtype, function.device
+        )  # the first that the estimate draws
+        product = differences(signs)
+        reference = (exact if route == "auto" and check_exactly else differences.central)(signs)
+        distance = float(torch.linalg.vector_norm(product - reference))
+        trusted = distance <= MAX_DIFFERENCE * float(torch.linalg.vector_norm(reference))
+        by_differences = trusted or route == "finite_difference"
+        operator = _Remembering(
+            differences if by_differences else exact, signs, product if by_differences else reference
+        )
+        if by_differences:
+            form = float(signs @ reference)
+            bias = abs(float(signs @ product) - form) / max(abs(form), torch.finfo(torch.float64).tiny)
+            name = ", finite differences"
+    setup, price = (0.0, 1.0) if name else (exact.setup_gradients, exact.matvec_gradients)
+    left = allowance_gradients - function.spent_gradients - setup
+    most = min(max_matvecs, max(2, int(min(left / price, 1e6))))
+    result = stochastic_trace(
+        operator,
+        function.size,
+        method=method if most >= 8 else "hutchinson",
+        tol=tol,
+        max_matvecs=most,
+        seed=seed,
+        dtype=function.dtype,
+        device=function.device,
+    )
+    num_matvecs = exact.num_matvecs + differences.num_matvecs
+    if not (math.isfinite(result.value) and math.isfinite(result.frobenius_squared)):
+        return dataclasses.replace(UNKNOWN, num_matvecs=num_matvecs), UNKNOWN
+    return _estimates(result, bias, trusted or not name, result.route + name, num_matvecs)
+
+
+def _estimates(
+    result: TraceResult, bias: float, trusted: bool, route: str, num_matvecs: int
+) -> tuple[Estimate, Estimate]:
+    frobenius = math.sqrt(result.frobenius_squared)
+    error = result.frobenius_squared_error / (2 * frobenius) if frobenius > 0 else 0.0
+    converged = result.converged and trusted
+    return (
+        Estimate(
+            value=result.value,
+            standard_error=math.hypot(result.standard_error, bias * result.value),
+            num_matvecs=num_matvecs,
+            converged=converged,
+            route=route,
+        ),
+        Estimate(value=frobenius, standard_error=math.hypot(error, bias * frobenius), converged=converged, route=route),
+    )
+
+
+class _Remembering:
+    """Products, one of which is known."""
+
+    def __init__(self, operator: Callable[[Tensor], Tensor], vector: Tensor, product: Tensor) -> None:
+        self.operator, self.vector, self.product = operator, vector, product
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        return self.product if torch.equal(vector, self.vector) else self.operator(vector)
+
+
+def _check(tol: float, max_matvecs: int, curvature: str, method: str, route: str) -> None:
+    check_settings(method, tol, max_matvecs)
+    if curvature not in get_args(Curvature):
+        raise UserError(f"curvature must be one of {', '.join(get_args(Curvature))}, got '{curvature}'")
+    if route not in get_args(Products):
+        raise UserError(f"route must be one of {', '.join(get_args(Products))}, got '{route}'")
+    if curvature == "ggn" and route != "exact":
+        raise UserError(f"route must be exact for curvature ggn, got '{route}'; differences are of the gradient")
+
+
+class TraceProbe(Probe):
+    """Trace along a training run, as `trace`, and the Frobenius norm from the same products, as `trace/frobenius`.
+
+    Every measurement draws random vectors of its own. With `route="auto"` the first and every tenth measurement check
+    finite differences by an exact product; those in between check by a central difference, or use exact products if the
+    last one had to.
+    """
+
+    name = "trace"
+    STATE: ClassVar[tuple[str, ...]] = ("_differences_failed", "_price_gradients")
+
+    def __init__(
+        self,
+        batches: Batches,
+        *,
+        tol: float = 0.05,
+        max_matvecs: int = 100,
+        curvature: Curvature = "hessian",
+        method: Method = "auto",
+        route: Products = "exact",
+        eval_mode: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """Keep the settings.
+
+        Args:
+            batches: see :func:`trace`; the same at every measurement.
+            tol: see :func:`trace`.
+            max_matvecs: see :func:`trace`.
+            curvature: see :func:`trace`.
+            method: see :func:`trace`.
+            route: see :func:`trace`.
+            eval_mode: see :func:`trace`.
+            seed: of the random vectors, others at each measurement.
+
+        Raises:
+            UserError: an argument out of its range.
+        """
+        _check(tol, max_matvecs, curvature, method, route)
+        super().__init__(batches, eval_mode=eval_mode, seed=seed)
+        self.tol, self.max_matvecs, self.curvature, self.method, self.route = tol, max_matvecs, curvature, method, route
+        self._differences_failed = False
+        self._price_gradients = 20.0
+
+    @property
+    def price_gradients(self) -> float:
+        """What the last measurement cost, in gradients on the batches of the probe; a typical price before any."""
+        return self._price_gradients
+
+    def _measure(self, function: FixedLoss, host: Host) -> dict[str, Estimate]:
+        """Return trace and Frobenius norm at the present weights."""
+        thorough = self._num_measured % 10 == 0
+        route = "exact" if self.route == "auto" and self._differences_failed and not thorough else self.route
+        found, frobenius = trace_and_frobenius(
+            function,
+            self.tol,
+            self.max_matvecs,
+            self.curvature,
+            self.method,
+            route,
+            self.seed + self._num_measured,
+            check_exactly=thorough,
+            allowance_gradients=host.allowance_gradients,
+        )
+        if math.isfinite(found.value):
+            self._differences_failed = "differences" not in found.route
+            self._price_gradients = function.spent_gradients
+        return {self.name: found, f"{self.name}/frobenius": frobenius}
