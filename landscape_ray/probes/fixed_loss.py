@@ -224,8 +224,11 @@ class FixedLoss:
         total = self.reduce(torch.tensor(math.fsum(w for _, w in pairs), dtype=torch.float64, device=self.device))
         self.batches = [(batch, weight / float(total)) for batch, weight in pairs]
         self.spent_gradients = 0.0
-        if len(pairs) > 1 or _num_processes() > 1:
-            _check_batch_statistics(module)
+        if (len(pairs) > 1 or _num_processes() > 1) and (layer := mixes_examples(module)) is not None:
+            raise UserError(
+                f"layer '{layer}' must not use the statistics of each micro-batch, got several of them: their mean "
+                "is not the loss of the whole; measure in eval mode, or on one batch"
+            )
 
     # vectors
 
@@ -434,13 +437,12 @@ def _num_processes() -> int:
     return torch.distributed.get_world_size() if there else 1
 
 
-def _check_batch_statistics(module: nn.Module) -> None:
+def mixes_examples(module: nn.Module) -> str | None:
+    """Return the name of a layer that uses the statistics of the batch, as it is set now; None where there is none."""
     for name, layer in module.named_modules():
         # By what it keeps, not by its class: batch norms need not derive from torch's. Instance norm keeps the same,
         # but its statistics are those of an example.
         keeps = "running_mean" in layer._buffers and not isinstance(layer, nn.modules.instancenorm._InstanceNorm)
         if keeps and (layer.training or layer._buffers["running_mean"] is None):
-            raise UserError(
-                f"layer '{name}' must not use the statistics of each micro-batch, got several of them: their mean is "
-                "not the loss of the whole; measure in eval mode, or on one batch"
-            )
+            return str(name)
+    return None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import FORWARD, Batches, DetailedLoss, FixedLoss, weighted
+from landscape_ray.probes.fixed_loss import FORWARD, Batches, DetailedLoss, FixedLoss, mixes_examples, weighted
 from landscape_ray.probes.gradients.layer_calls import LayerCalls
 from landscape_ray.probes.gradients.rows import DenseRows, FactoredRows, Rows
 from landscape_ray.probes.gradients.units import MAX_BYTES, Gradients
@@ -194,12 +194,11 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_apart(module: nn.Module) -> None:
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or not layer.track_running_stats):
-            raise UserError(
-                f"layer '{name}' must use running statistics, got those of the batch, which mix its examples; "
-                "measure in eval mode, with track_running_stats=True"
-            )
+    if (layer := mixes_examples(module)) is not None:
+        raise UserError(
+            f"layer '{layer}' must use running statistics, got those of the batch, which mix its examples; "
+            "measure in eval mode, with track_running_stats=True"
+        )
 
 
 def examples_at(batches: Batches, indices: Tensor) -> tuple[Tensor, Tensor]:
