@@ -1,5 +1,6 @@
 """What the loss landscape looks like from where the weights stand. Needs torch; sees a module, a loss, fixed batches.
 
+    losses.py       what a loss is; OutputLoss makes one that can be taken apart
     fixed_loss.py   the mean loss on fixed batches as a function of the weights
     guard.py        host_untouched: the host is bit-identical after a probe
     estimate.py     Estimate: value, error, cost
@@ -14,11 +15,12 @@
 """
 
 from landscape_ray.probes.estimate import Estimate
-from landscape_ray.probes.fixed_loss import FixedLoss, OutputLoss
+from landscape_ray.probes.fixed_loss import FixedLoss
 from landscape_ray.probes.gradients.coherence import GradientCoherenceProbe
 from landscape_ray.probes.gradients.noise_scale import GradientNoiseScaleProbe
 from landscape_ray.probes.gradients.norms import DistanceFromInitProbe, GradientNormsProbe
 from landscape_ray.probes.gradients.opposing import OpposingSignalsProbe
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.monitor import Monitor
 from landscape_ray.probes.probe import Host, Probe
 from landscape_ray.probes.sharpness import (

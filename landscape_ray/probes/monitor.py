@@ -12,7 +12,7 @@ from torch import nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import Estimate
-from landscape_ray.probes.fixed_loss import Loss
+from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.probe import NOBODY, Host, Need, Probe
 
 

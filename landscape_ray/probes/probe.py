@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
-from landscape_ray.probes.fixed_loss import Batches, FixedLoss, Loss, observing
+from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
+from landscape_ray.probes.losses import Loss
 
 Need: TypeAlias = Literal["preconditioner", "update"]
 """What a probe may ask of the loop beyond module and loss; see :class:`Host`."""

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
-from landscape_ray.probes.fixed_loss import Batches, DetailedLoss, FixedLoss, detailed, observing
+from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
 from landscape_ray.probes.gradients.per_example import ExampleGradients
 from landscape_ray.probes.gradients.units import MAX_BYTES, inverse_roots, jackknife_error
+from landscape_ray.probes.losses import DetailedLoss, detailed
 from landscape_ray.probes.probe import Host, Probe
 
 

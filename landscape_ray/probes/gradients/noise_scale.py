@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
-from landscape_ray.probes.fixed_loss import Batches, FixedLoss, Loss, observing
+from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
 from landscape_ray.probes.gradients.pair_formula import Source, jackknife_covariances, pair_table, ratio_estimate
 from landscape_ray.probes.gradients.units import MAX_BYTES, jackknife_error
+from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.probe import Host, Probe
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
-from landscape_ray.probes.fixed_loss import Batches, FixedLoss, Loss, observing
+from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
+from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.probe import Host, Probe
 
 
@@ -40,7 +41,7 @@ def gradient_norms(module: nn.Module, loss: Loss, batches: Batches, *, eval_mode
 
     Args:
         module: any module, float32 or float64.
-        loss: see :data:`landscape_ray.probes.fixed_loss.Loss`.
+        loss: see :data:`landscape_ray.probes.losses.Loss`.
         batches: see :data:`landscape_ray.probes.fixed_loss.Batches`.
         eval_mode: measure in eval mode; False keeps the modes of the host.
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
-from landscape_ray.probes.fixed_loss import DetailedLoss, FixedLoss, detailed
+from landscape_ray.probes.fixed_loss import FixedLoss
 from landscape_ray.probes.gradients.per_example import ExampleGradients
 from landscape_ray.probes.gradients.units import Gradients, MicroBatchGradients, gathered
+from landscape_ray.probes.losses import DetailedLoss, detailed
 from landscape_ray.probes.operators import HessianOperator
 
 Source: TypeAlias = Literal["auto", "micro_batches", "examples"]

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import FORWARD, Batches, DetailedLoss, FixedLoss, mixes_examples, weighted
+from landscape_ray.probes.fixed_loss import FORWARD, Batches, FixedLoss, mixes_examples, weighted
 from landscape_ray.probes.gradients.layer_calls import LayerCalls
 from landscape_ray.probes.gradients.rows import DenseRows, FactoredRows, Rows
 from landscape_ray.probes.gradients.units import MAX_BYTES, Gradients
+from landscape_ray.probes.losses import DetailedLoss
 
 ExampleRoute: TypeAlias = Literal["factored", "vmap", "loop"]
 """How gradients of examples are computed; see the module."""

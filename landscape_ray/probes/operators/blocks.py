@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import Batches, DetailedLoss, Likelihood, Loss, detailed, weighted
+from landscape_ray.probes.fixed_loss import Batches, weighted
+from landscape_ray.probes.losses import DetailedLoss, Likelihood, Loss, detailed
 
 
 def layers(module: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -92,7 +93,7 @@ def by_class(loss: Loss, batches: Batches, groups: Tensor | Sequence[int] | None
     References:
         Papyan, Traces of class/cross-class structure pervade deep learning spectra, 2020, arXiv:2008.11865.
 
-    >>> from landscape_ray.probes.fixed_loss import OutputLoss
+    >>> from landscape_ray.probes.losses import OutputLoss
     >>> cross_entropy = OutputLoss(nn.CrossEntropyLoss(reduction="none"), "categorical")
     >>> parts = by_class(cross_entropy, [(torch.zeros(4, 2), torch.tensor([0, 2, 2, 2]))])
     >>> {number: part.share for number, part in parts.items()}

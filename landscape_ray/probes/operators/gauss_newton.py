@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from landscape_ray.probes.fixed_loss import DetailedLoss, FixedLoss
+from landscape_ray.probes.fixed_loss import FixedLoss
+from landscape_ray.probes.losses import DetailedLoss
 from landscape_ray.probes.operators.jacobian import JacobianOperator, OutputMatrix, same
 
 
@@ -25,7 +26,7 @@ class GGNOperator(JacobianOperator):
         Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural Computation
         14(7), 2002; Martens, New insights and perspectives on the natural gradient method, 2014, arXiv:1412.1193.
 
-    >>> from landscape_ray.probes.fixed_loss import OutputLoss
+    >>> from landscape_ray.probes.losses import OutputLoss
     >>> def half_squares(outputs, targets):
     ...     return 0.5 * (outputs - targets).square()
     >>> module = torch.nn.Linear(2, 1, bias=False)

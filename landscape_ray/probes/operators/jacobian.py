@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import FixedLoss, detailed
+from landscape_ray.probes.fixed_loss import FixedLoss
+from landscape_ray.probes.losses import detailed
 from landscape_ray.probes.operators.operator import CurvatureOperator
 
 OutputMatrix: TypeAlias = Callable[[Tensor], Tensor]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import Estimate
-from landscape_ray.probes.fixed_loss import Batches, FixedLoss, Loss
+from landscape_ray.probes.fixed_loss import Batches, FixedLoss
+from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.probe import Host, Probe
 
 Route: TypeAlias = Literal["exact", "finite_difference"]

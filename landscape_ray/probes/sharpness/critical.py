@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
-from landscape_ray.probes.fixed_loss import FORWARD, Batches, FixedLoss, Loss
+from landscape_ray.probes.fixed_loss import FORWARD, Batches, FixedLoss
+from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.probe import Host, Need, Probe
 from landscape_ray.probes.sharpness.directional import ROUNDING, flat_update
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
-from landscape_ray.probes.fixed_loss import FORWARD, Batches, FixedLoss, Loss
+from landscape_ray.probes.fixed_loss import FORWARD, Batches, FixedLoss
+from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.operators import HessianOperator
 from landscape_ray.probes.probe import Host, Need, Probe
 

@@ -11,15 +11,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import Estimate
-from landscape_ray.probes.fixed_loss import (
-    FORWARD,
-    Batches,
-    DetailedLoss,
-    FixedLoss,
-    Likelihood,
-    Loss,
-    detailed,
-)
+from landscape_ray.probes.fixed_loss import FORWARD, Batches, FixedLoss
+from landscape_ray.probes.losses import DetailedLoss, Likelihood, Loss, detailed
 from landscape_ray.probes.probe import Host, Probe
 
 SHORTEST = 1e-10
@@ -108,7 +101,7 @@ def logit_sharpness(
         Keskar et al., On large-batch training for deep learning: generalization gap and sharp minima, 2017,
         arXiv:1609.04836.
 
-    >>> from landscape_ray.probes.fixed_loss import OutputLoss
+    >>> from landscape_ray.probes.losses import OutputLoss
     >>> line = nn.Linear(1, 2, bias=False)  # logits (0, 0): f = log 2, max f = log(1 + e^(2 radius))
     >>> _ = nn.init.zeros_(line.weight)
     >>> loss = OutputLoss(nn.CrossEntropyLoss(reduction="none"), likelihood="categorical")

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import Estimate
-from landscape_ray.probes.fixed_loss import FORWARD, Batches, FixedLoss, Loss, detailed
+from landscape_ray.probes.fixed_loss import FORWARD, Batches, FixedLoss
+from landscape_ray.probes.losses import Loss, detailed
 from landscape_ray.probes.probe import NOBODY, Host, Probe
 from landscape_ray.probes.sharpness.logits import NormalisedLogits
 

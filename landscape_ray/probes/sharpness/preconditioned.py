@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
-from landscape_ray.probes.fixed_loss import Batches, FixedLoss, Loss
+from landscape_ray.probes.fixed_loss import Batches, FixedLoss
+from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.operators import FiniteDifferenceHessian, HessianOperator
 from landscape_ray.probes.operators.transforms import Preconditioned
 from landscape_ray.probes.probe import Host, Need, Probe

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import Estimate
-from landscape_ray.probes.fixed_loss import Batches, FixedLoss, Loss
+from landscape_ray.probes.fixed_loss import Batches, FixedLoss
+from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.operators import HessianOperator
 from landscape_ray.probes.operators.operator import CurvatureOperator
 from landscape_ray.probes.probe import Host, Probe

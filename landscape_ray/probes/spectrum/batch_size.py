@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import Estimate
-from landscape_ray.probes.fixed_loss import Batches, FixedLoss, Loss, observing
+from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
+from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.spectrum.eigenpairs import Curvature, check_curvature, check_tol, solve
 from landscape_ray.probes.spectrum.sign_samples import error_of_mean
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
-from landscape_ray.probes.fixed_loss import Batches, FixedLoss, Loss, observing
+from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
+from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.probe import Host, Probe
 from landscape_ray.probes.spectrum.eigenpairs import Curvature, check_curvature, curvature_operator, matvec_price
 from landscape_ray.probes.spectrum.lanczos import extremal_pairs

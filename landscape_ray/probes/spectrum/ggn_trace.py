@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
-from landscape_ray.probes.fixed_loss import FORWARD, Batches, DetailedLoss, FixedLoss, Loss, detailed, observing
+from landscape_ray.probes.fixed_loss import FORWARD, Batches, FixedLoss, observing
+from landscape_ray.probes.losses import DetailedLoss, Loss, detailed
 from landscape_ray.probes.operators.gauss_newton import closed_form_hessian, holds
 from landscape_ray.probes.probe import Host, Probe
 from landscape_ray.probes.spectrum.ghost_norms import Tape, verified
@@ -78,7 +79,7 @@ def ggn_trace(
     Raises:
         UserError: an argument out of its range, a loss without likelihood, or with another one than it says.
 
-    >>> from landscape_ray.probes.fixed_loss import OutputLoss
+    >>> from landscape_ray.probes.losses import OutputLoss
     >>> module = nn.Linear(2, 1, bias=False)
     >>> loss = OutputLoss(lambda outputs, targets: 0.5 * (outputs - targets).square(), "gaussian")
     >>> batch = (torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.zeros(2, 1))

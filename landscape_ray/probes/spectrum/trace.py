@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
-from landscape_ray.probes.fixed_loss import Batches, FixedLoss, Loss, observing
+from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
+from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.operators.gauss_newton import GGNOperator
 from landscape_ray.probes.operators.hessian import FiniteDifferenceHessian, HessianOperator
 from landscape_ray.probes.probe import Host, Probe

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import OutputLoss
 from landscape_ray.probes.gradients.coherence import GradientCoherenceProbe, gradient_coherence
+from landscape_ray.probes.losses import OutputLoss
 
 OUTPUT = OutputLoss(lambda outputs, targets: outputs)
 """The loss of an example is its output: the gradient of a linear layer is the input."""

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import OutputLoss
 from landscape_ray.probes.gradients.coherence import gradient_coherence
 from landscape_ray.probes.gradients.noise_scale import gradient_noise_scale
 from landscape_ray.probes.gradients.norms import gradient_norms
 from landscape_ray.probes.gradients.opposing import opposing_groups
+from landscape_ray.probes.losses import OutputLoss
 
 BATCHES = [(0, 9), (9, 14), (14, 20)]
 """First example and end of each."""

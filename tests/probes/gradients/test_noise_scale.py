@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import Estimate
-from landscape_ray.probes.fixed_loss import OutputLoss
 from landscape_ray.probes.gradients.noise_scale import (
     GradientNoiseScaleProbe,
     NoiseScale,
@@ -18,6 +17,7 @@ from landscape_ray.probes.gradients.noise_scale import (
 )
 from landscape_ray.probes.gradients.pair_formula import pair_estimates
 from landscape_ray.probes.gradients.units import jackknife_error
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.probe import Host
 
 OUTPUT = OutputLoss(lambda outputs, targets: outputs)

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import OutputLoss
 from landscape_ray.probes.gradients.opposing import OpposingSignalsProbe, opposing_groups, opposition_p_value
 from landscape_ray.probes.gradients.per_example import examples_at
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.probe import Host
 
 SQUARES = OutputLoss(lambda outputs, targets: 0.5 * (outputs - targets) ** 2, likelihood="gaussian")

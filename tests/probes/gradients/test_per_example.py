@@ -8,9 +8,10 @@ from torch.nn import functional as F
 from landscape_ray.errors import UserError
 from landscape_ray.models import GPTConfig, MLPConfig, build_model
 from landscape_ray.models.resnet import CNNConfig
-from landscape_ray.probes.fixed_loss import OutputLoss, observing
+from landscape_ray.probes.fixed_loss import observing
 from landscape_ray.probes.gradients.per_example import ExampleGradients, example_losses, examples_at
 from landscape_ray.probes.gradients.units import MicroBatchGradients, num_examples
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.signature import Images, Tokens, Vectors
 
 LOSS = OutputLoss(nn.CrossEntropyLoss(reduction="none"), likelihood="categorical")

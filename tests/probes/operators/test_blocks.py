@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import FixedLoss, OutputLoss
+from landscape_ray.probes.fixed_loss import FixedLoss
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.operators.blocks import by_class, layers
 from landscape_ray.probes.operators.fisher import EmpiricalFisher, SampledFisher
 from landscape_ray.probes.operators.gauss_newton import GGNOperator

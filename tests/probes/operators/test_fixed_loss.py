@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.models import MODELS, build_model
-from landscape_ray.probes.fixed_loss import FORWARD, DetailedLoss, FixedLoss, OutputLoss, detailed, observing
+from landscape_ray.probes.fixed_loss import FORWARD, FixedLoss, observing
+from landscape_ray.probes.losses import DetailedLoss, OutputLoss, detailed
 from landscape_ray.signature import Images
 
 CROSS_ENTROPY = OutputLoss(nn.CrossEntropyLoss(reduction="none"), "categorical")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape_ray.models import MODELS, build_model
-from landscape_ray.probes.fixed_loss import OutputLoss, observing
+from landscape_ray.probes.fixed_loss import observing
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.operators.hessian import HessianOperator
 from landscape_ray.signature import Images, Signature, Tokens
 from landscape_ray.training.loss import LossConfig, Objective

@@ -9,7 +9,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes import Host
-from landscape_ray.probes.fixed_loss import OutputLoss
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.sharpness.average_case import AverageCaseSharpness, average_case_sharpness
 
 

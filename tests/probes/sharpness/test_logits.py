@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import OutputLoss
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.sharpness.logits import LogitSharpness, NormalisedLogits, logit_sharpness
 
 CLASSES = OutputLoss(nn.CrossEntropyLoss(reduction="none"), likelihood="categorical")

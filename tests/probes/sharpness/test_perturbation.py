@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import FixedLoss, OutputLoss
+from landscape_ray.probes.fixed_loss import FixedLoss
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.sharpness.average_case import AverageCaseSharpness, average_case_sharpness
 from landscape_ray.probes.sharpness.logits import logit_sharpness
 from landscape_ray.probes.sharpness.perturbation import Ball, affordable, ball_around, subsets_of

@@ -11,7 +11,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes import Host
-from landscape_ray.probes.fixed_loss import OutputLoss, observing
+from landscape_ray.probes.fixed_loss import observing
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.sharpness.ascent import Ascent
 from landscape_ray.probes.sharpness.perturbation import ball_around
 from landscape_ray.probes.sharpness.sam import SamSharpness, sam_sharpness

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import OutputLoss
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.spectrum.batch_size import batch_eigenvalue, batch_size_effect
 
 CROSS_ENTROPY = OutputLoss(nn.CrossEntropyLoss(reduction="none"), "categorical")

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import nn
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import OutputLoss
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.probe import Host
 from landscape_ray.probes.spectrum.density import SpectralDensityProbe, lanczos_quadrature, spectral_density
 

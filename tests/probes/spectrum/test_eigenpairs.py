@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import FixedLoss, OutputLoss
+from landscape_ray.probes.fixed_loss import FixedLoss
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.operators.gauss_newton import GGNOperator
 from landscape_ray.probes.probe import Host
 from landscape_ray.probes.spectrum.eigenpairs import (

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import FixedLoss, OutputLoss
+from landscape_ray.probes.fixed_loss import FixedLoss
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.operators.gauss_newton import GGNOperator
 from landscape_ray.probes.probe import Host
 from landscape_ray.probes.spectrum import ghost_norms

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import FixedLoss, OutputLoss
+from landscape_ray.probes.fixed_loss import FixedLoss
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.operators.hessian import HessianOperator
 from landscape_ray.probes.spectrum.eigenpairs import eigenvalues
 from landscape_ray.probes.spectrum.parts import class_eigenvalues, layer_eigenvalues

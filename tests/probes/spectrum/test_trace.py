@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.fixed_loss import FixedLoss, OutputLoss
+from landscape_ray.probes.fixed_loss import FixedLoss
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.operators import HessianOperator
 from landscape_ray.probes.probe import Host
 from landscape_ray.probes.spectrum.trace import TraceProbe, trace
