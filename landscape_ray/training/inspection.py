@@ -14,7 +14,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes import PROBES, Estimate
 from landscape_ray.probes.spectrum.density import SpectralDensity, spectral_density
 from landscape_ray.training.loop import update
-from landscape_ray.training.probing import ProbesConfig, build_monitor, host_of
+from landscape_ray.training.probing import ProbesConfig, build_monitor, host_of, probe_batches
 from landscape_ray.training.state import TrainState
 
 
@@ -67,7 +67,7 @@ def inspect(
     tables = state.config.probes.tables
     names = list(probes) or list(tables) or ["sharpness"]
     for name in names:
-        if name not in PROBES:
+        if name not in PROBES and name not in tables:
             raise UserError(f"--probes must name registered probes ({', '.join(PROBES)}), got '{name}'")
     sizes = {"batch_size": batch_size, "every_steps": 1}
     asked = {name: tables[name].model_dump() if name in tables else {} for name in names}
@@ -75,7 +75,14 @@ def inspect(
     for table in asked.values():
         if num_batches > 1:
             table["num_batches"] = num_batches
-    monitor = build_monitor(parse(ProbesConfig, asked, "probes"), state.data, state.device, state.config.seed)
+    custom = {name: asked.pop(name) for name in list(asked) if name not in PROBES}
+    monitor = build_monitor(
+        parse(ProbesConfig, asked | {"custom": custom}, "probes"),
+        state.data,
+        state.device,
+        seed=state.config.seed,
+        batch_size=state.config.batch_size,
+    )
     state.last_update = _next_update(checkpoint)
     host = host_of(state)
     estimates: dict[str, Estimate] = {}
@@ -92,8 +99,8 @@ def inspect(
     if density:
         if progress is not None:
             progress("spectral density")
-        inputs, targets = (part.to(state.device) for part in state.data.probe_batch(state.config.seed, batch_size))
-        found = spectral_density(state.module, state.objective, [(inputs, targets)], seed=state.config.seed)
+        batches = probe_batches(state.data, state.device, state.config.seed, batch_size, num_batches)
+        found = spectral_density(state.module, state.objective, batches, seed=state.config.seed)
     return Inspection(
         step=state.step,
         num_examples=batch_size * num_batches,

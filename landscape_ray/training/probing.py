@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -9,10 +10,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from landscape_ray.config import Model
-from landscape_ray.data import Data
+from landscape_ray.data import Batch, Data
 from landscape_ray.errors import UserError
 from landscape_ray.probes import PROBES, Host, Monitor, Probe
 from landscape_ray.probes.spectrum.eigenpairs import Curvature
+from landscape_ray.registry import resolve
 
 if TYPE_CHECKING:
     from landscape_ray.training.state import TrainState
@@ -24,18 +26,26 @@ class ProbeTable(Model):
     every_steps: int | Literal["auto"] = 100
     """Distance of measurements in updates; the first is at step 0, the last at the end. auto: as often as
     probes.budget allows."""
-    batch_size: int = Field(default=4, ge=1)
-    """Examples in the probe batch, the same at every measurement. Values on different batch sizes do not compare."""
-
+    batch_size: int | Literal["auto"] = 4
+    """Examples in the probe batch, the same at every measurement. Values on different batch sizes do not compare. auto:
+    as many as the probe's share of probes.budget pays for every every_steps, by its price, the training batch at most;
+    the same for equal files, whatever the clock says."""
     num_batches: int = Field(default=1, ge=1)
     """How many such batches. For most probes parts of one large batch, computed one after the other to save memory; for
     those of noise (batch_sharpness, gradient_noise_scale) the sample."""
 
     @model_validator(mode="after")
     def _at_least_one(self) -> ProbeTable:
-        if self.every_steps != "auto" and self.every_steps < 1:
-            raise ValueError(f"every_steps must be at least 1, got {self.every_steps}")
+        for name in ("every_steps", "batch_size"):
+            if (value := getattr(self, name)) != "auto" and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.every_steps == self.batch_size == "auto":
+            raise ValueError("every_steps or batch_size must be a number, got 'auto' for both; a budget decides one")
         return self
+
+    def probe(self, name: str) -> Callable[..., Probe]:
+        """Return what makes the probe of this table, which is called `name`."""
+        return PROBES[name]
 
     def settings(self) -> dict[str, Any]:
         """Return the keywords of the probe's constructor."""
@@ -85,7 +95,7 @@ class BatchSharpnessConfig(ProbeTable):
     batch_size is that of a minibatch, usually the one of training; num_batches how many are looked at.
     """
 
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int | Literal["auto"] = 16
     """Examples in each minibatch."""
     num_batches: int = Field(default=8, ge=2)
     """How many minibatches."""
@@ -236,7 +246,7 @@ class GradientNoiseScaleConfig(ProbeTable):
     From the examples of the probe batch, or from num_batches batches of batch_size, eight or more.
     """
 
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int | Literal["auto"] = 64
     """Examples in each batch."""
     source: Literal["auto", "micro_batches", "examples"] = "auto"
     """What is compared: batches where there are eight or more, else single examples."""
@@ -257,7 +267,7 @@ class GradientNoiseScaleConfig(ProbeTable):
 class GradientCoherenceConfig(ProbeTable):
     """The table [train.probes.gradient_coherence]: how far the gradients of single examples agree."""
 
-    batch_size: int = Field(default=64, ge=2)
+    batch_size: int | Literal["auto"] = 64
     """Examples to compare."""
 
 
@@ -278,12 +288,34 @@ class DistanceFromInitConfig(ProbeTable):
 class OpposingSignalsConfig(ProbeTable):
     """The table [train.probes.opposing_signals]: outlying groups of examples that pull against each other."""
 
-    batch_size: int = Field(default=256, ge=8)
+    batch_size: int | Literal["auto"] = 256
     """Examples to search."""
     fraction: float = Field(default=0.05, gt=0, lt=0.5)
     """Share of the examples in each of the two groups."""
     num_permutations: int = Field(default=999, ge=19)
     """Of the test that the groups oppose each other more than chance would have it."""
+
+
+class CustomProbeConfig(ProbeTable):
+    """The table [train.probes.custom.NAME]: a probe of yours, whose `name` is NAME."""
+
+    path: str
+    """package.module:Class of a `landscape_ray.probes.Probe`."""
+    arguments: dict[str, Any] = {}
+    """Keywords of its constructor, beyond batches and seed."""
+
+    @model_validator(mode="after")
+    def _there(self) -> CustomProbeConfig:
+        self.probe("")
+        return self
+
+    def probe(self, name: str) -> Callable[..., Probe]:
+        """Return the class at the path."""
+        return resolve(self.path, PROBES, "path")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the keywords of the probe's constructor."""
+        return self.arguments
 
 
 class ProbesConfig(Model):
@@ -312,36 +344,72 @@ class ProbesConfig(Model):
     gradient_norms: GradientNormsConfig | None = None
     distance_from_init: DistanceFromInitConfig | None = None
     opposing_signals: OpposingSignalsConfig | None = None
+    custom: dict[str, CustomProbeConfig] = {}
+    """Probes of yours, by name."""
 
     @property
     def tables(self) -> dict[str, ProbeTable]:
         """The probes that run, by name."""
-        return {name: value for name, value in self if isinstance(value, ProbeTable)}
+        return {name: value for name, value in self if isinstance(value, ProbeTable)} | self.custom
 
     @model_validator(mode="after")
     def _paid_for(self) -> ProbesConfig:
         for name, table in self.tables.items():
-            if table.every_steps == "auto" and self.budget is None:
-                raise ValueError(f"{name}.every_steps must be a number where probes.budget is not set, got 'auto'")
+            for field in ("every_steps", "batch_size"):
+                if getattr(table, field) == "auto" and self.budget is None:
+                    raise ValueError(f"{name}.{field} must be a number where probes.budget is not set, got 'auto'")
         return self
 
 
-def build_monitor(config: ProbesConfig, data: Data, device: torch.device, seed: int) -> Monitor:
+def build_monitor(config: ProbesConfig, data: Data, device: torch.device, *, seed: int, batch_size: int) -> Monitor:
     """Return the probes that the configuration names, each with its fixed batches of training data.
+
+    Args:
+        config: the table.
+        data: what the run is trained on.
+        device: where it is.
+        seed: of the run.
+        batch_size: examples in an update.
 
     Raises:
         UserError: settings that don't go together.
     """
     probes: list[Probe] = []
+    share = (config.budget or 0.0) / max(len(config.tables), 1)
     for name, table in config.tables.items():
-        inputs, targets = (part.to(device) for part in data.probe_batch(seed, table.batch_size * table.num_batches))
-        parts = zip(torch.split(inputs, table.batch_size), torch.split(targets, table.batch_size), strict=True)
         try:
-            probes.append(PROBES[name](batches=[(part, len(part[0])) for part in parts], seed=seed, **table.settings()))
-        except UserError as error:
+            probe = table.probe(name)(batches=[], seed=seed, **table.settings())
+            size = table.batch_size
+            if size == "auto" and table.every_steps != "auto":
+                size = _affordable(share * table.every_steps, probe.price_gradients * table.num_batches, batch_size)
+            assert isinstance(size, int)
+            probe.batches = probe_batches(data, device, seed, size, table.num_batches)
+        except (UserError, TypeError) as error:  # what a user's constructor does not take is a TypeError
             raise UserError(f"probes.{name}.{error}") from None
+        if probe.name != name:
+            raise UserError(f"probes.custom.{name} must be called as its probe, got one of name '{probe.name}'")
+        probes.append(probe)
     every = {name: None if t.every_steps == "auto" else t.every_steps for name, t in config.tables.items()}
     return Monitor(probes, every, budget=config.budget)
+
+
+def probe_batches(
+    data: Data, device: torch.device, seed: int, batch_size: int, num_batches: int
+) -> list[tuple[Batch, int]]:
+    """Return fixed batches of training data, each with its number of examples."""
+    inputs, targets = (part.to(device) for part in data.probe_batch(seed, batch_size * num_batches))
+    parts = zip(torch.split(inputs, batch_size), torch.split(targets, batch_size), strict=True)
+    return [(part, len(part[0])) for part in parts]
+
+
+def _affordable(num_updates: float, price_gradients: float, batch_size: int) -> int:
+    """Return the largest probe batch for which a measurement costs no more than so many updates.
+
+    An update costs its gradient and a little more, which is left as a reserve.
+    """
+    if price_gradients <= 0:
+        return batch_size
+    return min(batch_size, max(1, int(batch_size * num_updates / price_gradients)))
 
 
 def host_of(state: TrainState) -> Host:

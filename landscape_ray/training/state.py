@@ -63,7 +63,7 @@ class TrainState:
         self.clipper = Clipper(config.clipping)
         self.scaler = LossScaler(self.optimizer, config.precision)
         self.averager = Averager(self.module, config.averaging, config.num_steps) if config.averaging else None
-        self.monitor = build_monitor(config.probes, data, self.device, config.seed)
+        self.monitor = build_monitor(config.probes, data, self.device, seed=config.seed, batch_size=config.batch_size)
         self.last_update: list[Tensor] | None = None
         self.loader = Prefetcher(data, self.device)
         self.validation = self._on_device(data.validation_batches(config.eval.limit, config.eval.batch_size))
