@@ -5,8 +5,8 @@
 The peers are PyHessian and curvlinops, `pip install -e .[peers]`; without them their rows are left out. Each is called
 as its documentation says, and with the settings that suited it best here. A CNN and a small GPT, both partly trained;
 everything on one thread. Times are CPU seconds, medians over interleaved repetitions; errors are relative, to a Lanczos
-solve that ends in float64 (that of ten values: the largest of the ten). `ratio` is the time over that of our cheapest
-row within the accuracy asked for; `meets` says which rows are.
+solve that ends in float64 (that of ten values: the largest of the ten). `meets`: within the accuracy asked for in nine
+of ten repetitions, which a median would not show. `ratio`: the time over that of our cheapest row that meets it.
 
     cold      the largest eigenvalue from a random start, to 1e-2
     top10     the ten largest, to 1e-2
@@ -90,7 +90,7 @@ class Row:
         return statistics.median(self.seconds) if self.seconds else math.inf
 
     def meets(self, accuracy: float) -> bool:
-        return bool(self.errors) and statistics.median(self.errors) <= accuracy
+        return bool(self.errors) and sum(error <= accuracy for error in self.errors) >= 0.9 * len(self.errors)
 
 
 def report(title: str, rows: dict[str, Row], accuracy: float = math.inf) -> None:
@@ -211,7 +211,7 @@ def traces(run: Run, quick: bool) -> None:
         fit = max(3, 3 * round(needed / 3))
         methods[f"curvlinops, Hutch++, {fit} products"] = curvlinops_trace(fit, "hutchpp_trace")
     title = f"trace: {mean:.1f} +- {error:.1f}; ours took {needed} products for 5 percent"
-    compare(run, title, methods, 1 if quick else 5, [mean], 0.1)
+    compare(run, title, methods, 1 if quick else 5, [mean], 0.15)
 
 
 def density(run: Run, quick: bool) -> None:
@@ -245,11 +245,11 @@ def tracking(run: Run, quick: bool) -> None:
     probes = {
         f"ours, {route}, residual {tol:g}": SharpnessProbe([run.probe_batch], route=route, tol=tol)
         for route in (("exact", "auto") if run.kind == "gpt" else ("exact",))
-        for tol in (0.05, 0.03)
+        for tol in (0.1, 0.05)
     }
     methods: dict[str, Solve] = {name: tracked(probe) for name, probe in probes.items()}
     if "pyhessian" in installed():
-        methods |= {f"PyHessian, tol {tol:g}": pyhessian_top(tol) for tol in (1e-2, 3e-3)}
+        methods |= {f"PyHessian, tol {tol:g}": pyhessian_top(tol) for tol in (1e-2, 3e-3, 1e-3)}
     if "curvlinops" in installed():
         methods |= {
             f"curvlinops, eigsh ncv={n} tol=1e-2 warm": CurvlinopsTop(ncv=n, tol=1e-2, warm=True) for n in (4, 8)

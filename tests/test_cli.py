@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -279,3 +280,80 @@ def test_a_study_leaves_its_figure_and_its_numbers(here: Path, capsys: Any) -> N
     assert "the best learning rate moves by" in out
     assert (here / "found" / "lr-transfer.png").read_bytes()[:4] == b"\x89PNG"
     assert set(json.loads((here / "found" / "lr-transfer.json").read_text())) == {"standard", "mup"}
+
+
+EDGE = """
+name = "small-edge"
+[train]
+num_steps = 30
+batch_size = 20
+data = { name = "images", train_size = 20 }
+model = { name = "mlp", width = 4, depth = 1 }
+optimizer = { name = "sgd", momentum = 0.0 }
+schedule = { name = "constant", peak_lr = 0.01 }
+eval = { every_steps = 30, num_batches = 1, batch_size = 8 }
+probes = { sharpness = { every_steps = 5, batch_size = 20 } }
+"""
+
+
+def test_the_edge_of_stability_is_drawn_for_every_file(here: Path, capsys: Any) -> None:
+    (here / "edge.toml").write_text(EDGE)
+    (here / "other.toml").write_text(EDGE.replace("small-edge", "other").replace("momentum = 0.0", "momentum = 0.9"))
+    code, out, errors = run(capsys, "check", "edge", "edge.toml", "other.toml")
+    assert code == 0, errors
+    assert "below the threshold of sgd" in " ".join(out.split())
+    for name, limit in (("small-edge", 200.0), ("other", 380.0)):
+        assert (here / "checks" / f"edge-{name}.png").read_bytes()[:4] == b"\x89PNG"
+        numbers = json.loads((here / "checks" / f"edge-{name}.json").read_text())
+        assert numbers["thresholds"] == pytest.approx([limit] * 7)
+        assert numbers["steps"] == [0, 5, 10, 15, 20, 25, 30]
+        assert numbers["state"] == "below"
+
+
+def test_the_bound_of_sgd_is_drawn(here: Path, capsys: Any) -> None:
+    code, out, errors = run(capsys, "check", "sgd-stability", "--num-steps", "100", "--num-repetitions", "500")
+    assert code == 0, errors
+    assert "Weights grow above LR" in out
+    numbers = json.loads((here / "checks" / "sgd-stability.json").read_text())
+    assert numbers["measured_threshold"] == pytest.approx(2.0, abs=0.02)
+    assert (here / "checks" / "sgd-stability.png").is_file()
+
+
+def test_sharpness_over_widths_is_drawn(here: Path, capsys: Any) -> None:
+    (here / "widths.toml").write_text(EDGE.replace("sharpness = {", "preconditioned_sharpness = {"))
+    code, out, errors = run(capsys, "check", "sharpness", "widths.toml", "--widths", "4,8")
+    assert code == 0, errors
+    assert "muP: sharpness" in out
+    numbers = json.loads((here / "checks" / "sharpness-widths.json").read_text())
+    assert numbers["mup"]["widths"] == [4, 8]
+    assert len(numbers["standard"]["sharpness"][1]) == 7
+    (here / "edge.toml").write_text(EDGE)
+    code, _, errors = run(capsys, "check", "sharpness", "edge.toml", "--widths", "4,8")
+    assert (code, "add [train.probes.preconditioned_sharpness]" in errors) == (2, True)
+
+
+def test_a_checkpoint_is_measured(here: Path, capsys: Any) -> None:
+    (here / "mlp.toml").write_text(MLP)
+    run(capsys, "train", "mlp.toml", "--name", "m")
+    code, out, errors = run(
+        capsys, "probe", "m", "--probes", "trace, preconditioned_sharpness", "--batch-size", "16", "--density"
+    )
+    assert code == 0, errors
+    assert "t0000 after 10 updates, on 16 examples" in " ".join(out.split())
+    assert "Bulk from" in out
+    fits = here / "runs" / "m" / "fits"
+    numbers = json.loads((fits / "probes-t0000.json").read_text())
+    assert set(numbers["estimates"]) == {"trace", "trace/frobenius", "preconditioned_sharpness"}
+    assert (fits / "spectrum-t0000.png").read_bytes()[:4] == b"\x89PNG"
+
+    code, out, errors = run(capsys, "probe", "m", "--run", "t0000", "--out", "found")
+    assert code == 0, errors
+    assert "sharpness" in json.loads((here / "found" / "probes-t0000.json").read_text())["estimates"]
+
+    code, _, errors = run(capsys, "probe", "m", "--probes", "sharp")
+    assert (code, "--probes must name registered probes" in errors) == (2, True)
+    code, _, errors = run(capsys, "probe", "m", "--run", "t7")
+    assert (code, "--run must be a run with a checkpoint (t0000), got 't7'" in errors) == (2, True)
+    shutil.rmtree(here / "runs" / "m" / "trials" / "t0000" / "checkpoint")
+    code, _, errors = run(capsys, "probe", "m")
+    assert (code, "no run of m has a checkpoint yet" in errors) == (2, True)

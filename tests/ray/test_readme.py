@@ -17,9 +17,11 @@ import pytest
 from landscape_ray.config import parse
 from landscape_ray.data import DATASETS
 from landscape_ray.models import MODELS
+from landscape_ray.probes import PROBES
 from landscape_ray.schedules import SCHEDULES
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.training.optimizers import OPTIMIZERS
+from landscape_ray.training.probing import ProbesConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -76,9 +78,11 @@ def test_the_three_jobs(sweep_text: Callable[..., str], tiny: dict[str, Any], tm
     for name, kind in (("quickstart", "search"), ("quickstart_population", "population")):
         (spaces / f"{name}.toml").write_text(sweep_text(kind, name=name, train=train))
     digits = {"num_steps": 20, "data": {"name": "images"}, "model": {"name": "mlp", "width": 8}}
-    digits |= {"eval": {"every_steps": 20, "num_batches": 2}}
+    digits |= {"eval": {"every_steps": 20, "num_batches": 2}, "batch_size": 8}
+    digits |= {"probes": {"sharpness": {"every_steps": 5, "batch_size": 8}}, "optimizer": {"name": "sgd"}}
     (spaces / "digits_cohort.toml").write_text(sweep_text("search", name="d", train=digits, cohort={"num_members": 3}))
-    (spaces / "width_transfer.toml").write_text(sweep_text("search", name="w", train=digits))
+    for name in ("width_transfer", "edge_gradient_descent"):
+        (spaces / f"{name}.toml").write_text(sweep_text("search", name=name, train=digits))
     address = ray.get_runtime_context().gcs_address
     setup, *jobs = blocks("bash")
     assert [line.split()[0] for line in setup.splitlines()] == ["scripts/quickstart", "scripts/test"]
@@ -89,13 +93,20 @@ def test_the_three_jobs(sweep_text: Callable[..., str], tiny: dict[str, Any], tm
             serve(line, tmp_path, free_port())
         else:
             run(line.replace("ray-head:6379", address), tmp_path)
-    assert {line.split()[1] for line in typed} == {"sweep", "resume", "check", "fit", "predict", "report", "ui"}
+    assert {line.split()[1] for line in typed} == {
+        *("sweep", "resume", "check", "probe", "rank", "fit", "predict", "report", "ui")
+    }
     assert {path.stem for path in (tmp_path / "checks").glob("*.png")} == {
         "coordinate-check-standard",
         "coordinate-check-mup",
         "lr-transfer",
         "lr-range-test",
+        "edge-edge_gradient_descent",
     }
+    fits = tmp_path / "runs" / "first" / "fits"
+    assert list(fits.glob("probes-*.json"))
+    assert list(fits.glob("spectrum-*.png"))
+    assert (tmp_path / "runs" / "third" / "fits" / "rank.png").exists()
     assert (tmp_path / "runs" / "first" / "report.html").stat().st_size > 1e5
 
     for code in blocks("python"):
@@ -105,9 +116,16 @@ def test_the_three_jobs(sweep_text: Callable[..., str], tiny: dict[str, Any], tm
 
 
 def test_the_sweep_file_in_the_text_is_valid() -> None:
-    (text,) = blocks("toml")
+    text, probes = blocks("toml")
     spec = parse(SweepSpec, tomllib.loads(text), "README")
     assert spec.search is not None
+    asked = tomllib.loads(probes)["train"]["probes"]
+    assert set(parse(ProbesConfig, asked, "README").tables) == set(asked) - {"budget"}
+
+
+def test_all_probes_are_named_in_the_text() -> None:
+    chapter = README.split("## Measure the landscape")[1].split("```bash")[0]
+    assert set(PROBES) <= set(re.findall(r"\w+", chapter))
 
 
 @pytest.mark.parametrize(
