@@ -46,6 +46,7 @@ class DetailedLoss(Protocol):
 class OutputLoss:
     """A criterion on outputs and targets as a :class:`DetailedLoss`.
 
+    >>> import torch
     >>> loss = OutputLoss(nn.CrossEntropyLoss(reduction="none"), likelihood="categorical")
     >>> layer = nn.Linear(2, 3)
     >>> loss(layer, (torch.zeros(4, 2), torch.zeros(4, dtype=torch.long))).shape
