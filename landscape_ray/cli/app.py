@@ -129,15 +129,20 @@ def rank(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for figure and numbers; default: fits/ of the first sweep.")
     ] = None,
+    given: Annotated[
+        str | None,
+        typer.Option("--given", help="Setting to compare at equal values of, or all; default: the learning rate."),
+    ] = None,
 ) -> None:
     """Rank study: which probe tells how a run generalises, over all runs and at equal settings?"""
-    from landscape_ray.reports.ranking import rank_figure, rank_study, rank_tables
+    from landscape_ray.reports.ranking import main_setting, rank_figure, rank_study, rank_tables
 
     console = new_console()
     folders = open_all(sweeps, results)
     with console.status("comparing runs ..."):
         study = rank_study(folders)
-    console.print(rank_tables(study), highlight=False, crop=False)
+    shown_for = None if given == "all" else given or main_setting(study)
+    console.print(rank_tables(study, shown_for), highlight=False, crop=False)
     save_study(rank_figure(study), study.to_json(), out if out is not None else folders[0].fits_path, console)
 
 

@@ -223,8 +223,26 @@ def rank_figure(study: RankStudy) -> Figure:
     )
 
 
-def rank_tables(study: RankStudy) -> RenderableType:
-    """Return the study as two tables: all runs, and comparable runs."""
+def main_setting(study: RankStudy) -> str | None:
+    """Return the setting that measures follow most often: the learning rate, or the first; None without any."""
+    return next((name for name in study.settings if name.endswith("peak_lr")), next(iter(study.settings), None))
+
+
+def rank_tables(study: RankStudy, given: str | None = None) -> RenderableType:
+    """Return the study as two tables: all runs, and comparable runs.
+
+    Args:
+        study: what to show.
+        given: hyperparameter whose comparisons are shown; None for all.
+
+    Raises:
+        UserError: the runs do not differ in it.
+    """
+    if given is not None and given not in study.settings:
+        raise UserError(
+            f"--given must be a setting that the runs differ in ({text.listing(list(study.settings))}), got '{given}'"
+        )
+    chosen = [row for row in study.conditional if given is None or given in row.compared.split()]
     names = ", ".join(sweep.name for sweep in study.sweeps)
     head = Text.assemble(
         (f"rank study of {names}: ", "bold"),
@@ -243,7 +261,10 @@ def rank_tables(study: RankStudy) -> RenderableType:
         notes.append(
             f"~: too few pairs are equal in {text.listing(adjusted)}; their effect on the ranks was subtracted instead."
         )
-    tables = [_rich_table(study, rows) for rows in (study.overall, study.conditional) if rows]
+    others = [name for name in study.settings if name != given]
+    if given is not None and len(chosen) < len(study.conditional):
+        notes.append(f"Not shown: the same for {text.listing(others)} (--given NAME, or --given all).")
+    tables = [_rich_table(study, rows) for rows in (study.overall, chosen) if rows]
     return Group(head, Text(), *[part for table in tables for part in (table, Text())], *[Text(n) for n in notes])
 
 
@@ -397,7 +418,7 @@ def _takeaway(study: RankStudy, ranked: Sequence[Row]) -> str:
     marked = (study.overall.index(best), target) in study.significant(study.overall)
     certain = "" if marked else "; that may be chance"
     said = f"{best.measure} ranks the {target} {'best' if len(ranked) > 1 else 'as follows'}: τ {_tau(found)}{certain}."
-    name = next((name for name in study.settings if name.endswith("peak_lr")), next(iter(study.settings), None))
+    name = main_setting(study)
     wanted = (best.measure, f"{name} is equal")
     at_equal = next((row.cells[target] for row in study.conditional if (row.measure, row.compared) == wanted), "")
     return f"{said} At equal {name}: τ {_tau(at_equal)}." if isinstance(at_equal, Association) else said

@@ -214,5 +214,15 @@ def test_the_command_prints_tables_and_leaves_figure_and_numbers(
     assert json.loads((tmp_path / "runs/grid/fits/rank.json").read_text())["sweeps"] == ["grid"]
     assert run("rank", "grid", "--out", "found") == 0
     assert (tmp_path / "found" / "rank.json").is_file()
+    assert "only schedule.peak_lr differs" in out
+    assert "only optimizer.weight_decay differs" not in out
+    assert "Not shown: the same for optimizer.weight_decay" in " ".join(out.split())
+    capsys.readouterr()
+    assert run("rank", "grid", "--given", "all") == 0
+    assert "only optimizer.weight_decay differs" in capsys.readouterr().out
+    assert run("rank", "grid", "--given", "optimizer.weight_decay") == 0
+    assert "only schedule.peak_lr differs" not in capsys.readouterr().out
+    assert run("rank", "grid", "--given", "depth") == 2
+    assert "--given must be a setting that the runs differ in" in " ".join(capsys.readouterr().err.split())
     assert run("rank", "bare") == 2
     assert "add [train.probes.sharpness] in the sweep file" in " ".join(capsys.readouterr().err.split())
