@@ -11,11 +11,14 @@
     figures.py       what a figure is: panels of series and a palette, before any plotting library
     charts.py        figures of what happened: losses, schedules, lineage, learning rates
     insight.py       figures of what it means: sharpness, forecast, cost
+    stability.py     the limit of stability of a run's optimizer
+    ranking.py       the rank study: which probe tells how runs generalise
+    studies.py, stability_studies.py, inspection.py   figures of `landscape-ray check` and `probe`
     interactive.py   figure -> plotly
     static.py        figure -> matplotlib -> PNG or SVG
 
     page.py          the page, and the folder of PNG files
-    sections.py      its text and tables; law_section.py, markup.py: parts of it
+    sections.py      its text and tables; law_section.py, probe_section.py, rank_section.py, markup.py: parts of it
     template.py      its style sheet and script
 
 Nothing is imported here: `analysis` is usable without a plotting library.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -9,79 +10,87 @@ import numpy as np
 
 from landscape_ray.reports import text
 from landscape_ray.reports.charts import BEST_COLORS, STEP, describe
-from landscape_ray.reports.figures import Axis, Figure, Panel, Series, series, thin
+from landscape_ray.reports.figures import Axis, Figure, Floats, Panel, Series, series, thin
 from landscape_ray.reports.runs import Run
+from landscape_ray.reports.stability import CURVATURES, Limit, limit_of_stability
 from landscape_ray.reports.views import Sweep, cost, label, loss_unit
 
 SHARPNESS_NOTE = (
-    "Sharpness is the largest eigenvalue λ of the Hessian of the loss on a fixed batch; bars are the probe's residual "
-    "bound. 2/LR is where plain gradient descent becomes unstable. For AdamW the limit holds for the Hessian "
-    "preconditioned by the optimizer's second moments, so the dashed line is a scale to compare with, not a prediction "
-    "of divergence."
+    "Sharpness λ is the largest eigenvalue of the Hessian of the loss on a fixed batch; bars are the probe's residual "
+    "bound."
 )
+
+PRECONDITIONED_NOTE = " Preconditioned sharpness is that of P⁻¹H, where the optimizer divides the gradient by P."
+
+LIMIT_NOTE = (
+    " Dashed: the curvature above which the optimizer is unstable on a quadratic, with the learning rate and momentum "
+    "of each update (Cohen et al. 2021, arXiv 2103.00065; 2022, arXiv 2207.14484). That is derived for full batches: "
+    "the noise of small ones often keeps the curvature lower."
+)
+
+AXES = {"sharpness": "sharpness λ", "preconditioned_sharpness": "preconditioned sharpness"}
 
 
 def sharpness(sweeps: Sequence[Sweep]) -> Figure | str:
-    """Return the top Hessian eigenvalue against step with the limit 2/LR, and the ratio of the two."""
-    probed = [(sweep, run) for sweep in sweeps for run in sweep.runs if len(run.probe("sharpness")["step"])]
+    """Return the top curvature against step with the limit of stability of the run's optimizer, and their ratio."""
+    probed = sharpness_runs(sweeps)
     if not probed:
         return "No run measured its sharpness; add [train.probes.sharpness] to the sweep file to see it here."
-    chosen = _highlighted([run for _, run in probed])
-    upper: list[Series] = []
+    chosen = highlighted([run for _, run in probed])
+    panels: dict[str, list[Series]] = {probe: [] for probe in CURVATURES}
+    dashed: dict[str, list[Series]] = {probe: [] for probe in CURVATURES}
     lower: list[Series] = []
-    ratios: list[tuple[float, str]] = []
+    found: list[tuple[float, str, Limit]] = []
+    limits: list[Limit] = []
     for sweep, run in sorted(probed, key=lambda pair: pair[1] in chosen):
-        rows = run.probe("sharpness")
-        x, y = np.asarray(rows["step"], dtype=np.float64), np.asarray(rows["value"], dtype=np.float64)
-        kept = np.isfinite(y) & (y > 0)
-        x, y, error = x[kept], y[kept], np.nan_to_num(np.asarray(rows["standard_error"], dtype=np.float64)[kept])
+        curvatures = {probe: rows for probe in CURVATURES if len((rows := measured(run, probe, positive=True)).step)}
+        limit = limit_of_stability(run, curvatures)
+        limits.append(limit)
+        rows = curvatures[limit.probe]
+        ratio = rows.value / limit.at(rows.step)
         name = label(sweeps, sweep, run.run_id)
-        rate = _rate_at(run, x)
-        ratio = y * rate / 2
         if run not in chosen:
-            entry = "other runs"
-            upper.append(series("line", x, y, color="muted", weight="muted", name=entry, hover=describe(run, name)))
-            lower.append(series("line", x, ratio, color="muted", weight="muted", name=entry))
+            style = {"color": "muted", "weight": "muted", "name": "other runs"}
+            for probe, one in curvatures.items():
+                panels[probe].append(series("line", one.step, one.value, hover=describe(run, name), **style))
+            lower.append(series("line", rows.step, ratio, **style))
             continue
         color = BEST_COLORS[chosen.index(run) % len(BEST_COLORS)]
-        style = {"color": color, "name": f"{name} (peak LR {text.lr(run.peak_lr)})", "hover": f"{name}, sharpness"}
-        low = np.maximum(y - error, 0.02 * y)
-        upper.append(series("line", x, y, low=low, high=y + error, weight="normal", **style))
-        step, lr = thin(run.steps["step"], run.steps["lr"])
-        limit = {"color": color, "dash": "dash", "weight": "muted", "name": "limit 2/LR of the same run"}
-        positive = lr > 0
-        upper.append(series("line", step[positive], 2 / lr[positive], **limit))
-        lower.append(series("line", x, ratio, **(style | {"hover": f"{name}, λ·LR/2"})))
-        if len(ratio) and np.isfinite(ratio).any():
-            ratios.append((float(np.nanmax(ratio)), name))
-    values = np.concatenate([item.y for item in upper if item.dash == "solid"])
-    values = values[np.isfinite(values) & (values > 0)]
-    peaks = [run.peak_lr for run in chosen if run.peak_lr > 0]
-    reach = [float(values.max()), *(2 / peak for peak in peaks)]
-    limits = (0.6 * float(values.min()), 2.5 * max(reach))
+        style = {"color": color, "name": legend_entry(run, name)}
+        for probe, one in curvatures.items():
+            ends = {"low": np.maximum(one.value - one.error, 0.02 * one.value), "high": one.value + one.error}
+            said = f"{name}, {probe.replace('_', ' ')}"
+            panels[probe].append(series("line", one.step, one.value, weight="normal", hover=said, **ends, **style))
+        step, _ = thin(run.steps["step"], run.steps["lr"])
+        drawn = limit.at(step)
+        known = np.isfinite(drawn)
+        entry = f"limit {limit.formula} of the same run" if limit.holds else f"{limit.formula} of the same run"
+        dash = {"color": color, "dash": "dash", "weight": "muted", "name": entry}
+        dashed[limit.probe].append(series("line", step[known], drawn[known], **dash))
+        lower.append(series("line", rows.step, ratio, hover=f"{name}, share of the limit", **style))
+        if np.isfinite(ratio).any():
+            found.append((float(np.nanmax(ratio)), name, limit))
     # in a warm-up and at the end of a decay the ratio goes to zero, which says nothing: keep the middle in view
     seen = np.concatenate([item.y for item in lower])
     seen = seen[np.isfinite(seen) & (seen > 0)]
     floor = max(float(np.quantile(seen, 0.05)) / 2, 1e-4) if seen.size else 0.01
-    lower.insert(0, series("hline", [0, 0], [1.0], color="text", dash="dash", name="stability limit", weight="normal"))
-    spent = cost(sweeps)
-    share = f" Probes took {text.percent(spent.probe_share)} of the time." if math.isfinite(spent.probe_share) else ""
+    ceiling = max([2.0, *(1.5 * highest for highest, _, _ in found)])
+    lower.insert(0, series("hline", [0, 0], [1.0], color="text", dash="dash", weight="normal"))
+    ratio_axis = Axis(label="curvature / limit", scale="log", limits=(floor, ceiling))
     return Figure(
         key="sharpness",
         title="Sharpness against the limit of stability",
-        takeaway=_sharpness_takeaway(ratios) + share,
+        takeaway=_sharpness_takeaway(found),
         x=STEP,
         panels=(
-            Panel(y=Axis(label="sharpness λ", scale="log", limits=limits), series=tuple(upper)),
-            Panel(
-                y=Axis(
-                    label="λ · LR / 2", scale="log", limits=(floor, max(2.0, 1.5 * max(ratios)[0]) if ratios else 2.0)
-                ),
-                series=tuple(lower),
-                share=0.6,
+            *(
+                Panel(y=_curvature_axis(AXES[probe], drawn, dashed[probe]), series=(*drawn, *dashed[probe]))
+                for probe, drawn in panels.items()
+                if drawn
             ),
+            Panel(y=ratio_axis, series=tuple(lower), share=0.6),
         ),
-        note=SHARPNESS_NOTE,
+        note=_sharpness_note(limits, bool(panels["preconditioned_sharpness"])),
     )
 
 
@@ -194,7 +203,27 @@ def time_spent(sweeps: Sequence[Sweep]) -> Figure | str:
     )
 
 
-def _highlighted(runs: Sequence[Run]) -> list[Run]:
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Measured:
+    """The finite values of one probe in a run, in the order of their steps."""
+
+    step: Floats
+    value: Floats
+    error: Floats
+    """Standard error or bound; 0 where there is none."""
+
+
+def measured(run: Run, probe: str, *, positive: bool = False) -> Measured:
+    """Return what a probe measured in a run; of several values at one step (weights that were copied) the last."""
+    rows = run.probe(probe)
+    step, value, error = (np.asarray(rows[key], dtype=np.float64) for key in ("step", "value", "standard_error"))
+    _, last = np.unique(step[::-1], return_index=True)
+    kept = len(step) - 1 - last
+    kept = kept[np.isfinite(value[kept]) & ((value[kept] > 0) | (not positive))]
+    return Measured(step=step[kept], value=value[kept], error=np.nan_to_num(error[kept], posinf=0.0))
+
+
+def highlighted(runs: Sequence[Run]) -> list[Run]:
     """Return up to three runs to compare: the best, and those with the highest and the lowest peak learning rate."""
     usable = [run for run in runs if run.peak_lr > 0] or list(runs)
     best = min(usable, key=lambda run: (math.isnan(run.loss), run.loss, run.run_id))
@@ -207,12 +236,32 @@ def _highlighted(runs: Sequence[Run]) -> list[Run]:
     return picked
 
 
-def _rate_at(run: Run, steps: np.ndarray) -> np.ndarray:
-    """Return the learning rate of the update that led to each step (of the first update for step 0)."""
-    known, rates = np.asarray(run.steps["step"], dtype=np.float64), np.asarray(run.steps["lr"], dtype=np.float64)
-    if not len(known):
-        return np.full(len(steps), np.nan)
-    return rates[np.clip(np.searchsorted(known, steps, side="left"), 0, len(known) - 1)]
+def sharpness_runs(sweeps: Sequence[Sweep]) -> list[tuple[Sweep, Run]]:
+    """Return the runs that measured a curvature, each with its sweep."""
+    return [
+        (sweep, run)
+        for sweep in sweeps
+        for run in sweep.runs
+        if any(len(measured(run, probe, positive=True).step) for probe in CURVATURES)
+    ]
+
+
+def legend_entry(run: Run, name: str) -> str:
+    """Return the name of a highlighted run in a legend."""
+    return f"{name} (peak LR {text.lr(run.peak_lr)})"
+
+
+def _curvature_axis(label: str, drawn: Sequence[Series], dashed: Sequence[Series]) -> Axis:
+    """Return an axis that shows all values, and the limits where they are lowest: at the peak of the learning rate.
+
+    Of other runs what lies tenfold above all that is highlighted is cut off.
+    """
+    values = np.concatenate([item.y for item in drawn])
+    main = [float(item.y.max()) for item in drawn if item.weight != "muted"]
+    main += [float(item.y.min()) for item in dashed if len(item.y)]
+    highest = float(values.max())
+    reach = max([*main, min(highest, 10 * max(main))]) if main else highest
+    return Axis(label=label, scale="log", limits=(0.6 * float(values.min()), 2.5 * reach))
 
 
 def _after_warmup(run: Run) -> tuple[np.ndarray, np.ndarray]:
@@ -221,11 +270,25 @@ def _after_warmup(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(x[kept], dtype=np.float64), np.asarray(y[kept], dtype=np.float64)
 
 
-def _sharpness_takeaway(ratios: list[tuple[float, str]]) -> str:
-    if not ratios:
+def _sharpness_takeaway(found: Sequence[tuple[float, str, Limit]]) -> str:
+    if not found:
         return "Sharpness was measured, but no learning rate was recorded beside it."
-    highest, name = max(ratios)
+    highest, name, limit = max(found, key=lambda one: (one[0], one[1]))
+    known = limit.optimizer or "this optimizer"
+    what = f"the limit {limit.formula}" if limit.holds else f"{limit.formula} (for {known} only a yardstick)"
+    times = f"{text.number(highest, 3)} times that"
     if highest >= 0.9:
-        where = "goes beyond" if highest > 1.1 else "comes to"
-        return f"{name} {where} the limit 2/LR: λ · LR / 2 reaches {text.number(highest, 3)}."
-    return f"The runs shown stay below 2/LR: λ · LR / 2 reaches {text.number(highest, 3)} at most ({name})."
+        return f"{name} {'goes beyond' if highest > 1.1 else 'comes to'} {what}: its curvature reaches {times}."
+    return f"The runs shown stay below {what}: their curvature reaches {times} at most ({name})."
+
+
+def _sharpness_note(limits: Sequence[Limit], preconditioned: bool) -> str:
+    """Return how to read the figure, as far as it applies to what is drawn."""
+    out = SHARPNESS_NOTE + (PRECONDITIONED_NOTE if preconditioned else "")
+    out += LIMIT_NOTE if any(limit.holds for limit in limits) else ""
+    names = list(dict.fromkeys(limit.optimizer or "other optimizers" for limit in limits if not limit.holds))
+    if names:
+        out += f" For {text.listing(names)} 2/LR, the limit of plain gradient descent, is only a yardstick."
+    if any(name in ("AdamW", "schedule-free AdamW") for name in names):
+        out += " [train.probes.preconditioned_sharpness] measures what their own limit is one of."
+    return out

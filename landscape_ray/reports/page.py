@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from landscape_ray.errors import UserError
 from landscape_ray.files import write_atomic
-from landscape_ray.reports import charts, insight, law_section, sections
+from landscape_ray.reports import charts, insight, law_section, probe_section, rank_section, sections
 from landscape_ray.reports.figures import Figure, palette
 from landscape_ray.reports.interactive import legend, plotly_js, specification
+from landscape_ray.reports.ranking import RankStudy, rank_figure
 from landscape_ray.reports.template import PAGE, POLICY, SCRIPT, STYLE
 from landscape_ray.reports.views import Sweep, open_sweep
 
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 Folders: TypeAlias = "SweepFolder | Path | str | Sequence[SweepFolder | Path | str]"
 
 PIXELS_PER_PANEL = 400
+
+NUM_LARGE_PANELS = 3
+"""A figure with more panels than this has small ones."""
+
+PIXELS_PER_SMALL_PANEL, PIXELS_BETWEEN, MAX_TICKS, MAX_NAME = 165, 26, 5, 18
 
 MARKS = {
     "circle": '<circle cx="13" cy="7" r="4.5" fill="currentColor"/>',
@@ -51,7 +58,8 @@ def write_report(folders: Folders, out: Path | None = None) -> Path:
     """
     opened = _open(folders)
     path = Path(out) if out is not None else opened[0].report_path
-    write_atomic(path, render_page([open_sweep(folder) for folder in opened]))
+    sweeps = [open_sweep(folder) for folder in opened]
+    write_atomic(path, render_page(sweeps, rank_section.study(opened, sweeps)))
     return path
 
 
@@ -68,25 +76,28 @@ def export_figures(folders: Folders, out_dir: Path) -> list[Path]:
     from landscape_ray.reports.static import render  # matplotlib takes a second to import, the page does without
 
     paths = []
-    for figure in figures([open_sweep(folder) for folder in _open(folders)]):
+    opened = _open(folders)
+    sweeps = [open_sweep(folder) for folder in opened]
+    for figure in figures(sweeps, rank_section.study(opened, sweeps)):
         path = Path(out_dir) / f"{figure.key}.png"
         write_atomic(path, render(figure))
         paths.append(path)
     return paths
 
 
-def figures(sweeps: Sequence[Sweep]) -> list[Figure]:
+def figures(sweeps: Sequence[Sweep], study: RankStudy | str = rank_section.NOT_ASKED) -> list[Figure]:
     """Return the figures of a report that have data, in the order of the page."""
-    return [item for drawn in _drawings(sweeps).values() for item in drawn if isinstance(item, Figure)]
+    return [item for drawn in _drawings(sweeps, study).values() for item in drawn if isinstance(item, Figure)]
 
 
-def render_page(sweeps: Sequence[Sweep]) -> str:
+def render_page(sweeps: Sequence[Sweep], study: RankStudy | str = rank_section.NOT_ASKED) -> str:
     """Return the whole page; equal sweeps give equal text.
 
     Args:
         sweeps: at least one.
+        study: the rank study of their runs, or the sentence that says why there is none.
     """
-    drawings = _drawings(sweeps)
+    drawings = _drawings(sweeps, study)
     parts = [sections.heading(sweeps), sections.found(sweeps)]
 
     def chapter(key: str, title: str, before: str = "", after: str = "") -> None:
@@ -97,6 +108,9 @@ def render_page(sweeps: Sequence[Sweep]) -> str:
     chapter("schedules", "Schedules")
     chapter("search", "Learning rate and loss")
     chapter("sharpness", "Sharpness")
+    chapter("probes", "Probes", after=probe_section.probe_tables(sweeps))
+    ranked = rank_section.rank_table(study) if isinstance(study, RankStudy) else ""
+    chapter("ranking", "What ranks generalisation", after=ranked)
     chapter("law", "Law and forecast", after="".join(law_section.law(sweep, sweeps) for sweep in sweeps if sweep.fit))
     chapter("runs", "All runs", before=sections.runs_table(sweeps))
     chapter("cost", "Cost", after=sections.cost_text(sweeps))
@@ -129,7 +143,7 @@ def safe_json(data: Any) -> str:
     return dumped
 
 
-def _drawings(sweeps: Sequence[Sweep]) -> dict[str, list[Figure | str]]:
+def _drawings(sweeps: Sequence[Sweep], study: RankStudy | str) -> dict[str, list[Figure | str]]:
     """Return the figures of every chapter, or in their place the sentence that says why there is none."""
     populations = [sweep for sweep in sweeps if sweep.population]
     schedules: list[Figure | str] = [charts.schedules(sweeps)] if len(populations) < len(sweeps) else []
@@ -142,6 +156,8 @@ def _drawings(sweeps: Sequence[Sweep]) -> dict[str, list[Figure | str]]:
         "schedules": schedules,
         "search": [charts.search_result(sweeps)],
         "sharpness": [insight.sharpness(sweeps)],
+        "probes": [probe_section.probes(sweeps)],
+        "ranking": [rank_figure(study) if isinstance(study, RankStudy) else study],
         "law": [insight.forecast(sweep, key) for sweep, key in zip(lawful, keys, strict=True)],
         "cost": [insight.time_spent(sweeps)],
     }
@@ -185,13 +201,44 @@ def _embedded(figure: Figure) -> dict[str, Any]:
     """Return what the page's script needs of a figure."""
     rows = max(len(panel.y.categories) for panel in figure.panels)
     bars = any(series.role == "bar" for panel in figure.panels for series in panel.series)
-    height = 90 + 44 * rows if bars else PIXELS_PER_PANEL + 260 * (len(figure.panels) - 1)
+    num_panels = len(figure.panels)
+    height = 90 + 44 * rows if bars else PIXELS_PER_PANEL + 260 * (num_panels - 1)
     names = [html.escape(entry["name"]) for entry in legend(figure)]
     traces = specification(figure)
+    if num_panels > NUM_LARGE_PANELS:
+        height = 60 + PIXELS_PER_SMALL_PANEL * num_panels
+        _shrink(traces["layout"], num_panels, PIXELS_BETWEEN / height)
     for trace in traces["data"]:
         if "legendgroup" in trace:
             trace["legendgroup"] = html.escape(trace["legendgroup"])
     return {**traces, "height": height, "legend": names}
+
+
+def _shrink(layout: dict[str, Any], num_panels: int, gap: float) -> None:
+    """Stack panels of one height with a gap, a share of the whole, between them; few ticks, and long names broken."""
+    size = (1 - gap * (num_panels - 1)) / num_panels
+    for index in range(num_panels):
+        axis, bottom = layout[f"yaxis{index + 1}" if index else "yaxis"], (num_panels - 1 - index) * (size + gap)
+        axis["title"]["text"] = _broken(axis["title"]["text"])
+        axis["domain"] = [round(bottom, 6), round(min(bottom + size, 1.0), 6)]
+        if "tickvals" in axis:
+            every = math.ceil(len(axis["tickvals"]) / MAX_TICKS)
+            axis |= {"tickvals": axis["tickvals"][::every], "ticktext": axis["ticktext"][::every]}
+        else:
+            axis["nticks"] = MAX_TICKS
+
+
+def _broken(name: str) -> str:
+    """Return the name of a probe, as HTML, in two lines where it is long.
+
+    >>> _broken("trace"), _broken("average_case_sharpness")
+    ('trace', 'average_case_<br>sharpness')
+    """
+    places = [k + 1 for k, character in enumerate(name) if character == "_"]
+    if len(name) <= MAX_NAME or not places:
+        return name
+    middle = min(places, key=lambda place: abs(place - len(name) / 2))
+    return f"{name[:middle]}<br>{name[middle:]}"
 
 
 def _open(folders: Folders) -> list[SweepFolder]:

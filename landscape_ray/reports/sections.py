@@ -33,6 +33,8 @@ ANCHORS = (
     ("schedules", "Schedules"),
     ("search", "Learning rate"),
     ("sharpness", "Sharpness"),
+    ("probes", "Probes"),
+    ("ranking", "Ranking"),
     ("law", "Law and forecast"),
     ("runs", "All runs"),
     ("cost", "Cost"),

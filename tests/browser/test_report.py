@@ -124,7 +124,7 @@ def test_page_opens_without_an_error(page, tmp_path):
 
 def test_every_figure_is_drawn_and_fits(seen):
     assert seen["drawn"] == seen["keys"]
-    assert len(seen["keys"]) == 8
+    assert len(seen["keys"]) == 9
     assert not seen["wide"]
     assert not seen["sideways"]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 
 from landscape_ray.laws import annealing_area
 from landscape_ray.records import EvalRecord, EventRecord, ProbeRecord, RunSummary, StepRecord
+from landscape_ray.reports.views import Sweep
 from landscape_ray.schedules import Schedule
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.parts import PartWriter
@@ -257,3 +260,45 @@ def make_population(path: Path, *, steps: int = 600, name: str = "population") -
         done = summary(run_id, cfg, clock, steps, last, varied={"schedule.peak_lr": final_lr})
         folder.trial(run_id).commit(done, writer.flush())
     return folder
+
+
+def probed(
+    sweep: Sweep, values: Mapping[str, Callable[[np.ndarray], np.ndarray]], *, error: float = 0.1, every: int = 50
+) -> Sweep:
+    """Return the sweep with more probes: name to values at the steps; each error a share of its value.
+
+    A measurement costs two gradients and half a second, which its main estimate bears.
+    """
+    runs = []
+    for run in sweep.runs:
+        rows = {name: list(column) for name, column in run.probes.items()}
+        steps = np.arange(0, run.summary.step + 1, every)
+        for name, of in values.items():
+            main = "/" not in name
+            for step, value in zip(steps.tolist(), np.asarray(of(steps), dtype=np.float64).tolist(), strict=True):
+                row = {"probe": name, "step": step, "value": value, "standard_error": error * abs(value)}
+                row |= {"price_gradients": 2.0 * main, "cost_seconds": 0.5 * main}
+                for column in rows:
+                    rows[column].append(row.get(column, 0))
+        columns = {
+            name: np.array(column, dtype=object if name == "probe" else np.float64)
+            for name, column in rows.items()
+            if name in ("probe", "step", "value", "standard_error", "price_gradients", "cost_seconds")
+        }
+        spent = run.summary.probe_seconds + 0.5 * len(steps) * sum("/" not in name for name in values)
+        runs.append(
+            dataclasses.replace(run, probes=columns, summary=dataclasses.replace(run.summary, probe_seconds=spent))
+        )
+    return dataclasses.replace(sweep, runs=tuple(runs))
+
+
+def configured(sweep: Sweep, momentum: float | None = None, **tables: Any) -> Sweep:
+    """Return the sweep with other tables in the configuration of its runs, and another momentum in its updates."""
+    runs = []
+    for run in sweep.runs:
+        summary = dataclasses.replace(run.summary, config=run.summary.config | tables)
+        steps = dict(run.steps)
+        if momentum is not None:
+            steps["momentum"] = np.full(len(steps["lr"]), momentum)
+        runs.append(dataclasses.replace(run, summary=summary, steps=steps))
+    return dataclasses.replace(sweep, runs=tuple(runs))

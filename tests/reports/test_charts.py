@@ -136,12 +136,15 @@ def test_outlier_is_drawn_at_the_edge_with_its_loss(search):
     assert "upper edge" in figure.note
 
 
-def test_limit_of_stability_is_two_over_the_rate(search):
+def test_yardstick_of_adam_is_two_over_the_rate(search):
     figure = insight.sharpness([search])
-    limit = next(one for one in named(figure, "limit 2/LR of the same run") if one.x[-1] == 300)
+    limit = next(one for one in named(figure, "2/LR of the same run") if one.x[-1] == 300)
     best = search.best.steps
     lr = dict(zip(best["step"].tolist(), best["lr"].tolist(), strict=True))
     np.testing.assert_allclose(limit.y, [2 / lr[step] for step in limit.x])
+    assert "(for AdamW only a yardstick)" in figure.takeaway
+    assert "For AdamW 2/LR, the limit of plain gradient descent, is only a yardstick" in figure.note
+    assert "[train.probes.preconditioned_sharpness]" in figure.note
 
 
 def test_ratio_is_sharpness_times_rate_over_two(search):

@@ -259,7 +259,8 @@ def test_something_that_is_no_sweep(tmp_path):
 
 def test_exported_figures(search_folder, tmp_path):
     paths = export_figures(search_folder, tmp_path / "deep" / "figures")
-    names = ["loss-curves", "generalisation", "schedules", "search-result", "sharpness", "forecast", "time-spent"]
+    names = ["loss-curves", "generalisation", "schedules", "search-result", "sharpness", "rank", "forecast"]
+    names.append("time-spent")
     assert [path.name for path in paths] == [f"{name}.png" for name in names]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
 
