@@ -24,17 +24,17 @@ from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.monitor import Monitor
 from landscape_ray.probes.probe import Host, Probe
 from landscape_ray.probes.sharpness import (
-    AverageCaseSharpness,
+    AverageCaseSharpnessProbe,
     BatchSharpnessProbe,
     CriticalSharpnessProbe,
     DirectionalSharpnessProbe,
     LayerSharpnessProbe,
-    LinfSmoothness,
-    LogitSharpness,
+    LinfSmoothnessProbe,
+    LogitSharpnessProbe,
     PreconditionedSharpnessProbe,
-    SamSharpness,
+    SamSharpnessProbe,
     SharpnessProbe,
-    WorstCaseSharpness,
+    WorstCaseSharpnessProbe,
 )
 from landscape_ray.probes.spectrum.density import SpectralDensityProbe
 from landscape_ray.probes.spectrum.eigenpairs import EigenvaluesProbe
@@ -50,11 +50,11 @@ PROBES: dict[str, type[Probe]] = {
         BatchSharpnessProbe,
         DirectionalSharpnessProbe,
         CriticalSharpnessProbe,
-        SamSharpness,
-        WorstCaseSharpness,
-        AverageCaseSharpness,
-        LogitSharpness,
-        LinfSmoothness,
+        SamSharpnessProbe,
+        WorstCaseSharpnessProbe,
+        AverageCaseSharpnessProbe,
+        LogitSharpnessProbe,
+        LinfSmoothnessProbe,
         EigenvaluesProbe,
         SpectralDensityProbe,
         TraceProbe,

@@ -88,6 +88,8 @@ class FixedLoss:
         parameters: what is looked at.
         size: number of their elements.
         dtype, device: of the vectors.
+        single: whether there is one micro-batch only, on every process: then a graph is worth keeping. Prices and
+            decisions go by this, so that all processes decide alike.
         spent_gradients: price of all that was computed from this function so far.
     """
 
@@ -137,6 +139,8 @@ class FixedLoss:
         total = self.reduce(torch.tensor(math.fsum(w for _, w in pairs), dtype=torch.float64, device=self.device))
         self.batches = [(batch, weight / float(total)) for batch, weight in pairs]
         self.spent_gradients = 0.0
+        more = self.reduce(torch.tensor(float(len(pairs) > 1), device=self.device))
+        self.single = not bool(more)
         if (len(pairs) > 1 or _num_processes() > 1) and (layer := mixes_examples(module)) is not None:
             raise UserError(
                 f"layer '{layer}' must not use the statistics of each micro-batch, got several of them: their mean "

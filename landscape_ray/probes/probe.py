@@ -80,6 +80,8 @@ class Probe(ABC):
             seed: of what the probe draws; every measurement draws anew.
         """
         self.batches, self.eval_mode, self.seed = batches, eval_mode, seed
+        self.double = False
+        """Whether to measure a copy of the module in float64; set it before the first measurement."""
         self._num_measured = 0
 
     @property
@@ -108,7 +110,9 @@ class Probe(ABC):
             UserError: parameters, batches or a loss that cannot be measured.
         """
         began = time.perf_counter()
-        with observing(module, loss, self.batches, eval_mode=self.eval_mode, seed=self.seed) as function:
+        with observing(
+            module, loss, self.batches, eval_mode=self.eval_mode, double=self.double, seed=self.seed
+        ) as function:
             found = {self.name: UNKNOWN}
             if function.finite:
                 if self._num_measured == 0:

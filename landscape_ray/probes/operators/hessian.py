@@ -44,11 +44,15 @@ class HessianOperator(CurvatureOperator):
         self.function = function
         self.mean_loss = math.nan
         """L(w), known after the first product."""
-        self.retain_graph = len(function.batches) == 1 if retain_graph is None else retain_graph
-        self.setup_gradients = 1.2 if self.retain_graph else 0.0
-        self.matvec_gradients = 2.3 if self.retain_graph else 3.5
+        self.retain_graph = function.single if retain_graph is None else retain_graph
+        self.setup_gradients, self.matvec_gradients = self.prices(self.retain_graph)
         self._graphs: list[tuple[Tensor, tuple[Tensor, ...]]] | None = None
         self._versions = [p._version for p in function.parameters]
+
+    @staticmethod
+    def prices(retain_graph: bool) -> tuple[float, float]:
+        """Return what is computed once and what a product costs, in gradients."""
+        return (1.2, 2.3) if retain_graph else (0.0, 3.5)
 
     def release(self) -> None:
         """Free the graph; the next product builds it again."""
@@ -106,6 +110,7 @@ class FiniteDifferenceHessian(CurvatureOperator):
     bit by bit, also after an exception.
     """
 
+    setup_gradients = 1.0
     matvec_gradients = 1.0
 
     def __init__(self, function: FixedLoss, *, eps: float | None = None) -> None:

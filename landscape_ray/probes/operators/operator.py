@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -14,10 +15,15 @@ class CurvatureOperator(ABC):
     """A symmetric matrix, known by its products with vectors. One of them belongs to one state of the weights.
 
     Attributes:
+        setup_gradients: price of what is computed once, before the first product, in gradients.
+        matvec_gradients: price of a product.
         size: number of rows.
         dtype, device: of the vectors.
         num_matvecs: products so far.
     """
+
+    setup_gradients: float
+    matvec_gradients: float
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.size, self.dtype, self.device = size, dtype, device
@@ -34,6 +40,12 @@ class CurvatureOperator(ABC):
         self.num_matvecs += 1
         with torch.inference_mode(False):  # its tensors could not be written to
             return self._product(vector.to(dtype=self.dtype, device=self.device))
+
+    def most_products(self, allowance_gradients: float, most: int) -> int:
+        """Return how many products an allowance pays for, `most` at most and one at least."""
+        if not math.isfinite(allowance_gradients):
+            return most
+        return max(1, min(most, int((allowance_gradients - self.setup_gradients) / self.matvec_gradients)))
 
     @abstractmethod
     def _product(self, vector: Tensor) -> Tensor: ...

@@ -12,32 +12,32 @@ smoothness.py       for updates of equal size in all weights
 stability.py        where optimizers stop being stable
 """
 
-from landscape_ray.probes.sharpness.average_case import AverageCaseSharpness, average_case_sharpness
+from landscape_ray.probes.sharpness.average_case import AverageCaseSharpnessProbe, average_case_sharpness
 from landscape_ray.probes.sharpness.batch import BatchSharpnessProbe, batch_sharpness
 from landscape_ray.probes.sharpness.critical import CriticalSharpnessProbe, critical_sharpness
 from landscape_ray.probes.sharpness.directional import DirectionalSharpnessProbe, directional_sharpness
 from landscape_ray.probes.sharpness.layers import LayerSharpnessProbe, layer_sharpness
-from landscape_ray.probes.sharpness.logits import LogitSharpness, NormalisedLogits, logit_sharpness
+from landscape_ray.probes.sharpness.logits import LogitSharpnessProbe, NormalisedLogits, logit_sharpness
 from landscape_ray.probes.sharpness.preconditioned import PreconditionedSharpnessProbe, preconditioned_sharpness
-from landscape_ray.probes.sharpness.sam import SamSharpness, sam_sharpness
-from landscape_ray.probes.sharpness.smoothness import LinfSmoothness, linf_smoothness
+from landscape_ray.probes.sharpness.sam import SamSharpnessProbe, sam_sharpness
+from landscape_ray.probes.sharpness.smoothness import LinfSmoothnessProbe, linf_smoothness
 from landscape_ray.probes.sharpness.stability import edge_state, sgd_curvature, stability_ratio, threshold
 from landscape_ray.probes.sharpness.top import SharpnessProbe, sharpness
-from landscape_ray.probes.sharpness.worst_case import WorstCaseSharpness, worst_case_sharpness
+from landscape_ray.probes.sharpness.worst_case import WorstCaseSharpnessProbe, worst_case_sharpness
 
 __all__ = [
-    "AverageCaseSharpness",
+    "AverageCaseSharpnessProbe",
     "BatchSharpnessProbe",
     "CriticalSharpnessProbe",
     "DirectionalSharpnessProbe",
     "LayerSharpnessProbe",
-    "LinfSmoothness",
-    "LogitSharpness",
+    "LinfSmoothnessProbe",
+    "LogitSharpnessProbe",
     "NormalisedLogits",
     "PreconditionedSharpnessProbe",
-    "SamSharpness",
+    "SamSharpnessProbe",
     "SharpnessProbe",
-    "WorstCaseSharpness",
+    "WorstCaseSharpnessProbe",
     "average_case_sharpness",
     "batch_sharpness",
     "critical_sharpness",

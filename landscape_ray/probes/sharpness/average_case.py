@@ -78,7 +78,7 @@ def average_case_sharpness(
     >>> abs(found.value - 0.5) < 3 * found.standard_error < 0.2
     True
     """
-    probe = AverageCaseSharpness(
+    probe = AverageCaseSharpnessProbe(
         batches,
         radii=[radius],
         scaling=scaling,
@@ -94,7 +94,7 @@ def average_case_sharpness(
     return probe.measure(module, loss)[probe.name]
 
 
-class AverageCaseSharpness(PerturbationProbe):
+class AverageCaseSharpnessProbe(PerturbationProbe):
     """Average-case sharpness along a training run, at several radii; see :func:`average_case_sharpness`."""
 
     name = "average_case_sharpness"

@@ -109,10 +109,10 @@ def logit_sharpness(
     >>> round(logit_sharpness(line, loss, [batch], radius=0.001).value, 5)
     0.05909
     """
-    return LogitSharpness(batches, radii=[radius], eval_mode=eval_mode).measure(module, loss)["logit_sharpness"]
+    return LogitSharpnessProbe(batches, radii=[radius], eval_mode=eval_mode).measure(module, loss)["logit_sharpness"]
 
 
-class LogitSharpness(Probe):
+class LogitSharpnessProbe(Probe):
     """Sharpness with respect to the output logits along a training run; see :func:`logit_sharpness`."""
 
     name = "logit_sharpness"

@@ -67,7 +67,7 @@ def sam_sharpness(
     >>> round(sam_sharpness(line, half_square, [torch.ones(1, 1)], radius=0.1).value, 4)
     0.205
     """
-    probe = SamSharpness(
+    probe = SamSharpnessProbe(
         batches,
         radii=[radius],
         scaling=scaling,
@@ -81,7 +81,7 @@ def sam_sharpness(
     return probe.measure(module, loss)[probe.name]
 
 
-class SamSharpness(RiseProbe):
+class SamSharpnessProbe(RiseProbe):
     """SAM's one-step sharpness along a training run, at several radii; see :func:`sam_sharpness`."""
 
     name = "sam_sharpness"

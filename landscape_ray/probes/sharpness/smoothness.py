@@ -70,7 +70,7 @@ def linf_smoothness(
     >>> abs(found.value - 9) < 3 * found.standard_error < 2
     True
     """
-    probe = LinfSmoothness(batches, num_vectors=num_vectors, num_ascents=0, eval_mode=eval_mode, seed=seed)
+    probe = LinfSmoothnessProbe(batches, num_vectors=num_vectors, num_ascents=0, eval_mode=eval_mode, seed=seed)
     return probe.measure(module, loss)[probe.name]
 
 
@@ -127,7 +127,7 @@ def largest_response(operator: CurvatureOperator, num_products: int, generator: 
     return largest
 
 
-class LinfSmoothness(Probe):
+class LinfSmoothnessProbe(Probe):
     """Smoothness in the l-infinity geometry along a training run.
 
     Estimates:

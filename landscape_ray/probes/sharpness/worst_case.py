@@ -89,7 +89,7 @@ def worst_case_sharpness(
     >>> round(found.value, 4)
     0.0225
     """
-    probe = WorstCaseSharpness(
+    probe = WorstCaseSharpnessProbe(
         batches,
         radii=[radius],
         scaling=scaling,
@@ -107,7 +107,7 @@ def worst_case_sharpness(
     return probe.measure(module, loss)[probe.name]
 
 
-class WorstCaseSharpness(RiseProbe):
+class WorstCaseSharpnessProbe(RiseProbe):
     """Worst-case sharpness along a training run, at several radii; see :func:`worst_case_sharpness`."""
 
     name = "worst_case_sharpness"

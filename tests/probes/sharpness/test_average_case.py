@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from landscape_ray.errors import UserError
 from landscape_ray.probes import Host
 from landscape_ray.probes.losses import OutputLoss
-from landscape_ray.probes.sharpness.average_case import AverageCaseSharpness, average_case_sharpness
+from landscape_ray.probes.sharpness.average_case import AverageCaseSharpnessProbe, average_case_sharpness
 
 
 def regression():
@@ -64,7 +64,7 @@ def test_pairs_by_explicit_loop(smooth_case):
                 vector_to_parameters(w + sign * radius * w.abs() * z, module.parameters())
                 row[index] += loss(module, batch).detach() / 2
     vector_to_parameters(w, module.parameters())
-    probe = AverageCaseSharpness([batch], radii=[0.1, 0.2], num_pairs=3, seed=5)
+    probe = AverageCaseSharpnessProbe([batch], radii=[0.1, 0.2], num_pairs=3, seed=5)
     first = probe.measure(module, loss)
     second = probe.measure(module, loss)
     assert first["average_case_sharpness"].value != second["average_case_sharpness"].value
@@ -97,7 +97,7 @@ def test_normalised_logits_need_logits(smooth_case):
 
 def test_allowance_cuts_the_pairs(smooth_case):
     module, loss, batch = smooth_case
-    probe = AverageCaseSharpness([batch], num_pairs=30)
+    probe = AverageCaseSharpnessProbe([batch], num_pairs=30)
     assert probe.price_gradients == pytest.approx(61 / 3)
     probe.measure(module, loss)
     for allowance, pairs in [(5, 7), (0, 2), (math.inf, 30)]:
@@ -107,4 +107,4 @@ def test_allowance_cuts_the_pairs(smooth_case):
 
 def test_a_single_pair_has_no_error():
     with pytest.raises(UserError, match="num_pairs must be at least 2, got 1"):
-        AverageCaseSharpness([None], num_pairs=1)
+        AverageCaseSharpnessProbe([None], num_pairs=1)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.losses import OutputLoss
-from landscape_ray.probes.sharpness.logits import LogitSharpness, NormalisedLogits, logit_sharpness
+from landscape_ray.probes.sharpness.logits import LogitSharpnessProbe, NormalisedLogits, logit_sharpness
 
 CLASSES = OutputLoss(nn.CrossEntropyLoss(reduction="none"), likelihood="categorical")
 VALUES = OutputLoss(lambda outputs, targets: 0.5 * (outputs - targets).square(), likelihood="gaussian")
@@ -100,7 +100,7 @@ def test_micro_batches_make_up_the_whole():
 
 def test_probe_at_several_radii():
     module, batch = tokens()
-    probe = LogitSharpness([batch])
+    probe = LogitSharpnessProbe([batch])
     assert probe.price_gradients == pytest.approx(1 / 3)
     probe.measure(module, CLASSES)
     found = probe.measure(module, CLASSES)
@@ -130,7 +130,7 @@ def test_normalised_logits_by_explicit_loop():
 @pytest.mark.parametrize("radii", [[], [0.0], [math.nan], [0.1, 0.1]])
 def test_radii_out_of_range(radii):
     with pytest.raises(UserError, match="radii must be one or more different numbers"):
-        LogitSharpness([None], radii=radii)
+        LogitSharpnessProbe([None], radii=radii)
 
 
 def test_losses_and_targets_that_do_not_suit():

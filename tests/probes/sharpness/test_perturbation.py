@@ -12,11 +12,11 @@ from torch import nn
 from landscape_ray.errors import UserError
 from landscape_ray.probes.fixed_loss import FixedLoss
 from landscape_ray.probes.losses import OutputLoss
-from landscape_ray.probes.sharpness.average_case import AverageCaseSharpness, average_case_sharpness
+from landscape_ray.probes.sharpness.average_case import AverageCaseSharpnessProbe, average_case_sharpness
 from landscape_ray.probes.sharpness.logits import logit_sharpness
 from landscape_ray.probes.sharpness.perturbation import Ball, affordable, ball_around, subsets_of
-from landscape_ray.probes.sharpness.sam import SamSharpness, sam_sharpness
-from landscape_ray.probes.sharpness.worst_case import WorstCaseSharpness, worst_case_sharpness
+from landscape_ray.probes.sharpness.sam import SamSharpnessProbe, sam_sharpness
+from landscape_ray.probes.sharpness.worst_case import WorstCaseSharpnessProbe, worst_case_sharpness
 
 CROSS_ENTROPY = OutputLoss(nn.CrossEntropyLoss(reduction="none"), likelihood="categorical")
 ALL = {"sam": sam_sharpness, "worst": worst_case_sharpness, "average": average_case_sharpness}
@@ -211,7 +211,7 @@ def test_affordable():
         ({"eta": 0.1, "scaling": "standard"}, "eta must be 0 where scaling is standard, got 0.1"),
     ],
 )
-@pytest.mark.parametrize("probe", [SamSharpness, WorstCaseSharpness, AverageCaseSharpness])
+@pytest.mark.parametrize("probe", [SamSharpnessProbe, WorstCaseSharpnessProbe, AverageCaseSharpnessProbe])
 def test_settings_out_of_range(probe, settings, message):
     with pytest.raises(UserError, match=message):
         probe([None], **settings)
@@ -226,4 +226,4 @@ def test_subsets_need_a_loss_and_batches_that_can_be_cut():
     with pytest.raises(UserError, match=r"batches must be pairs of tensors .* got list; set subset_examples to 0"):
         subsets_of(function, 4)
     with pytest.raises(UserError, match="subset_examples must be at least 0, got -1"):
-        SamSharpness([None], subset_examples=-1)
+        SamSharpnessProbe([None], subset_examples=-1)

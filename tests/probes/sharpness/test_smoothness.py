@@ -11,7 +11,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes import Host
 from landscape_ray.probes.fixed_loss import observing
 from landscape_ray.probes.operators.operator import CurvatureOperator
-from landscape_ray.probes.sharpness.smoothness import LinfSmoothness, largest_response, linf_smoothness, norm_11
+from landscape_ray.probes.sharpness.smoothness import LinfSmoothnessProbe, largest_response, linf_smoothness, norm_11
 
 
 class Matrix(CurvatureOperator):
@@ -96,7 +96,7 @@ def test_lower_bound_of_positive_entries_is_the_norm():
 
 def test_gradients_turn_by_no_more(smooth_case):
     """The definition: ||g(w + s) - g(w)||_1 <= C ||s||_inf for small steps, and nearly C for the best signs."""
-    probe = LinfSmoothness([smooth_case.batch], num_vectors=40, num_ascents=10)
+    probe = LinfSmoothnessProbe([smooth_case.batch], num_vectors=40, num_ascents=10)
     found = probe.measure(smooth_case.module, smooth_case.loss)
     generator = torch.Generator().manual_seed(4)
     with observing(smooth_case.module, smooth_case.loss, [smooth_case.batch]) as function:
@@ -111,13 +111,13 @@ def test_gradients_turn_by_no_more(smooth_case):
 
 def test_probe_draws_anew_and_keeps_to_its_allowance(smooth_case):
     module, loss, batch = smooth_case
-    probe = LinfSmoothness([batch], num_vectors=6, num_ascents=0)
+    probe = LinfSmoothnessProbe([batch], num_vectors=6, num_ascents=0)
     assert list(probe.measure(module, loss)) == ["linf_smoothness", "linf_smoothness/per_parameter"]
     second, third = (probe.measure(module, loss)[probe.name] for _ in range(2))
     assert second.value != third.value
     assert second.num_matvecs == 6
     assert second.price_gradients == pytest.approx(probe.price_gradients)
-    twin = LinfSmoothness([batch], num_vectors=6, num_ascents=0)
+    twin = LinfSmoothnessProbe([batch], num_vectors=6, num_ascents=0)
     twin.load_state_dict(probe.state_dict())
     host = Host(allowance_gradients=1.2 + 4.5 * 2.3)
     short = probe.measure(module, loss, host)[probe.name]
@@ -129,7 +129,7 @@ def test_probe_draws_anew_and_keeps_to_its_allowance(smooth_case):
 def test_not_finite_is_unknown():
     module = nn.Linear(2, 1)
     loss = lambda m, x: m(x).sum() * math.inf  # noqa: E731
-    found = LinfSmoothness([torch.ones(1, 2)], num_vectors=3).measure(module, loss)
+    found = LinfSmoothnessProbe([torch.ones(1, 2)], num_vectors=3).measure(module, loss)
     assert all(math.isnan(estimate.value) for estimate in found.values())
 
 
@@ -142,4 +142,4 @@ def test_not_finite_is_unknown():
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(UserError, match=message):
-        LinfSmoothness([None], **settings)
+        LinfSmoothnessProbe([None], **settings)

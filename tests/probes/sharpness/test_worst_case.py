@@ -15,8 +15,8 @@ from landscape_ray.probes.fixed_loss import observing
 from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.sharpness.ascent import Ascent
 from landscape_ray.probes.sharpness.perturbation import ball_around
-from landscape_ray.probes.sharpness.sam import SamSharpness, sam_sharpness
-from landscape_ray.probes.sharpness.worst_case import WorstCaseSharpness, worst_case_sharpness
+from landscape_ray.probes.sharpness.sam import SamSharpnessProbe, sam_sharpness
+from landscape_ray.probes.sharpness.worst_case import WorstCaseSharpnessProbe, worst_case_sharpness
 
 CROSS_ENTROPY = OutputLoss(nn.CrossEntropyLoss(reduction="none"), likelihood="categorical")
 
@@ -224,8 +224,8 @@ def test_never_below_the_one_step_value_nor_below_a_smaller_ball(smooth_case):
     for scaling, norm in itertools.product(["standard", "elementwise", "filterwise"], ["l2", "linf"]):
         radii = [0.3, 0.01, 0.1, 1.0] if norm == "l2" else [0.03, 0.001, 0.01, 0.1]
         settings = {"radii": radii, "scaling": scaling, "norm": norm}
-        steps = SamSharpness([batch], **settings).measure(module, loss)
-        worst = WorstCaseSharpness([batch], **settings, num_steps=4).measure(module, loss)
+        steps = SamSharpnessProbe([batch], **settings).measure(module, loss)
+        worst = WorstCaseSharpnessProbe([batch], **settings, num_steps=4).measure(module, loss)
         names = ["", *(f"/rho_{radius:g}" for radius in radii[1:])]
         assert list(worst) == [f"worst_case_sharpness{name}" for name in names]
         for name in names:
@@ -273,7 +273,7 @@ def test_steps_into_infinity_are_taken_back():
 
 def test_allowance_cuts_the_steps(smooth_case):
     module, loss, batch = smooth_case
-    probe = WorstCaseSharpness([batch], radii=[0.1, 0.2], tol=0.0)
+    probe = WorstCaseSharpnessProbe([batch], radii=[0.1, 0.2], tol=0.0)
     assert probe.price_gradients == 41
     probe.measure(module, loss)
     full = probe.measure(module, loss)[probe.name]
@@ -282,7 +282,7 @@ def test_allowance_cuts_the_steps(smooth_case):
     assert short.price_gradients == pytest.approx(9)
     assert not short.converged
     assert probe.measure(module, loss, Host(allowance_gradients=0))[probe.name].price_gradients == pytest.approx(3)
-    steps = SamSharpness([batch], radii=[0.1, 0.2])
+    steps = SamSharpnessProbe([batch], radii=[0.1, 0.2])
     steps.measure(module, loss)
     assert steps.measure(module, loss)[steps.name].price_gradients == pytest.approx(steps.price_gradients)
 
@@ -340,4 +340,4 @@ def test_not_finite_is_unknown(smooth_case):
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(UserError, match=message):
-        WorstCaseSharpness([None], **settings)
+        WorstCaseSharpnessProbe([None], **settings)
