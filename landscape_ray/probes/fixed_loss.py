@@ -349,6 +349,15 @@ def _doubled(value: Any) -> Any:
     return value
 
 
+def slowest(seconds: float, device: torch.device) -> float:
+    """Return the largest of the values of all processes, where a process group exists: what all of them go by."""
+    if _num_processes() > 1:
+        value = torch.tensor(seconds, dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+        return float(value)
+    return seconds
+
+
 def _num_processes() -> int:
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if there else 1

@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import Estimate
+from landscape_ray.probes.fixed_loss import slowest
 from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.probe import NOBODY, Host, Need, Probe
 
@@ -21,9 +23,12 @@ class Monitor:
 
     A probe is due every so many steps, at step 0 and at the end. With a budget, what is due waits until it can be paid
     for: the time spent on probes, that of the next one included, stays below `budget` times the time spent on training.
-    For the measurement at the end, which is always made, a part is put aside all along. Those that wait are served in
-    the order in which they came due, so that a dear one is not starved by cheap ones. What a probe will cost is told
-    from its price and its past; the first time from the time of an update, if the host tells its batch size.
+    For the measurement at the end, which is always made, a part is put aside all along; what the budget cannot pay for
+    is measured only then, cut as short as the probe can be. Those that wait are served in the order in which they came
+    due, so that a dear one is not starved by cheap ones. What a probe will cost is told from its price and its past;
+    the first time from the time of an update, if the host tells its batch size. What costs nothing does not wait.
+
+    Data-parallel processes go by the clock of the slowest, so that they decide alike.
 
     With a budget, what is measured when depends on the clock; the training itself never does.
 
@@ -81,7 +86,7 @@ class Monitor:
         self._waiting: list[str] = []
         self._last_step: dict[str, int] = {}
         self._seconds_per_gradient: dict[str, float] = {}
-        self._began = time.perf_counter()
+        self._began, self._trained_before, self._spent_before = time.perf_counter(), 0.0, 0.0
 
     def __call__(
         self,
@@ -105,26 +110,28 @@ class Monitor:
             training_seconds: spent on training so far; None takes the time since this was made, less the probes'.
             num_steps: length of the run, where it is known: what is due then is measured at the end.
         """
+        due = self.due(step, num_steps)
+        self._waiting = [name for name in due if self.probes[name].price_gradients > 0]
+        free = [name for name in due if name not in self._waiting]
+        if not due:
+            return
         if training_seconds is None:
-            training_seconds = time.perf_counter() - self._began - self.spent_seconds
-        for name in self.due(step, num_steps):
-            if name not in self._waiting:
-                self._waiting.append(name)
-        while self._waiting:
-            name = self._waiting[0]
-            allowance = self._allowance(step, training_seconds, num_steps)
-            expected = self._expected_seconds(name, host.batch_size, step, training_seconds)
-            if step != num_steps and expected > allowance:
-                return
-            self._waiting.remove(name)
-            told = dataclasses.replace(host, step=step)
+            training_seconds = self._training_seconds()
+        device = next(module.parameters()).device if module is not None else torch.device("cpu")
+        clock = _Clock(self, step, slowest(training_seconds, device), num_steps, host.batch_size)
+        for name in free + self._waiting:
+            if name not in free and not clock.affords(name):
+                if clock.hopeless(name):
+                    continue  # not before the end: the others need not wait behind it
+                break
+            if name in self._waiting:
+                self._waiting.remove(name)
+            told = dataclasses.replace(host, step=step, allowance_gradients=clock.allowance_gradients(name))
             if not told.answers(self.probes[name].needs):
                 continue
-            if self.budget is not None and step != num_steps and (rate := self._seconds_per_gradient.get(name)):
-                told = dataclasses.replace(told, allowance_gradients=allowance / rate)
             began = time.perf_counter()
             found = self.probes[name].measure(module, loss, told)
-            seconds = time.perf_counter() - began
+            seconds = slowest(time.perf_counter() - began, device)
             self._last_step[name] = step
             self.spent_seconds += seconds
             price = math.fsum(estimate.price_gradients for estimate in found.values())
@@ -147,32 +154,15 @@ class Monitor:
         """Return whether a probe that may run at this step needs `need` from the host."""
         return any(need in self.probes[name].needs for name in self.due(step, num_steps))
 
-    def _allowance(self, step: int, training_seconds: float, num_steps: int | None) -> float:
-        """Return how many seconds may be spent now; what is put aside for the end is taken off."""
-        if self.budget is None:
-            return math.inf
-        reserve = 0.0
-        if num_steps is not None and step < num_steps:
-            reserve = math.fsum(
-                rate * self.probes[name].price_gradients for name, rate in self._seconds_per_gradient.items()
-            )
-            reserve *= step / num_steps
-        return self.budget * training_seconds - self.spent_seconds - reserve
-
-    def _expected_seconds(self, name: str, batch_size: int, step: int, training_seconds: float) -> float:
-        """Return what the next measurement will take; 0 where nothing tells, which lets the first one through."""
-        rate = self._seconds_per_gradient.get(name)
-        if rate is None:
-            num_examples = sum(getattr(item, "num_examples", 0) or _weight(item) for item in self.probes[name].batches)
-            if batch_size and not step:
-                return math.inf  # the first update will tell
-            rate = training_seconds / step * num_examples / batch_size if batch_size else 0.0
-        return rate * self.probes[name].price_gradients
+    def _training_seconds(self) -> float:
+        """Return the time since this was made, or went on from a state, that did not go into probes."""
+        return self._trained_before + time.perf_counter() - self._began - (self.spent_seconds - self._spent_before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered, of the probes too: tensors and plain values."""
         return {
             "spent_seconds": self.spent_seconds,
+            "training_seconds": self._training_seconds(),
             "waiting": list(self._waiting),
             "last_step": dict(self._last_step),
             "seconds_per_gradient": dict(self._seconds_per_gradient),
@@ -185,7 +175,8 @@ class Monitor:
         Raises:
             UserError: a probe's state is of another version.
         """
-        self.spent_seconds = state["spent_seconds"]
+        self.spent_seconds = self._spent_before = state["spent_seconds"]
+        self._began, self._trained_before = time.perf_counter(), state["training_seconds"]
         self._waiting = [name for name in state["waiting"] if name in self.probes]
         self._last_step = {name: step for name, step in state["last_step"].items() if name in self.probes}
         self._seconds_per_gradient = {n: r for n, r in state["seconds_per_gradient"].items() if n in self.probes}
@@ -194,5 +185,73 @@ class Monitor:
                 probe.load_state_dict(state["probes"][name])
 
 
-def _weight(item: Any) -> float:
-    return float(item[1]) if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float)) else 0.0
+class _Clock:
+    """What the budget has to say at one step."""
+
+    def __init__(
+        self, monitor: Monitor, step: int, training_seconds: float, num_steps: int | None, batch_size: int
+    ) -> None:
+        self._monitor, self._training_seconds, self._batch_size = monitor, training_seconds, batch_size
+        self._step, self._num_steps = step, num_steps
+        self._last = step == num_steps
+
+    def affords(self, name: str) -> bool:
+        """Return whether the next measurement of a probe can be paid for now; at the end all are made."""
+        return self._last or self._monitor.budget is None or self._expected(name) <= self._left()
+
+    def hopeless(self, name: str) -> bool:
+        """Return whether it could not be paid for before the end, by what is known."""
+        if self._num_steps is None or not self._step or self._monitor.budget is None:
+            return False
+        total = self._monitor.budget * self._training_seconds * self._num_steps / self._step
+        others = math.fsum(self._expected(other) for other in self._monitor.probes if other != name)
+        return self._expected(name) > total - self._monitor.spent_seconds - others
+
+    def allowance_gradients(self, name: str) -> float:
+        """Return what a measurement may cost, in gradients; at the end, what there is left."""
+        rate = self._rate(name)
+        if self._monitor.budget is None or not 0 < rate < math.inf:
+            return math.inf
+        return max(self._left(), 0.0) / rate
+
+    def _left(self) -> float:
+        """Return how many seconds may be spent now; what is put aside for the end is taken off."""
+        assert self._monitor.budget is not None
+        left = self._monitor.budget * self._training_seconds - self._monitor.spent_seconds
+        if self._num_steps is None or self._last:
+            return left
+        wanted = math.fsum(self._expected(name) for name in self._monitor.probes)
+        # what cannot be paid for at all would keep everything else from being measured
+        most = 0.5 * self._monitor.budget * self._training_seconds * self._num_steps / max(self._step, 1)
+        return left - min(wanted, most) * self._step / self._num_steps
+
+    def _expected(self, name: str) -> float:
+        """Return what the next measurement will take, in seconds."""
+        price = self._monitor.probes[name].price_gradients
+        return self._rate(name) * price if price else 0.0
+
+    def _rate(self, name: str) -> float:
+        """Return the seconds that a gradient on the batches of a probe takes.
+
+        0 where nothing tells, which lets the first one through; inf before the first update, which will tell.
+        """
+        known = self._monitor._seconds_per_gradient.get(name)
+        if known is not None:
+            return known
+        if not self._batch_size:
+            return 0.0
+        if not self._step:
+            return math.inf
+        num_examples = sum(_num_examples(item) for item in self._monitor.probes[name].batches)
+        return self._training_seconds / self._step * num_examples / self._batch_size
+
+
+def _num_examples(item: Any) -> float:
+    """Return the number of examples of a batch: as it says, by its weight, or by its first tensor."""
+    if hasattr(item, "num_examples"):
+        return float(item.num_examples)
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float)):
+        return float(item[1])
+    while isinstance(item, (list, tuple)) and item:
+        item = item[0]
+    return float(len(item)) if isinstance(item, Tensor) and item.dim() else 1.0

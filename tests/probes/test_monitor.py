@@ -109,7 +109,61 @@ def test_what_waits_is_measured_as_soon_as_it_can_be_paid(clock):
     assert found == []
     found, _ = run(Monitor([Costly("a", 1.0, clock, price=1.0)], 10, budget=0.05), 100, 1.0, clock, Host(batch_size=4))
     # each costs 20 updates, and the one at the end is saved for all along
-    assert [step for step, _ in found] == pytest.approx([20, 50, 75, 100], abs=1)
+    assert [step for step, _ in found] == pytest.approx([25, 50, 75, 100], abs=1)
+
+
+def test_what_costs_nothing_does_not_wait(clock):
+    free, dear = Costly("free", 0.0, clock, price=0.0), Costly("dear", 5.0, clock)
+    found, _ = run(Monitor([dear, free], 20, budget=0.05), 100, 1.0, clock, Host(batch_size=4))
+    assert [step for step, name in found if name == "free"] == [0, 20, 40, 60, 80, 100]
+
+
+def test_what_can_never_be_paid_for_does_not_keep_the_others_waiting(clock):
+    dear, cheap = Costly("dear", 60.0, clock, price=100.0), Costly("cheap", 0.3, clock, price=1.0)
+    monitor = Monitor([dear, cheap], 20, budget=0.05)
+    found, _ = run(monitor, 1000, 1.0, clock, Host(batch_size=4))
+    assert [step for step, name in found if name == "dear"] == [1000]
+    assert dear.told[0].allowance_gradients < 100  # cut as short as it can be
+    assert len([step for step, name in found if name == "cheap"]) > 20
+
+
+def test_the_end_is_put_aside_also_for_what_was_never_measured(clock):
+    slow = Costly("slow", 20.0, clock, price=20.0)
+    quick = Costly("quick", 1.0, clock, price=1.0)
+    monitor = Monitor([slow, quick], {"slow": 1000, "quick": 1}, budget=0.05)
+    _, training = run(monitor, 1000, 1.0, clock, Host(batch_size=4))
+    assert slow._num_measured >= 1
+    assert monitor.spent_seconds <= 0.05 * training + 1e-9
+
+
+def test_the_monitors_own_clock_goes_on_after_a_resume(clock):
+    def build():
+        return Monitor([Costly("a", 1.0, clock)], 10, budget=0.05)
+
+    first = build()
+    for step in range(1, 501):
+        clock.now += 1.0
+        list(first(step, None, None, Host(batch_size=4)))
+    state = first.state_dict()
+    clock.now += 1e4  # the time in between is nobody's
+    second = build()
+    second.load_state_dict(state)
+    steps = []
+    for step in range(501, 701):
+        clock.now += 1.0
+        steps += [step for _, e in second(step, None, None, Host(batch_size=4)) if e.price_gradients]
+    assert len(steps) == pytest.approx(10, abs=1)
+    assert steps[0] <= 520
+
+
+def test_examples_of_a_batch_without_weight_are_counted(clock):
+    batch = (torch.zeros(32, 3), torch.zeros(32))
+    one, other = (Monitor([Costly("a", 1.0, clock, batches=b)], None, budget=0.1) for b in ([batch], [(batch, 32)]))
+    for monitor in (one, other):
+        steps = []
+        for step in range(1, 1201):
+            steps += [step for _ in monitor(step, None, None, Host(batch_size=4), training_seconds=float(step))]
+        assert steps[0] == pytest.approx(800, abs=2)  # ten gradients of eight updates each
 
 
 def test_the_first_measurement_is_free_where_nothing_tells_its_cost(clock):
@@ -126,7 +180,7 @@ def test_the_allowance_is_told_in_gradients(clock):
     list(monitor(30, None, None, training_seconds=30.0))
     assert probe.told[1].allowance_gradients == pytest.approx((0.1 * 30 - 1.0) * 10)
     list(monitor(31, None, None, training_seconds=31.0, num_steps=31))
-    assert probe.told[2].allowance_gradients == float("inf")  # at the end nothing is cut short
+    assert probe.told[2].allowance_gradients == pytest.approx((0.1 * 31 - 2.0) * 10)  # at the end what is left
 
 
 def test_probes_wait_for_what_they_need(clock):
