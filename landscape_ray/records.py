@@ -54,6 +54,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("standard_error", "float64", "probe's own", "standard error or error bound of the value (probe)"),
     Column("num_matvecs", "int64", "products", "Hessian-vector products spent (probe)"),
     Column("price_gradients", "float64", "gradients", "cost in gradients on the probe batch (probe)"),
+    Column("converged", "int64", "", "1 where the accuracy that was asked for was reached, else 0 (probe)"),
     Column("event", "string", "", "exploit | mutate | diverged | resume (event)"),
     Column("donor", "string", "", "run whose weights were copied (event: exploit)"),
     Column("donor_step", "int64", "updates", "step of the copied weights (event: exploit)"),
@@ -125,6 +126,8 @@ class ProbeRecord(Progress):
     price_gradients: float = 0.0
     """What was spent, in gradients on the batch of the probe; of several estimates of one measurement the first bears
     it all."""
+    converged: int = 1
+    """1 where the accuracy that was asked for was reached; 0 where the value is rougher, cut short or unknown."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

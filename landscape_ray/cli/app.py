@@ -22,6 +22,7 @@ from landscape_ray.cli.shared import (
     new_console,
     open_all,
     open_sweep,
+    plain,
     save_study,
     shown,
     tracking_uri_of,
@@ -154,7 +155,10 @@ def probe(
         str, typer.Option("--probes", help="Names, separated by commas; default: those that the run had.")
     ] = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in the probe batch.")] = 256,
-    num_batches: Annotated[int, typer.Option(min=1, help="How many such batches.")] = 1,
+    num_batches: Annotated[
+        int | None, typer.Option(min=1, help="How many such batches; default: what each probe takes.")
+    ] = None,
+    double: Annotated[bool, typer.Option("--double", help="Measure in double precision.")] = False,
     density: Annotated[bool, typer.Option("--density", help="Draw the spectral density of the Hessian.")] = False,
     results: Results = DEFAULT_RESULTS,
     out: Annotated[
@@ -179,18 +183,26 @@ def probe(
             batch_size=batch_size,
             num_batches=num_batches,
             density=density,
+            double=double,
             progress=lambda name: status.update(f"measuring {name} ..."),
         )
     rows = {
-        name: (e.value, e.standard_error, e.converged, e.price_gradients, e.cost_seconds)
+        name: (
+            e.value,
+            e.standard_error,
+            e.converged,
+            e.price_gradients,
+            e.cost_seconds,
+            found.num_examples.get(name, 0),
+        )
         for name, e in found.estimates.items()
     }
-    title = f"{run_id} after {found.step} updates, on {found.num_examples} examples of its training data"
+    title = f"{run_id} after {found.step} updates, on its training data"
     console.print(probe_table(title, rows))
     for name, reason in found.unknown.items():
         console.print(f"[yellow]{name}: left out, {reason}[/yellow]", highlight=False)
-    numbers: dict[str, object] = {"run_id": run_id, "step": found.step, "num_examples": found.num_examples}
-    fields = ("value", "standard_error", "converged", "price_gradients", "cost_seconds")
+    numbers: dict[str, object] = {"run_id": run_id, "step": found.step}
+    fields = ("value", "standard_error", "converged", "price_gradients", "cost_seconds", "num_examples")
     numbers["estimates"] = {name: dict(zip(fields, row, strict=True)) for name, row in rows.items()}
     target = out if out is not None else folder.fits_path
     if found.density is not None:
@@ -208,7 +220,7 @@ def probe(
         )
         points = {"grid": spectrum.grid.tolist(), "density": spectrum.density.tolist()}
         save_study(figure, {**points, "outliers": spectrum.outliers.tolist()}, target, console)
-    write_atomic(target / f"probes-{run_id}.json", json.dumps(numbers, indent=1) + "\n")
+    write_atomic(target / f"probes-{run_id}.json", json.dumps(plain(numbers), indent=1) + "\n")
     console.print(f"saved in {shown(target)}", highlight=False, soft_wrap=True)
 
 

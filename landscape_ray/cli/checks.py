@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -150,7 +150,7 @@ def edge(
         values = dataclasses.asdict(found)
         state = values.pop("state")
         figure = edge_figure(name, **values, ratio=state["ratio"], state=state["state"])
-        save_study(figure, {**{k: _plain(v) for k, v in values.items() if k != "losses"}, **state}, out, console)
+        save_study(figure, {k: v for k, v in values.items() if k != "losses"} | state, out, console)
 
 
 @check.command(name="sgd-stability")
@@ -184,8 +184,8 @@ def sgd(
         measured_threshold=found.measured_threshold,
         num_steps=num_steps,
     )
-    numbers = {name: _plain(value) for name, value in dataclasses.asdict(found).items()}
-    save_study(figure, {**numbers, "measured_threshold": found.measured_threshold}, out, console)
+    numbers = dataclasses.asdict(found) | {"measured_threshold": found.measured_threshold}
+    save_study(figure, numbers, out, console)
 
 
 @check.command(name="sharpness")
@@ -207,21 +207,12 @@ def sharpness_over_widths(
         panels[name] = (found.widths, found.steps, found.sharpness, found.slope)
         numbers[name] = {
             "widths": found.widths,
-            "steps": _plain(found.steps),
-            "sharpness": _plain(found.sharpness),
-            "spread": _plain(found.spread),
+            "steps": found.steps,
+            "sharpness": found.sharpness,
+            "spread": found.spread,
             "slope": found.slope,
         }
     save_study(width_figure(panels), numbers, out, console)
-
-
-def _plain(value: Any) -> Any:
-    """Return arrays as lists that JSON can hold: None where a value is not finite."""
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def words(text: str) -> list[str]:

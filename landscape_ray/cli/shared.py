@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -108,6 +109,17 @@ def tracking_uri_of(folder: SweepFolder, explicit: str | None = None) -> str:
     return resolve_tracking_uri(explicit, folder.path.parent, folder.meta.get("tracking_uri"))
 
 
+def plain(value: Any) -> Any:
+    """Return arrays and tuples as lists that JSON can hold: None where a number is not finite."""
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def save_study(figure: Figure, numbers: Mapping[str, object], out: Path, console: Console) -> None:
     """Write figure and numbers, and print what the figure shows."""
     import json
@@ -115,7 +127,7 @@ def save_study(figure: Figure, numbers: Mapping[str, object], out: Path, console
     from landscape_ray.files import write_atomic
     from landscape_ray.reports.static import render
 
-    write_atomic(out / f"{figure.key}.json", json.dumps(numbers, indent=1) + "\n")
+    write_atomic(out / f"{figure.key}.json", json.dumps(plain(numbers), indent=1) + "\n")
     write_atomic(out / f"{figure.key}.png", render(figure))
     console.print(figure.takeaway, highlight=False, soft_wrap=True)
     console.print(f"figure: {shown(out / f'{figure.key}.png')}", highlight=False, soft_wrap=True)

@@ -13,19 +13,19 @@ from landscape_ray.reports import text
 from landscape_ray.reports.figures import Axis, Figure, Panel, series
 
 
-def probe_table(title: str, rows: Mapping[str, tuple[float, float, bool, float, float]]) -> Table:
+def probe_table(title: str, rows: Mapping[str, tuple[float, float, bool, float, float, int]]) -> Table:
     """Return the estimates as a table; `rough` are those that did not reach the accuracy that was asked for.
 
     Args:
         title: what was measured.
-        rows: name to (value, standard error or bound, converged, price in gradients, seconds).
+        rows: name to (value, standard error or bound, converged, price in gradients, seconds, examples; 0 of parts).
     """
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     table.add_column("probe", no_wrap=True)
-    for column in ("value", "± error", "gradients", "seconds"):
+    for column in ("value", "± error", "gradients", "seconds", "examples"):
         table.add_column(column, justify="right")
     table.add_column("")
-    for name, (value, error, converged, price, seconds) in rows.items():
+    for name, (value, error, converged, price, seconds, num_examples) in rows.items():
         known = math.isfinite(value)
         table.add_row(
             name,
@@ -33,6 +33,7 @@ def probe_table(title: str, rows: Mapping[str, tuple[float, float, bool, float, 
             text.number(error) if known else "",
             f"{price:.1f}" if price else "",
             f"{seconds:.2f}" if seconds else "",
+            f"{num_examples:,}" if num_examples else "",
             "" if converged or not known else "rough",
             style=None if "/" not in name else "dim",
         )

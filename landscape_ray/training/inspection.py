@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from landscape_ray.config import parse
 from landscape_ray.errors import UserError
-from landscape_ray.probes import PROBES, Estimate
+from landscape_ray.probes import PROBES, Estimate, Host, Probe
 from landscape_ray.probes.spectrum.density import SpectralDensity, spectral_density
 from landscape_ray.training.loop import update
-from landscape_ray.training.probing import ProbesConfig, build_monitor, host_of, probe_batches
+from landscape_ray.training.probing import (
+    ProbesConfig,
+    build_monitor,
+    host_of,
+    probe_batches,
+    probed_weights,
+    remember_update,
+)
 from landscape_ray.training.state import TrainState
 
 
@@ -24,17 +29,17 @@ class Inspection:
 
     Attributes:
         step: updates completed.
-        num_examples: in the probe batch.
         num_params: trainable parameters.
         estimates: by name, of each probe the main one first.
+        num_examples: that each probe looked at, by its name.
         unknown: probes that do not apply to the run, with the reason.
         density: of the Hessian's spectrum, where it was asked for.
     """
 
     step: int
-    num_examples: int
     num_params: int
     estimates: dict[str, Estimate]
+    num_examples: dict[str, int]
     unknown: dict[str, str]
     density: SpectralDensity | None = None
 
@@ -44,20 +49,23 @@ def inspect(
     probes: Sequence[str] = (),
     *,
     batch_size: int = 256,
-    num_batches: int = 1,
+    num_batches: int | None = None,
     density: bool = False,
+    double: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Inspection:
     """Return what probes say about the weights of a checkpoint, on a fixed batch of training data.
 
-    Probes that ask for an update get the one that the run would make next.
+    Probes that ask for an update look at the weights after one more, made by the data and the learning rate that would
+    come next; at the end of a run, where the schedule has none left, by the peak learning rate.
 
     Args:
         checkpoint: a file written by `TrainState.save`.
         probes: names; none: those that the run had, or sharpness.
         batch_size: examples in the probe batch, whatever the run's was.
-        num_batches: see `ProbeTable`.
+        num_batches: see `ProbeTable`; None keeps each probe's own.
         density: whether to measure the spectral density of the Hessian, about 190 Hessian-vector products.
+        double: whether to measure copies of the weights in float64.
         progress: called with the name of each probe before it runs.
 
     Raises:
@@ -69,12 +77,9 @@ def inspect(
     for name in names:
         if name not in PROBES and name not in tables:
             raise UserError(f"--probes must name registered probes ({', '.join(PROBES)}), got '{name}'")
-    sizes = {"batch_size": batch_size, "every_steps": 1}
-    asked = {name: tables[name].model_dump() if name in tables else {} for name in names}
-    asked = {name: table | sizes for name, table in asked.items()}
-    for table in asked.values():
-        if num_batches > 1:
-            table["num_batches"] = num_batches
+    sizes: dict[str, Any] = {"batch_size": batch_size, "every_steps": 1}
+    sizes |= {} if num_batches is None else {"num_batches": num_batches}
+    asked = {name: (tables[name].model_dump() if name in tables else {}) | sizes for name in names}
     custom = {name: asked.pop(name) for name in list(asked) if name not in PROBES}
     monitor = build_monitor(
         parse(ProbesConfig, asked | {"custom": custom}, "probes"),
@@ -83,44 +88,60 @@ def inspect(
         seed=state.config.seed,
         batch_size=state.config.batch_size,
     )
-    state.last_update = _next_update(checkpoint)
-    host = host_of(state)
+    moved: tuple[TrainState, Host] | None = None
     estimates: dict[str, Estimate] = {}
+    num_examples: dict[str, int] = {}
     unknown: dict[str, str] = {}
-    state.optimizer.eval()
     for name, probe in monitor.probes.items():
         if progress is not None:
             progress(name)
+        if name == "distance_from_init" and name in state.monitor.probes:
+            probe = state.monitor.probes[name]  # which remembers where the run began
+        looked_at, host = state, host_of(state)
+        if "update" in probe.needs:
+            moved = moved or _one_more(checkpoint)
+            looked_at, host = moved
         if not host.answers(probe.needs):
-            unknown[name] = f"the optimizer '{state.config.optimizer.name}' has no {' and '.join(sorted(probe.needs))}"
+            unknown[name] = _reason(state, probe)
             continue
-        estimates |= probe.measure(state.module, state.objective, host)
+        probe.double = double
+        looked_at.optimizer.eval()
+        estimates |= probe.measure(looked_at.module, looked_at.objective, host)
+        looked_at.optimizer.train()
+        num_examples[name] = sum(weight for _, weight in probe.batches)
     found = None
     if density:
         if progress is not None:
             progress("spectral density")
-        batches = probe_batches(state.data, state.device, state.config.seed, batch_size, num_batches)
+        batches = probe_batches(state.data, state.device, state.config.seed, batch_size, num_batches or 1)
+        state.optimizer.eval()
         found = spectral_density(state.module, state.objective, batches, seed=state.config.seed)
     return Inspection(
         step=state.step,
-        num_examples=batch_size * num_batches,
         num_params=sum(parameter.numel() for parameter in state.optimizer.parameters),
         estimates=estimates,
+        num_examples=num_examples,
         unknown=unknown,
         density=found,
     )
 
 
-def _next_update(checkpoint: Path) -> list[Tensor] | None:
-    """Return what the next update would add to the weights; None where it cannot be made."""
-    twin, _ = TrainState.load(checkpoint)
-    before = [parameter.detach().clone() for parameter in twin.optimizer.parameters]
-    schedule = twin.config.schedule.build(twin.config.num_steps)
-    if twin.diverged is not None:
-        return None
-    if twin.step >= twin.config.num_steps:
-        # at the end of a schedule the learning rate may be zero: the direction is that of the peak
+def _one_more(checkpoint: Path) -> tuple[TrainState, Host]:
+    """Return the run after one more update, and what a loop would tell a probe then."""
+    state, _ = TrainState.load(checkpoint)
+    schedule = state.config.schedule.build(state.config.num_steps)
+    if state.step >= state.config.num_steps or float(schedule(state.step)) == 0.0:
         schedule = dataclasses.replace(schedule, name="constant", warmup_steps=0)
-    update(twin, schedule)
-    moved = [new.detach() - old for new, old in zip(twin.optimizer.parameters, before, strict=True)]
-    return moved if any(bool(torch.any(part != 0)) for part in moved) else None
+    lr, before = float(schedule(state.step)), probed_weights(state)
+    if state.diverged is None:
+        update(state, schedule)
+    if state.diverged is None:
+        remember_update(state, before)
+    return state, dataclasses.replace(host_of(state), lr=lr)
+
+
+def _reason(state: TrainState, probe: Probe) -> str:
+    if state.diverged is not None:
+        return "the run has diverged"
+    missing = " and ".join(sorted(probe.needs))
+    return f"the optimizer '{state.config.optimizer.name}' has no {missing}"

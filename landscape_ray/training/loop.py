@@ -235,6 +235,7 @@ def probe(state: TrainState) -> Iterator[ProbeRecord]:
             standard_error=estimate.standard_error,
             num_matvecs=estimate.num_matvecs,
             price_gradients=estimate.price_gradients,
+            converged=int(estimate.converged),
         )
 
 

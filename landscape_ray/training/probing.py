@@ -34,6 +34,9 @@ class ProbeTable(Model):
     """How many such batches. For most probes parts of one large batch, computed one after the other to save memory; for
     those of noise (batch_sharpness, gradient_noise_scale) the sample."""
 
+    double: bool = False
+    """Whether to measure a copy of the weights in float64."""
+
     @model_validator(mode="after")
     def _at_least_one(self) -> ProbeTable:
         for name in ("every_steps", "batch_size"):
@@ -49,7 +52,7 @@ class ProbeTable(Model):
 
     def settings(self) -> dict[str, Any]:
         """Return the keywords of the probe's constructor."""
-        named = self.model_dump(exclude={"every_steps", "batch_size", "num_batches"})
+        named = self.model_dump(exclude={"every_steps", "batch_size", "num_batches", "double"})
         return {("tol" if name == "tolerance" else name): value for name, value in named.items()}
 
 
@@ -355,6 +358,12 @@ class ProbesConfig(Model):
     @model_validator(mode="after")
     def _paid_for(self) -> ProbesConfig:
         for name, table in self.tables.items():
+            try:
+                table.probe(name)(batches=[], seed=0, **table.settings())
+            except UserError as error:
+                raise ValueError(f"{name}.{error}") from None
+            except TypeError as error:  # what a user's constructor does not take
+                raise ValueError(f"custom.{name}.arguments: {error}") from None
             for field in ("every_steps", "batch_size"):
                 if getattr(table, field) == "auto" and self.budget is None:
                     raise ValueError(f"{name}.{field} must be a number where probes.budget is not set, got 'auto'")
@@ -377,15 +386,16 @@ def build_monitor(config: ProbesConfig, data: Data, device: torch.device, *, see
     probes: list[Probe] = []
     share = (config.budget or 0.0) / max(len(config.tables), 1)
     for name, table in config.tables.items():
+        probe = table.probe(name)(batches=[], seed=seed, **table.settings())
+        probe.double = table.double
+        size = table.batch_size
+        if size == "auto" and table.every_steps != "auto":
+            size = _affordable(share * table.every_steps, probe.price_gradients * table.num_batches, batch_size)
+        assert isinstance(size, int)
         try:
-            probe = table.probe(name)(batches=[], seed=seed, **table.settings())
-            size = table.batch_size
-            if size == "auto" and table.every_steps != "auto":
-                size = _affordable(share * table.every_steps, probe.price_gradients * table.num_batches, batch_size)
-            assert isinstance(size, int)
             probe.batches = probe_batches(data, device, seed, size, table.num_batches)
-        except (UserError, TypeError) as error:  # what a user's constructor does not take is a TypeError
-            raise UserError(f"probes.{name}.{error}") from None
+        except UserError as error:
+            raise UserError(f"probes.{name}.batch_size is too large: {error}") from None
         if probe.name != name:
             raise UserError(f"probes.custom.{name} must be called as its probe, got one of name '{probe.name}'")
         probes.append(probe)
@@ -431,7 +441,7 @@ def weights_before(state: TrainState) -> list[Tensor] | None:
     """Return a copy of the weights, where a probe asks for what the coming update adds to them."""
     if not state.monitor.wants("update", state.step + 1, state.config.num_steps):
         return None
-    return [parameter.detach().clone() for parameter in state.optimizer.parameters]
+    return probed_weights(state)
 
 
 def remember_update(state: TrainState, before: list[Tensor] | None) -> None:
@@ -439,6 +449,12 @@ def remember_update(state: TrainState, before: list[Tensor] | None) -> None:
     if before is None:
         state.last_update = None
         return
-    state.last_update = [
-        parameter.detach() - old for parameter, old in zip(state.optimizer.parameters, before, strict=True)
-    ]
+    state.last_update = [new - old for new, old in zip(probed_weights(state), before, strict=True)]
+
+
+def probed_weights(state: TrainState) -> list[Tensor]:
+    """Return a copy of the weights that probes look at: with schedule-free optimizers not those that are trained."""
+    state.optimizer.eval()
+    weights = [parameter.detach().clone() for parameter in state.optimizer.parameters]
+    state.optimizer.train()
+    return weights

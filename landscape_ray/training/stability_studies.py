@@ -84,6 +84,12 @@ def follow_edge(config: TrainConfig, *, progress: Callable[[int], None] | None =
         raise UserError(f"the file must measure what {optimizer.name} is stable by; add [train.probes.{names[0]}]")
     name = measured[-1]
     state = TrainState.create(config)
+    size = getattr(config.data, "train_size", None)
+    if size != config.batch_size:
+        raise UserError(
+            f"batch_size must be data.train_size, got {config.batch_size} of {size or 'all'}: the threshold is one of "
+            "full batches"
+        )
     schedule = config.schedule.build(config.num_steps)
     steps, values, limits, losses = [], [], [], []
     for record in train(state):
@@ -93,12 +99,14 @@ def follow_edge(config: TrainConfig, *, progress: Callable[[int], None] | None =
                 progress(record.step)
         elif isinstance(record, ProbeRecord) and record.probe == name and math.isfinite(record.value):
             last = max(record.step - 1, 0)
+            # an independent decay shrinks weights by its product with the shape of the schedule
+            independent = getattr(optimizer, "decay_coupling", "") == "independent"
             limit = threshold(
                 optimizer.name,
                 float(schedule(last)),
                 schedule.momentum(last, optimizer.momentum),
                 nesterov=isinstance(optimizer, SGDConfig) and optimizer.nesterov,
-                weight_decay=optimizer.weight_decay,
+                weight_decay=optimizer.weight_decay / (config.schedule.peak_lr if independent else 1.0),
                 coupled=isinstance(optimizer, SGDConfig) and optimizer.l2,
             )
             if limit is not None and math.isfinite(limit):
@@ -267,6 +275,11 @@ def sharpness_transfer(
             for r in train(state)
             if isinstance(r, ProbeRecord) and r.probe == "preconditioned_sharpness"
         }
+        if not found:
+            raise UserError(
+                f"the run at width {width} must be measured, got no value ({state.diverged or config.optimizer.name}); "
+                "take sgd or adamw, and a learning rate that it survives"
+            )
         curves.append(found)
         if progress is not None:
             progress(f"width {width}: sharpness {list(found.values())[-1]:.3g}")

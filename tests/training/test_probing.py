@@ -13,6 +13,7 @@ from landscape_ray.probes import Estimate, FixedLoss, Host, Probe
 from landscape_ray.records import ProbeRecord
 from landscape_ray.training import TrainConfig, TrainState, train
 from landscape_ray.training.inspection import inspect
+from landscape_ray.training.probing import probed_weights
 
 BASE: dict[str, Any] = {
     "num_steps": 8,
@@ -71,7 +72,7 @@ def test_a_users_probe_is_one_table_away(users_module: None) -> None:
             {"other": {"path": "users_probes:Weigher"}},
             "custom.other must be called as its probe, got one of name 'weight'",
         ),
-        ({"weight": {"path": "users_probes:Weigher", "arguments": {"mass": 1}}}, "probes.weight.*'mass'"),
+        ({"weight": {"path": "users_probes:Weigher", "arguments": {"mass": 1}}}, "custom.weight.arguments: .*'mass'"),
         ({"weight": {"path": "users_probes:Gone"}}, "cannot import 'users_probes:Gone'"),
         ({"weight": {"path": "sharp"}}, "path must be a known name or a path"),
     ],
@@ -131,8 +132,10 @@ def test_several_batches_are_parts_of_one() -> None:
         ({"gradient_noise_scale": {"source": "micro_batches"}}, "num_batches must be at least 3"),
         ({"gradient_noise_scale": {"num_products": 1}}, "num_products must be 0 or at least 2, got 1"),
         ({"sharpnes": {}}, "unknown key 'probes.sharpnes'"),
-        ({"sam_sharpness": {"radii": [-1.0]}}, r"probes.sam_sharpness.radii"),
-        ({"trace": {"batch_size": 10**6}}, "1000000"),
+        ({"sam_sharpness": {"radii": [-1.0]}}, "sam_sharpness.radi"),
+        ({"trace": {"batch_size": 10**6}}, "probes.trace.batch_size is too large: .*1000000"),
+        ({"linf_smoothness": {"num_vectors": 2}}, "linf_smoothness.num_vectors must"),
+        ({"worst_case_sharpness": {"radii": []}}, "worst_case_sharpness.radii must"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(probes: dict[str, Any], message: str) -> None:
@@ -158,13 +161,78 @@ def test_a_checkpoint_can_be_measured_with_other_probes_and_batches(tmp_path: Pa
 
     asked = ["directional_sharpness", "preconditioned_sharpness", "trace"]
     more = inspect(tmp_path / "state.pt", asked, batch_size=32, num_batches=2, density=True)
-    assert more.num_examples == 64
+    assert more.num_examples == dict.fromkeys(asked, 64)
     assert not more.unknown
     assert all(math.isfinite(more.estimates[name].value) for name in asked)
     assert more.density is not None
     assert more.density.trace.value == pytest.approx(more.estimates["trace"].value, rel=0.5)
     with pytest.raises(UserError, match=r"--probes must name registered probes .* got 'sharp'"):
         inspect(tmp_path / "state.pt", ["sharp"])
+
+
+@pytest.mark.parametrize("schedule", [{"name": "constant", "peak_lr": 0.1}, {"name": "cosine", "peak_lr": 0.1}])
+def test_probes_of_an_update_look_at_the_weights_after_it(tmp_path: Path, schedule: dict[str, Any]) -> None:
+    """Critical sharpness is 2 / lr times the smallest multiple of the update that raises the loss, from before it."""
+    run = parse(TrainConfig, BASE | {"schedule": schedule, "optimizer": {"name": "sgd", "momentum": 0.0}}, "probing")
+    state = TrainState.create(run)
+    list(train(state))
+    state.save(tmp_path / "state.pt")
+    found = inspect(tmp_path / "state.pt", ["critical_sharpness"], batch_size=64).estimates["critical_sharpness"]
+
+    twin, _ = TrainState.load(tmp_path / "state.pt")
+    before = [p.detach().clone() for p in twin.optimizer.parameters]
+    twin.optimizer.set_values(0.1, 0.0, 0.0)
+    batch = twin.data.batch(0, 8, 64)
+    twin.loss(batch).backward()
+    twin.clipper(twin.optimizer.parameters)
+    twin.optimizer.step()
+    update = [p.detach() - old for p, old in zip(twin.optimizer.parameters, before, strict=True)]
+    inputs, targets = twin.data.probe_batch(0, 64)
+    twin.module.eval()
+
+    def loss_at(multiple: float) -> float:
+        for parameter, old, step in zip(twin.optimizer.parameters, before, update, strict=True):
+            parameter.data.copy_(old + multiple * step)
+        with torch.no_grad():
+            return float(twin.objective(twin.module, (inputs, targets)))
+
+    multiples = torch.logspace(-2, 4, 400).tolist()
+    first = next(m for m in multiples if loss_at(m) > loss_at(0.0))
+    assert found.value == pytest.approx(2 / (0.1 * first), rel=0.15)
+
+
+def test_the_distance_from_init_is_that_of_the_run(tmp_path: Path) -> None:
+    state = TrainState.create(config(distance_from_init={"every_steps": 8}))
+    records = [r for r in train(state) if isinstance(r, ProbeRecord) and r.probe == "distance_from_init"]
+    state.save(tmp_path / "state.pt")
+    found = inspect(tmp_path / "state.pt").estimates["distance_from_init"]
+    assert found.value == records[-1].value > 0
+
+
+def test_double_precision_on_request(tmp_path: Path) -> None:
+    state = TrainState.create(config(trace={"double": True, "batch_size": 16}))
+    assert state.monitor.probes["trace"].double
+    (record,) = [r for r in train(state, 0) if isinstance(r, ProbeRecord) and r.probe == "trace"]
+    plain = TrainState.create(config(trace={"batch_size": 16}))
+    (other,) = [r for r in train(plain, 0) if isinstance(r, ProbeRecord) and r.probe == "trace"]
+    assert record.value != other.value
+    assert record.value == pytest.approx(other.value, rel=1e-3)
+    state.save(tmp_path / "state.pt")
+    found = inspect(tmp_path / "state.pt", ["trace"], batch_size=16, double=True)
+    assert found.estimates["trace"].value == pytest.approx(record.value, rel=1e-9)
+
+
+def test_schedule_free_updates_are_those_of_the_weights_that_are_probed() -> None:
+    pytest.importorskip("schedulefree")
+    table = {"optimizer": {"name": "schedule_free_adamw"}, "probes": {"directional_sharpness": {"every_steps": 2}}}
+    state = TrainState.create(parse(TrainConfig, BASE | table, "probing"))
+    list(train(state, until_step=1))
+    before = probed_weights(state)
+    list(train(state, until_step=2))
+    assert state.last_update is not None
+    for old, new, update in zip(before, probed_weights(state), state.last_update, strict=True):
+        assert torch.equal(new - old, update)
+    assert any(bool((update != 0).any()) for update in state.last_update)
 
 
 def test_what_does_not_apply_is_said(tmp_path: Path) -> None:

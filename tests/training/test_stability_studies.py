@@ -122,6 +122,8 @@ def test_studies_refuse_what_they_cannot_look_at() -> None:
         follow_edge(with_changes(edge, {"optimizer": {"name": "adamw"}}))
     with pytest.raises(UserError, match=r"live for four measurements, got 1 \(diverged: .*lower the learning rate"):
         follow_edge(with_changes(edge, {"schedule.peak_lr": 50.0}))
+    with pytest.raises(UserError, match=r"batch_size must be data\.train_size, got 100 of 200"):
+        follow_edge(with_changes(edge, {"batch_size": 100}))
     with pytest.raises(UserError, match="lrs must hold two or more positive learning rates"):
         sgd_stability([1.0])
     with pytest.raises(UserError, match="lrs must hold two or more positive learning rates"):
@@ -131,3 +133,21 @@ def test_studies_refuse_what_they_cannot_look_at() -> None:
     wide = from_file("width_sharpness")
     with pytest.raises(UserError, match="widths must hold two or more different widths"):
         sharpness_transfer(wide, [8])
+    with pytest.raises(UserError, match=r"the run at width 8 must be measured, got no value \(muon\)"):
+        sharpness_transfer(with_changes(wide, {"optimizer": {"name": "muon"}, "num_steps": 2}), [8, 16])
+
+
+def test_an_independent_decay_enters_the_threshold_as_it_is_applied() -> None:
+    tables = {
+        "num_steps": 40,
+        "probes.sharpness.every_steps": 10,
+        "optimizer.momentum": 0.0,
+        "optimizer.weight_decay": 0.3,
+    }
+    coupled, independent = (
+        follow_edge(with_changes(from_file("edge_momentum"), tables | {"optimizer.decay_coupling": how}))
+        for how in ("lr", "independent")
+    )
+    # weights shrink by lr wd, or by wd: 2 / lr (1 - that / 2)
+    assert coupled.thresholds[-1] == pytest.approx(40 * (1 - 0.05 * 0.3 / 2))
+    assert independent.thresholds[-1] == pytest.approx(40 * (1 - 0.3 / 2))
