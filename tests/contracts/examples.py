@@ -145,3 +145,8 @@ class Waves(Data):
 
     def validation_batches(self, num_batches: int | None, batch_size: int) -> list[Batch]:
         return [self._draw((2, i), 0, batch_size) for i in range(num_batches or 4)]
+
+
+def mean_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return a loss of a user that gives the mean only."""
+    return torch.nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())

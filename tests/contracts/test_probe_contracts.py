@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from landscape_ray.config import parse
+from landscape_ray.errors import UserError
 from landscape_ray.probes import PROBES, Estimate, Probe
 from landscape_ray.records import ProbeRecord
 from landscape_ray.training import TrainConfig, TrainState, train
 from landscape_ray.training.cohort import Cohort
 from landscape_ray.training.probing import ProbesConfig, host_of, remember_update, weights_before
-from tests.contracts.examples import DATA, MODEL, PROBE, SUITS
+from tests.contracts.examples import DATA, MINE, MODEL, PROBE, SUITS
 from tests.contracts.test_contracts import assert_resumes_to_the_bit, assert_same
 
 HOSTS = {"mlp": {"dropout": 0.1}, "cnn": {}, "gpt": {"dropout": 0.1}}
@@ -40,9 +41,9 @@ def config(probe: str, model: str, **tables: Any) -> TrainConfig:
     return parse(TrainConfig, base | tables, "contract")
 
 
-def prepared(probe: str, model: str) -> TrainState:
+def prepared(probe: str, model: str, **tables: Any) -> TrainState:
     """Return a run after two updates, in training mode, with gradients and a pending update."""
-    state = TrainState.create(config(probe, model))
+    state = TrainState.create(config(probe, model, **tables))
     list(train(state, until_step=2))
     before = [p.detach().clone() for p in state.optimizer.parameters]
     state.module.train()
@@ -122,6 +123,64 @@ def test_the_host_is_untouched(name: str, model: str) -> None:
     assert found[name].price_gradients > 0 or name == "distance_from_init"  # which looks at nothing but weights
     assert found[name].cost_seconds > 0
     assert all(found[other].cost_seconds == 0 for other in others)
+
+
+LOSS: dict[str, dict[str, Any]] = {
+    "squared_error": {"name": "squared_error"},
+    "z_loss": {"name": "cross_entropy", "z_loss": 1e-3, "label_smoothing": 0.1},
+    "users_mean": {"name": f"{MINE}:mean_loss"},
+}
+
+
+REFUSED = {
+    ("logit_sharpness", "z_loss"),
+    ("logit_sharpness", "users_mean"),
+    ("ggn_trace", "z_loss"),
+    ("ggn_trace", "users_mean"),
+    ("opposing_signals", "users_mean"),
+}
+"""Probes that need to know the likelihood, or the losses of single examples."""
+
+
+@pytest.mark.parametrize("loss", LOSS)
+@pytest.mark.parametrize("name", PROBE)
+def test_any_loss_is_measured_or_refused_in_a_sentence(name: str, loss: str) -> None:
+    if (name, loss) in REFUSED:
+        with pytest.raises(UserError, match=r"^loss"):
+            prepared(name, "mlp", loss=LOSS[loss], batch_size=10)
+        return
+    state = prepared(name, "mlp", loss=LOSS[loss], batch_size=10)
+    assert math.isfinite(measure(state, state.monitor.probes[name])[name].value)
+
+
+EXACT = ("sharpness", "gradient_norms", "sam_sharpness", "preconditioned_sharpness", "logit_sharpness")
+
+
+@pytest.mark.parametrize("name", PROBE)
+def test_unequal_batches_are_one(name: str) -> None:
+    state = prepared(name, "mlp")
+    probe = state.monitor.probes[name]
+    inputs, targets = state.data.probe_batch(0, 24)
+    cuts = ((0, 5), (5, 12), (12, 24))
+    probe.batches = [((inputs[a:b], targets[a:b]), b - a) for a, b in cuts]
+    parts = measure(state, probe)
+    assert math.isfinite(parts[name].value)
+    if name in EXACT:
+        whole = TrainState.create(config(name, "mlp")).monitor.probes[name]
+        whole.batches = [((inputs, targets), 24)]
+        expected = measure(state, whole)[name]
+        slack = 2 * (expected.standard_error + parts[name].standard_error)
+        assert parts[name].value == pytest.approx(expected.value, rel=1e-3, abs=slack)
+
+
+@pytest.mark.parametrize("name", PROBE)
+def test_double_precision(name: str) -> None:
+    state = prepared(name, "mlp")
+    probe = state.monitor.probes[name]
+    probe.double = True
+    found = measure(state, probe)
+    assert math.isfinite(found[name].value)
+    assert all(p.dtype == torch.float32 for p in state.module.parameters())
 
 
 @pytest.mark.parametrize("name", PROBE)
