@@ -226,8 +226,8 @@ class TraceConfig(ProbeTable):
     tolerance: float = Field(default=0.05, gt=0, lt=1)
     """Relative standard error to reach."""
     max_matvecs: int = Field(default=100, ge=3)
-    curvature: Literal["hessian", "ggn"] = "hessian"
-    """Of which matrix."""
+    curvature: Curvature = "hessian"
+    """Of which matrix; see eigenvalues."""
     method: Literal["auto", "hutchinson", "hutch++", "xtrace"] = "auto"
     """The estimator; auto: what a few samples say is the cheapest."""
     route: Literal["exact", "finite_difference", "auto"] = "exact"

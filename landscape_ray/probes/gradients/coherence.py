@@ -13,7 +13,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
 from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
 from landscape_ray.probes.gradients.per_example import ExampleGradients
-from landscape_ray.probes.gradients.units import MAX_BYTES, inverse_roots, jackknife_error
+from landscape_ray.probes.gradients.units import MAX_BYTES, agreed, check_max_bytes, inverse_roots, jackknife_error
 from landscape_ray.probes.losses import DetailedLoss, detailed
 from landscape_ray.probes.probe import Host, Probe
 
@@ -128,7 +128,11 @@ class GradientCoherenceProbe(Probe):
             batches: see :func:`gradient_coherence`; the same at every measurement.
             max_bytes: see :func:`gradient_coherence`.
             seed: of noise that the loss may contain.
+
+        Raises:
+            UserError: an argument out of its range.
         """
+        check_max_bytes(max_bytes)
         super().__init__(batches, seed=seed)
         self.max_bytes = max_bytes
         self._price_gradients = 2.5
@@ -140,5 +144,5 @@ class GradientCoherenceProbe(Probe):
 
     def _measure(self, function: FixedLoss, host: Host) -> dict[str, Estimate]:
         found = _coherence(function, self.max_bytes)
-        self._price_gradients = function.spent_gradients
+        self._price_gradients = agreed(function.spent_gradients)
         return {self.name: found.m_coherence, f"{self.name}/mean_cosine": found.mean_cosine}

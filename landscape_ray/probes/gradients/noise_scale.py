@@ -15,8 +15,9 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
 from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
 from landscape_ray.probes.gradients.pair_formula import Source, jackknife_covariances, pair_table, ratio_estimate
-from landscape_ray.probes.gradients.units import MAX_BYTES, jackknife_error
+from landscape_ray.probes.gradients.units import MAX_BYTES, agreed, check_max_bytes, jackknife_error
 from landscape_ray.probes.losses import Loss
+from landscape_ray.probes.operators import HessianOperator
 from landscape_ray.probes.probe import Host, Probe
 
 
@@ -239,8 +240,8 @@ class GradientNoiseScaleProbe(Probe):
     """The gradient noise scale along a training run.
 
     With `smoothing`, |G|^2 and tr(S) are averaged over measurements before dividing, with weights that decay by that
-    factor from one to the next. The same goes for the values with one unit left out, so the errors stay right although
-    all measurements are on the same examples.
+    factor from one to the next; an average over another number of units is dropped. The same goes for the values with
+    one unit left out, so the errors stay right although all measurements are on the same examples.
     """
 
     name = "gradient_noise_scale"
@@ -270,30 +271,35 @@ class GradientNoiseScaleProbe(Probe):
             UserError: an argument out of its range.
         """
         _check(source, num_products)
+        check_max_bytes(max_bytes)
         if not 0 <= smoothing < 1:
             raise UserError(f"smoothing must be at least 0 and below 1, got {smoothing}; 0 is no average")
         super().__init__(batches, seed=seed)
         self.source, self.num_products, self.smoothing, self.max_bytes = source, num_products, smoothing, max_bytes
         self._average: Tensor | None = None
         self._weight = 0.0
-        self._price_gradients = 2.5 + 3.5 * (num_products + 1 if num_products else 0)
+        self._price_gradients: float | None = None
 
     @property
     def price_gradients(self) -> float:
         """What the last measurement cost, in gradients on the batches of the probe; a typical price before any."""
+        if self._price_gradients is None:
+            setup, each = HessianOperator.prices(False)
+            return 2.5 + (setup + each * (self.num_products + 1) if self.num_products else 0.0)
         return self._price_gradients
 
     def _measure(self, function: FixedLoss, host: Host) -> dict[str, Estimate]:
-        num_products = self.num_products
-        if num_products:
-            affordable = (min(host.allowance_gradients, 1e9) - 5) / 3.5
-            num_products = max(2, min(num_products, int(affordable)))
         table, route, num_matvecs = pair_table(
-            function, self.source, num_products, self.seed + self._num_measured, self.max_bytes
+            function,
+            self.source,
+            self.num_products,
+            self.seed + self._num_measured,
+            self.max_bytes,
+            host.allowance_gradients,
         )
         if bool(table.isfinite().all()):
             table = self._averaged(table)
-            self._price_gradients = function.spent_gradients
+            self._price_gradients = agreed(function.spent_gradients)
         found = _read(table, route, num_matvecs)
         result: dict[str, Estimate] = {
             self.name: found.noise_scale,
@@ -307,12 +313,9 @@ class GradientNoiseScaleProbe(Probe):
     def _averaged(self, table: Tensor) -> Tensor:
         if self.smoothing == 0:
             return table
-        earlier = torch.zeros_like(table) if self._average is None else self._average.to(table.device)
-        if earlier.shape != table.shape:
-            raise UserError(
-                f"state of the probe '{self.name}' must have shape {tuple(table.shape)}, got {tuple(earlier.shape)}; "
-                "the checkpoint is of other batches or settings"
-            )
+        if self._average is None or self._average.shape != table.shape:  # of a run with another batch size
+            self._average, self._weight = torch.zeros_like(table), 0.0
+        earlier = self._average.to(table.device)
         kept = self.smoothing * self._weight
         self._weight = kept + 1.0
         self._average = (kept * earlier + table) / self._weight

@@ -15,6 +15,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
 from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
 from landscape_ray.probes.losses import Loss
+from landscape_ray.probes.operators.blocks import layers
 from landscape_ray.probes.probe import Host, Probe
 
 
@@ -24,9 +25,8 @@ class LayerNorms:
 
     Attributes:
         total: of all of it.
-        layers: of the part of each module that has trainable parameters of its own, by its name in the network; those
-            of the network itself under `root`. Tied weights count where they come first. Their squares add up to that
-            of the total.
+        layers: of the part of each layer, by its name; see :func:`landscape_ray.probes.operators.blocks.layers`. Their
+            squares add up to that of the total.
     """
 
     total: Estimate
@@ -100,7 +100,7 @@ def distance_from_init(module: nn.Module, initial: Mapping[str, Tensor]) -> Laye
 
 
 def _layer_norms(module: nn.Module, parameters: Sequence[nn.Parameter], vector: Tensor) -> LayerNorms:
-    names = {id(p): name.rpartition(".")[0] or "root" for name, p in module.named_parameters()}
+    names = {id(p): name for name, own in layers(module).items() for p in own}
     squares: dict[str, list[Tensor]] = {}
     parts = torch.split(vector, [p.numel() for p in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
@@ -109,8 +109,8 @@ def _layer_norms(module: nn.Module, parameters: Sequence[nn.Parameter], vector: 
     sums = torch.stack([torch.stack(terms).sum() for terms in squares.values()]).tolist()  # one wait for a GPU
     if not all(math.isfinite(square) for square in sums):
         return LayerNorms(total=UNKNOWN, layers=dict.fromkeys(squares, math.nan))
-    layers = {name: math.sqrt(square) for name, square in zip(squares, sums, strict=True)}
-    return LayerNorms(total=Estimate(value=math.sqrt(math.fsum(sums))), layers=layers)
+    roots = {name: math.sqrt(square) for name, square in zip(squares, sums, strict=True)}
+    return LayerNorms(total=Estimate(value=math.sqrt(math.fsum(sums))), layers=roots)
 
 
 class GradientNormsProbe(Probe):

@@ -15,7 +15,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
 from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
 from landscape_ray.probes.gradients.per_example import ExampleGradients, example_losses
-from landscape_ray.probes.gradients.units import MAX_BYTES, gathered, jackknife_error
+from landscape_ray.probes.gradients.units import MAX_BYTES, check_max_bytes, gathered, jackknife_error
 from landscape_ray.probes.losses import DetailedLoss, detailed
 from landscape_ray.probes.probe import Host, Need, Probe
 
@@ -295,6 +295,7 @@ class OpposingSignalsProbe(Probe):
             UserError: an argument out of its range.
         """
         _check(fraction, num_permutations)
+        check_max_bytes(max_bytes)
         super().__init__(batches, seed=seed)
         self.fraction, self.num_permutations, self.max_bytes = fraction, num_permutations, max_bytes
         self._price_gradients = 3.5

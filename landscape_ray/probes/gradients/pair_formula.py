@@ -14,7 +14,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
 from landscape_ray.probes.fixed_loss import FixedLoss
 from landscape_ray.probes.gradients.per_example import ExampleGradients
-from landscape_ray.probes.gradients.units import Gradients, MicroBatchGradients, gathered
+from landscape_ray.probes.gradients.units import Gradients, MicroBatchGradients, agreed, gathered
 from landscape_ray.probes.losses import DetailedLoss, detailed
 from landscape_ray.probes.operators import HessianOperator
 
@@ -26,7 +26,12 @@ ENOUGH_MICRO_BATCHES = 8
 
 
 def pair_table(
-    function: FixedLoss, source: Source, num_products: int, seed: int, max_bytes: int
+    function: FixedLoss,
+    source: Source,
+    num_products: int,
+    seed: int,
+    max_bytes: int,
+    allowance_gradients: float = math.inf,
 ) -> tuple[Tensor, str, int]:
     """Return |G|^2 and tr(S), then G' H G and tr(H S) if `num_products`: a row for each.
 
@@ -36,6 +41,7 @@ def pair_table(
         num_products: units whose own product with the Hessian is computed; 0, or at least 2.
         seed: of the choice of these units.
         max_bytes: of gradients that are kept.
+        allowance_gradients: takes fewer products, 2 at least; it covers what was spent before, too.
 
     Returns:
         Values in the first column, those with one unit left out in the others, (2 or 4, 1 + m) float64; the route of
@@ -52,9 +58,13 @@ def pair_table(
     if not num_products:
         (with_mean,) = gradients.products(mean)
         return pair_estimates(sizes, norms, with_mean, torch.arange(num)), gradients.route, 0
-    chosen = torch.randperm(num, generator=torch.Generator().manual_seed(seed))[:num_products].sort().values
     hessian = HessianOperator(function)
     with_mean, with_product = gradients.products(mean, hessian(mean))
+    if math.isfinite(allowance_gradients):
+        each = hessian.matvec_gradients + agreed(gradients.row_price)
+        left = allowance_gradients - agreed(function.spent_gradients)
+        num_products = max(2, min(num_products, int(left / each)))
+    chosen = torch.randperm(num, generator=torch.Generator().manual_seed(seed))[:num_products].sort().values
     curvatures = torch.zeros_like(norms)
     for index in chosen.tolist():
         row = gradients.row(index)

@@ -48,6 +48,7 @@ class ExampleGradients(Gradients):
     """One gradient for each example; all count the same, whatever the weights of their micro-batches."""
 
     route: ExampleRoute
+    row_price = LOOP_PRICE
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class ExampleGradients(Gradients):
             UserError: batches that are not (inputs, targets) with one row for each example, or a layer that mixes them.
         """
         self.loss = loss
-        self._pairs = [_pair(batch) for batch, _ in function.batches]
+        self._pairs = [inputs_and_targets(batch) for batch, _ in function.batches]
         _check_apart(function.module)
         super().__init__(function, [1] * sum(len(inputs) for inputs, _ in self._pairs), max_bytes)
         names = {id(parameter): name for name, parameter in function.module.named_parameters()}
@@ -170,20 +171,34 @@ def example_losses(function: FixedLoss, loss: DetailedLoss) -> Tensor:
         loss: that of `function`.
 
     Raises:
-        UserError: batches that are not (inputs, targets) with one row for each example, or a layer that mixes them.
+        UserError: batches that are not (inputs, targets) with one row for each example, a layer that mixes them, or a
+            loss that does.
     """
     _check_apart(function.module)
     function.spent_gradients += FORWARD
     with function.surroundings(), torch.no_grad():
-        return torch.cat([_losses(function, loss, *_pair(batch)).double() for batch, _ in function.batches])
+        return torch.cat(
+            [_losses(function, loss, *inputs_and_targets(batch)).double() for batch, _ in function.batches]
+        )
 
 
 def _losses(function: FixedLoss, loss: DetailedLoss, inputs: Tensor, targets: Tensor) -> Tensor:
     function.seed_noise()
-    return loss.per_target(function.module(inputs), targets).reshape(len(inputs), -1).mean(1)
+    losses = loss.per_target(function.module(inputs), targets)
+    if losses.dim() == 0 or losses.numel() % len(inputs):
+        raise UserError(
+            "loss must give one value for each target where single examples are told apart, "
+            f"got shape {tuple(losses.shape)} for {len(inputs)} examples; do not reduce it, or leave the probe out"
+        )
+    return losses.reshape(len(inputs), -1).mean(1)
 
 
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+def inputs_and_targets(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return the two parts of a batch whose rows are examples.
+
+    Raises:
+        UserError: it is not of that form.
+    """
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
         inputs, targets = batch
         if inputs.dim() > 0 and targets.dim() > 0 and 0 < len(inputs) == len(targets):
@@ -219,7 +234,7 @@ def examples_at(batches: Batches, indices: Tensor) -> tuple[Tensor, Tensor]:
     >>> examples_at(batches, torch.tensor([2, 0]))
     (tensor([3., 1.]), tensor([1, 0]))
     """
-    inputs, targets = zip(*(_pair(batch) for batch, _ in weighted(batches)), strict=True)
+    inputs, targets = zip(*(inputs_and_targets(batch) for batch, _ in weighted(batches)), strict=True)
     rows = [(b, i) for b, block in enumerate(inputs) for i in range(len(block))]
     chosen = [rows[i] for i in indices.tolist()]
     return torch.stack([inputs[b][i] for b, i in chosen]), torch.stack([targets[b][i] for b, i in chosen])

@@ -18,6 +18,16 @@ MAX_BYTES = 2**28
 """Of gradients that are kept. What needs more computes them again."""
 
 
+def check_max_bytes(max_bytes: int) -> None:
+    """Check the memory for gradients.
+
+    Raises:
+        UserError: there is none.
+    """
+    if max_bytes < 1:
+        raise UserError(f"max_bytes must be at least 1, got {max_bytes}; {MAX_BYTES} is usual")
+
+
 class Gradients(ABC):
     """Gradients of units that a batch consists of: its examples, or its micro-batches.
 
@@ -27,13 +37,14 @@ class Gradients(ABC):
         function: whose gradients; its weights must stay as they are.
         sizes: examples in each unit, (m,) float64.
         route: how they are computed.
+        row_price: of the gradient of one unit by itself.
     """
 
     route: str
+    row_price: float
 
     def __init__(self, function: FixedLoss, sizes: Sequence[int], max_bytes: int) -> None:
-        if max_bytes < 1:
-            raise UserError(f"max_bytes must be at least 1, got {max_bytes}; {MAX_BYTES} is usual")
+        check_max_bytes(max_bytes)
         self.function, self.max_bytes = function, max_bytes
         self.num_local = len(sizes)
         self.sizes, self._offset = gathered(torch.tensor(sizes, dtype=torch.float64, device=function.device))
@@ -140,6 +151,7 @@ class MicroBatchGradients(Gradients):
             UserError: a micro-batch that does not tell its number of examples.
         """
         super().__init__(function, [num_examples(batch) for batch, _ in function.batches], max_bytes)
+        self.row_price = 1 / self.num_local
 
     def _compute(self) -> Iterator[Rows]:
         for index in range(self.num_local):
@@ -161,6 +173,11 @@ def gathered(values: Tensor) -> tuple[Tensor, int]:
     torch.distributed.all_gather_object(parts, values.cpu())
     offset = sum(len(part) for part in parts[: torch.distributed.get_rank()])
     return torch.cat(parts).to(values.device), offset
+
+
+def agreed(price: float) -> float:
+    """Return the mean over all processes: a price that one decides by must be the same in all."""
+    return float(gathered(torch.tensor([price], dtype=torch.float64))[0].mean())
 
 
 def num_examples(batch: Any) -> int:

@@ -17,17 +17,18 @@ def layers(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the trainable parameters by the layer that owns them, in the order of `module.parameters()`.
 
     For `FixedLoss(..., parameters=...)`, whose operators are then the diagonal blocks of the layers. A layer is a
-    module with parameters of its own, under its name in `named_modules`, "." for the module itself; tied weights are in
-    the first layer that has them, and parametrised ones in the layer that uses them.
+    module with parameters of its own, under its name in `named_modules`, "root" for the module itself; tied weights are
+    in the first layer that has them, and parametrised ones in the layer that uses them.
 
     >>> {name: len(own) for name, own in layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))).items()}
     {'0': 2, '2': 2}
     """
+    itself = "root_" if "root" in dict(module.named_children()) else "root"  # names become keys: "." is refused as one
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             owner = name.rpartition(".")[0].partition("parametrizations.")[0].removesuffix(".")
-            found.setdefault(owner or ".", []).append(parameter)
+            found.setdefault(owner or itself, []).append(parameter)
     return found
 
 
@@ -45,9 +46,18 @@ class ClassLoss:
         self.loss, self.classes = loss, classes
 
     def per_target(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return one loss for each target, flat."""
+        """Return one loss for each target, flat.
+
+        Raises:
+            UserError: the loss reduces.
+        """
         inside = self.classes.to(targets.device)[targets.flatten()]
         losses = self.loss.per_target(outputs, targets)
+        if losses.dim() == 0 or losses.numel() != inside.numel():  # one mean would be taken for the loss of each
+            raise UserError(
+                f"loss.per_target must give one value for each of {inside.numel()} targets for class-wise curvature, "
+                f"got shape {tuple(losses.shape)}; do not reduce"
+            )
         return torch.where(inside, losses, 0.0) / inside.to(losses.dtype).mean()
 
     def __call__(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -62,11 +62,15 @@ class JacobianOperator(CurvatureOperator):
         super().__init__(function.size, function.dtype, function.device)
         self.function, self.loss = function, detailed(function.loss, purpose)
         self.mean_loss = math.nan
-        self.retain_graph = len(function.batches) == 1 if retain_graph is None else retain_graph
-        self.setup_gradients = 1.1 if self.retain_graph else 0.0
-        self.matvec_gradients = 1.6 if self.retain_graph else 2.7
+        self.retain_graph = function.single if retain_graph is None else retain_graph
+        self.setup_gradients, self.matvec_gradients = self.prices(self.retain_graph)
         self._graphs: list[_Linearised] | None = None
         self._versions = [p._version for p in function.parameters]
+
+    @staticmethod
+    def prices(retain_graph: bool) -> tuple[float, float]:
+        """Return what is computed once and what a product costs, in gradients."""
+        return (1.1, 1.6) if retain_graph else (0.0, 2.7)
 
     @abstractmethod
     def _matrix(self, index: int, outputs: Tensor, targets: Tensor) -> OutputMatrix:

@@ -14,6 +14,7 @@ from landscape_ray.probes.fixed_loss import FORWARD, Batches, FixedLoss
 from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.probe import Host
 from landscape_ray.probes.sharpness.perturbation import Norm, PerturbationProbe, Scaling, affordable
+from landscape_ray.probes.spectrum.sign_samples import error_of_mean
 
 
 def average_case_sharpness(
@@ -61,7 +62,7 @@ def average_case_sharpness(
         seed: of the noise.
 
     Returns:
-        The estimate, with the standard error of the mean over the pairs.
+        The estimate, with the standard error of the mean over the pairs, widened for few of them by Student's t.
 
     Raises:
         UserError: an argument out of its range, or parameters that cannot be measured.
@@ -126,7 +127,8 @@ class AverageCaseSharpnessProbe(PerturbationProbe):
             one_dimensional: see :func:`average_case_sharpness`.
             per_dimension: see :func:`average_case_sharpness`.
             normalise_logits: see :func:`average_case_sharpness`.
-            num_pairs: see :func:`average_case_sharpness`; fewer where the allowance ends before, but two.
+            num_pairs: see :func:`average_case_sharpness`; fewer where the allowance ends before, but two:
+                not converged then.
             eval_mode: see :func:`average_case_sharpness`.
             seed: of the noise, other noise at every measurement.
 
@@ -157,7 +159,7 @@ class AverageCaseSharpnessProbe(PerturbationProbe):
         generator, ball = self.generator(), self.ball(function)
         unit = 1 / math.sqrt(int((ball.scale > 0).sum())) if self.per_dimension else 1.0
         price = FORWARD * 2 * len(self.radii)
-        num_pairs = affordable(self.num_pairs, 2, price, host.allowance_gradients - FORWARD)
+        num_pairs = affordable(self.num_pairs, 2, price, host.allowance_gradients - function.spent_gradients - FORWARD)
         base = function.value()
         rises = torch.empty(num_pairs, len(self.radii), dtype=torch.float64)
         for pair in range(num_pairs):
@@ -165,10 +167,13 @@ class AverageCaseSharpnessProbe(PerturbationProbe):
             for index, radius in enumerate(self.radii):
                 step = noise * (radius * unit)
                 rises[pair, index] = (function.value_at(step) + function.value_at(-step)) / 2 - base
-        errors = rises.std(0, correction=1) / math.sqrt(num_pairs)
         return self.by_radius(
             [
-                Estimate(value=value, standard_error=error)
-                for value, error in zip(rises.mean(0).tolist(), errors.tolist(), strict=True)
+                Estimate(
+                    value=float(column.mean()),
+                    standard_error=error_of_mean(column.tolist()),
+                    converged=num_pairs == self.num_pairs,
+                )
+                for column in rises.unbind(1)
             ]
         )

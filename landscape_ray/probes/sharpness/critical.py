@@ -15,6 +15,7 @@ from landscape_ray.probes.fixed_loss import FORWARD, Batches, FixedLoss
 from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.probe import Host, Need, Probe
 from landscape_ray.probes.sharpness.directional import ROUNDING, flat_update
+from landscape_ray.probes.sharpness.perturbation import affordable
 
 RANGE = 1e4
 """Multiples of the update between one over this and this are looked at."""
@@ -126,7 +127,7 @@ class CriticalSharpnessProbe(Probe):
         before = function.spent_gradients
         base = function.value_at(-update)
         rounding = math.sqrt(2) * ROUNDING * torch.finfo(function.dtype).eps * abs(base)
-        most = min(self.max_forwards, max(4, int(min(host.allowance_gradients, 1e6) / FORWARD)))
+        most = affordable(self.max_forwards, 4, FORWARD, host.allowance_gradients - before)
         crossing = _crossing(
             lambda multiple: function.value_at((multiple - 1) * update) - base,
             self._multiple,

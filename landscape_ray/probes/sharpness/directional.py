@@ -21,7 +21,13 @@ Route: TypeAlias = Literal["auto", "exact", "gradient", "parabola"]
 ROUNDING = 0.5
 """Standard deviation of the rounding of one loss, in machine epsilons of it: 0.25 to 0.6 on small GPTs in float32."""
 
-PRICES: dict[Route, float] = {"auto": 5 * FORWARD, "exact": 3.5, "gradient": 2 + FORWARD, "parabola": 5 * FORWARD}
+CHECK_EVERY = 10
+"""Measurements of a probe from one check of the parabola by an exact product to the next."""
+
+CHECKED_AT_MOST = 9 * FORWARD
+"""Price of a parabola that is measured at two steps."""
+
+PRICES: dict[Route, float] = {"exact": 3.5, "gradient": 2 + FORWARD, "parabola": 5 * FORWARD}
 
 
 def directional_sharpness(
@@ -51,9 +57,11 @@ def directional_sharpness(
         parabola: `(L(h) - 2 L(0) + L(-h)) / h^2` with step h and h / 2, extrapolated; five forwards, 1.7 gradients. The
             error is what the extrapolation adds, which is more than what it leaves, and the rounding of the losses.
             Where that misses `tol`, once more with the shortest step for which rounding does not matter.
-        auto: parabola, and exact where its error misses `tol`: hardly any curvature, or kinks within the step. On ReLU
-            networks differences see the kinks that they cross, as curvature. Along gradients they came out within 7 %
-            of the exact product; along random directions that is all they see, which errors tell nearly always.
+        auto: for probes along a run: parabola where it serves, checked by an exact product at the first measurement and
+            every tenth, which return that product; exact where its error misses `tol`. A single call checks, too, so
+            that it is exact and dearer than that. On ReLU networks differences see the kinks that they cross, as
+            curvature. Along gradients they came out within 7 % of the exact product; along random directions that is
+            all they see, and in 2 of 30 their errors did not tell.
     All but exact keep fused attention and compiled modules at their speed. Differences are symmetric, so that the third
     derivative drops out; the one-sided `2 (L(D) - L(0) - g' D) / |D|^2` along an update D is off by it, 2 to 5 % on
     small GPTs.
@@ -82,7 +90,7 @@ def directional_sharpness(
     ...     return 0.5 * (module[0] @ row - 1) ** 2
     >>> found = directional_sharpness(square, loss, [torch.tensor([1.0, 3.0])], torch.tensor([1.0, 1.0]))
     >>> round(found.value, 3), found.route
-    (8.0, 'parabola')
+    (8.0, 'exact')
     """
     probe = DirectionalSharpnessProbe(batches, route=route, tol=tol, step=step, eval_mode=eval_mode)
     return probe.measure(module, loss, Host(update=[direction]))[probe.name]  # one flat tensor is a list of parts, too
@@ -108,13 +116,15 @@ def flat_update(function: FixedLoss, host: Host) -> Tensor | None:
 class DirectionalSharpnessProbe(Probe):
     """Directional sharpness along the last update of a training run, at the weights that it led to.
 
-    Before the first update there is none: nan, not converged. With `route="auto"` the step of the parabola is the one
-    that served last; where a parabola did not serve, the next nine measurements are exact at once.
+    Before the first update there is none: nan, not converged. With `route="auto"` the first measurement and every
+    tenth are exact products, which check the parabola: if it misses `tol`, by its own account or by the product, those
+    in between are exact, and so are they after one that did not converge. The step of the parabola is the one that
+    served last.
     """
 
     name = "directional_sharpness"
     needs: ClassVar[frozenset[Need]] = frozenset({"update"})
-    STATE: ClassVar[tuple[str, ...]] = ("_step", "_parabola_failed", "_price_gradients")
+    STATE: ClassVar[tuple[str, ...]] = ("_step", "_parabola_serves", "_price_gradients")
 
     def __init__(
         self,
@@ -148,12 +158,17 @@ class DirectionalSharpnessProbe(Probe):
         super().__init__(batches, eval_mode=eval_mode, seed=seed)
         self.route, self.tol, self.step = route, tol, step
         self._step: float | None = None
-        self._parabola_failed = False
-        self._price_gradients = PRICES[route]
+        self._parabola_serves = False  # until a check has said so
+        self._price_gradients = PRICES["exact" if route == "auto" else route]
 
     @property
     def price_gradients(self) -> float:
-        """What the last measurement cost, in gradients on the batches of the probe; a typical price before any."""
+        """What the last measurement cost, in gradients on the batches of the probe; a typical price before any.
+
+        Where the next one checks, that is added.
+        """
+        if self.route == "auto" and self._num_measured % CHECK_EVERY == 0:
+            return self._price_gradients + PRICES["exact" if self._parabola_serves else "parabola"]
         return self._price_gradients
 
     def _measure(self, function: FixedLoss, host: Host) -> dict[str, Estimate]:
@@ -163,21 +178,28 @@ class DirectionalSharpnessProbe(Probe):
         length = float(torch.linalg.vector_norm(update))
         unit = update.div_(length)
         before = function.spent_gradients
+        # The check is left out where it cannot be paid for: the exact product alone is the cheaper one then.
+        left = host.allowance_gradients - before
+        checking = self._num_measured % CHECK_EVERY == 0 and left >= PRICES["exact"] + CHECKED_AT_MOST
         step = self.step or self._step or length
         found = UNKNOWN
         if self.route == "gradient":
             found = self._by_gradients(function, unit, step)
-        elif self.route == "parabola" or (
-            self.route == "auto" and not (self._parabola_failed and self._num_measured % 10)
-        ):
+        elif self.route == "parabola" or (self.route == "auto" and (checking or self._parabola_serves)):
             found, step = self._by_parabola(function, unit, step)
-            self._parabola_failed = not found.converged
-        if self.route == "exact" or (self.route == "auto" and not found.converged):
+        guess, price = found, function.spent_gradients - before
+        if self.route == "exact" or (self.route == "auto" and (checking or not found.converged)):
             operator = HessianOperator(function)
             found = Estimate(value=float(unit @ operator(unit)), num_matvecs=1, route="exact")
-            step = self._shortest(operator.mean_loss, found.value, function) or step
+            if not guess.converged:
+                step = self._shortest(operator.mean_loss, found.value, function) or step
         if math.isfinite(found.value):
-            self._step, self._price_gradients = step, function.spent_gradients - before
+            if self.route == "auto":
+                agrees = not checking or abs(guess.value - found.value) <= self.tol * abs(found.value)
+                self._parabola_serves = guess.converged and agrees
+            if found.route == "exact" and not (checking and self._parabola_serves):
+                price = PRICES["exact"]  # of the next one, which tries no parabola
+            self._step, self._price_gradients = step, price
         return {self.name: found}
 
     def _by_gradients(self, function: FixedLoss, unit: Tensor, step: float) -> Estimate:

@@ -77,9 +77,10 @@ def layer_sharpness(
 class LayerSharpnessProbe(Probe):
     """Sharpness of each layer along a training run, started from the eigenvectors of the last measurement.
 
-    Estimates: `layer_sharpness`, that of the sharpest layer, and `layer_sharpness/<layer>` for each. Where the host
-    allows less than they cost, the layers with the largest parts of v come first (quotient) or the first ones
-    (eigenvalue); the rest is left out, and the sharpest is not converged.
+    Estimates: `layer_sharpness`, that of the sharpest layer, and `layer_sharpness/<layer>` for each. It is converged
+    where all of them are. Where the host allows less than they cost, Lanczos runs are cut short, and the layers with
+    the largest parts of v come first (quotient) or the first ones (eigenvalue); the rest is left out, and the sharpest
+    is not converged.
     """
 
     name = "layer_sharpness"
@@ -132,44 +133,46 @@ class LayerSharpnessProbe(Probe):
         before = function.spent_gradients
         start = None if self._num_measured % self.cold_every == 0 else self._vector
         measured = self._quotients if self.kind == "quotient" else self._eigenvalues
-        found, vector = measured(function, start, before + host.allowance_gradients)
+        found, vector = measured(function, start, host.allowance_gradients - before)
         known = [estimate for estimate in found.values() if math.isfinite(estimate.value)]
         if not known:
             return {self.name: UNKNOWN}
         self._vector, self._price_gradients = vector, function.spent_gradients - before
         sharpest = max(known, key=lambda estimate: estimate.value)
-        if len(found) < len(layers(function.module)):
-            sharpest = dataclasses.replace(sharpest, converged=False)
+        whole = len(found) == len(layers(function.module)) and all(estimate.converged for estimate in known)
+        sharpest = dataclasses.replace(sharpest, converged=whole)
         return {self.name: sharpest} | {f"{self.name}/{name}": estimate for name, estimate in found.items()}
 
     def _quotients(
-        self, function: FixedLoss, start: Tensor | None, limit: float
+        self, function: FixedLoss, start: Tensor | None, allowance_gradients: float
     ) -> tuple[dict[str, Estimate], Tensor | None]:
-        operator = HessianOperator(function)
+        operator, places = HessianOperator(function), _places(function)
+        most = operator.most_products(allowance_gradients, self.max_matvecs + len(places))
+        num_layers = min(len(places), max(1, most // 2))  # where it is short, half is for v
         top = lanczos(
             operator,
             function.size,
             start=start,
             seed=self.seed + self._num_measured,
             tol=self.tol,
-            max_matvecs=self.max_matvecs,
+            max_matvecs=min(self.max_matvecs, max(1, most - num_layers)),
             dtype=function.dtype,
             device=function.device,
         )
         if not math.isfinite(top.value):
             return {}, None
-        places = _places(function)
+        num_layers = max(1, most - top.num_matvecs)
         lengths = {
             name: math.sqrt(sum(float(top.vector[part].square().sum()) for part in parts))
             for name, parts in places.items()
         }
         found: dict[str, Estimate] = {}
         for name in sorted(places, key=lambda name: -lengths[name]):
-            if found and function.spent_gradients + operator.matvec_gradients > limit:
-                break
             if lengths[name] == 0:
                 found[name] = UNKNOWN
                 continue
+            if len(found) == num_layers:
+                break
             unit = torch.zeros_like(top.vector)
             for part in places[name]:
                 unit[part] = top.vector[part] / lengths[name]
@@ -182,19 +185,19 @@ class LayerSharpnessProbe(Probe):
         return {name: found[name] for name in places if name in found}, top.vector
 
     def _eigenvalues(
-        self, function: FixedLoss, start: Tensor | None, limit: float
+        self, function: FixedLoss, start: Tensor | None, allowance_gradients: float
     ) -> tuple[dict[str, Estimate], Tensor | None]:
         places = _places(function)
         owned = layers(function.module)
         vector = torch.zeros(function.size, dtype=function.dtype, device=function.device)
         found: dict[str, Estimate] = {}
         for index, (name, parts) in enumerate(places.items()):
-            if found and function.spent_gradients >= limit:
-                break
             block = FixedLoss(
                 function.module, function.loss, function.batches, parameters=owned[name], seed=function.seed
             )
             operator = HessianOperator(block)
+            if found and allowance_gradients < operator.setup_gradients + operator.matvec_gradients:
+                break
             before = None if start is None else torch.cat([start[part] for part in parts])
             top = lanczos(
                 operator,
@@ -202,11 +205,12 @@ class LayerSharpnessProbe(Probe):
                 start=before if before is not None and bool(before.any()) else None,
                 seed=self.seed + 1000 * self._num_measured + index,
                 tol=self.tol,
-                max_matvecs=self.max_matvecs,
+                max_matvecs=operator.most_products(allowance_gradients, self.max_matvecs),
                 dtype=block.dtype,
                 device=block.device,
             )
             function.spent_gradients += block.spent_gradients
+            allowance_gradients -= block.spent_gradients
             if not math.isfinite(top.value):
                 found[name] = UNKNOWN
                 continue

@@ -85,7 +85,8 @@ def logit_sharpness(
         module: any module, float32 or float64.
         loss: a `DetailedLoss` with a likelihood.
         batches: pairs `(batch, num_examples)`, or a single batch; batches are `(inputs, targets)`, outputs (B, ..., C),
-            and targets (B, ...) for classes, (B, ..., C) for values.
+            and targets (B, ...) for classes, (B, ..., C) for values; under a gaussian likelihood, classes are compared
+            as one-hot vectors.
         radius: of the box, relative, > 0.
         eval_mode: measure in eval mode.
 
@@ -164,6 +165,12 @@ class LogitSharpnessProbe(Probe):
                 outputs = function.module(inputs)
                 last = (slice(None), *[-1] * (outputs.dim() - 2))
                 y, wanted = outputs[last].double(), targets[last]
+                if not wanted.is_floating_point():
+                    _check_classes(wanted, y.shape[-1])
+                    if not classes:  # squared error on classes compares with one-hot vectors
+                        wanted = nn.functional.one_hot(wanted, y.shape[-1]).double()
+                elif not classes:
+                    wanted = wanted.reshape(y.shape)  # (B,) would be spread over (B, 1)
                 corner = _worst_corner(y, wanted, classes) * (y.abs() + 1)
                 base = _loss(y, wanted, classes)
                 growths = [_loss(y + radius * corner, wanted, classes) - base for radius in self.radii]
@@ -173,17 +180,19 @@ class LogitSharpnessProbe(Probe):
         return {name: Estimate(value=100 * gain / (1 + total)) for name, gain in zip(names, gains, strict=True)}
 
 
-def _worst_corner(outputs: Tensor, targets: Tensor, classes: bool) -> Tensor:
-    """Return the signs of the displacement of `outputs`, (B, C), that raises the loss most."""
-    if not classes:
-        return torch.where(outputs >= targets, 1.0, -1.0)
-    num_classes = outputs.shape[-1]
+def _check_classes(targets: Tensor, num_classes: int) -> None:
     if bool(((targets < 0) | (targets >= num_classes)).any()):
         raise UserError(
             f"targets at the last position must be classes from 0 to {num_classes - 1}, got {targets.tolist()}; "
             "leave out examples whose last target is masked"
         )
-    return torch.where(torch.arange(num_classes, device=outputs.device) == targets[:, None], -1.0, 1.0)
+
+
+def _worst_corner(outputs: Tensor, targets: Tensor, classes: bool) -> Tensor:
+    """Return the signs of the displacement of `outputs`, (B, C), that raises the loss most."""
+    if not classes:
+        return torch.where(outputs >= targets, 1.0, -1.0)
+    return torch.where(torch.arange(outputs.shape[-1], device=outputs.device) == targets[:, None], -1.0, 1.0)
 
 
 def _loss(outputs: Tensor, targets: Tensor, classes: bool) -> Tensor:

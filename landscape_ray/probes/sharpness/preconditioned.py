@@ -168,10 +168,8 @@ class PreconditionedSharpnessProbe(Probe):
         first = unit_vector(
             function.size, start, seed=self.seed + self._num_measured, dtype=function.dtype, device=function.device
         )
-        price = 1.0 if self.route == "finite_difference" else 2.3
-        most = min(self.max_matvecs, max(1, int(min(host.allowance_gradients, 1e6) / price)))
         found = self._by_differences if self.route == "finite_difference" else self._exactly
-        estimate = found(function, diagonal, first, most)
+        estimate = found(function, diagonal, first, host.allowance_gradients - before)
         if estimate.vector is None:
             return {self.name: estimate}
         vector = estimate.vector / roots
@@ -179,15 +177,16 @@ class PreconditionedSharpnessProbe(Probe):
         self._price_gradients = function.spent_gradients - before
         return {self.name: dataclasses.replace(estimate, vector=self._vector)}
 
-    def _exactly(self, function: FixedLoss, diagonal: Tensor, first: Tensor, most: int) -> Estimate:
+    def _exactly(self, function: FixedLoss, diagonal: Tensor, first: Tensor, allowance_gradients: float) -> Estimate:
         """Return the estimate, its vector in the coordinates of the symmetric matrix."""
-        operator = Preconditioned(HessianOperator(function), diagonal)
+        hessian = HessianOperator(function)
+        operator = Preconditioned(hessian, diagonal)
         found = lanczos(
             operator,
             function.size,
             start=first,
             tol=self.tol,
-            max_matvecs=most,
+            max_matvecs=hessian.most_products(allowance_gradients, self.max_matvecs),
             dtype=function.dtype,
             device=function.device,
         )
@@ -202,7 +201,9 @@ class PreconditionedSharpnessProbe(Probe):
             vector=found.vector,
         )
 
-    def _by_differences(self, function: FixedLoss, diagonal: Tensor, first: Tensor, most: int) -> Estimate:
+    def _by_differences(
+        self, function: FixedLoss, diagonal: Tensor, first: Tensor, allowance_gradients: float
+    ) -> Estimate:
         differences = FiniteDifferenceHessian(function)
         operator = Preconditioned(differences, diagonal)
         found = lanczos(
@@ -210,7 +211,7 @@ class PreconditionedSharpnessProbe(Probe):
             function.size,
             start=first,
             tol=self.tol / 2,  # the other half is left to the error of the differences
-            max_matvecs=most,
+            max_matvecs=differences.most_products(allowance_gradients - 2.0, self.max_matvecs),  # two for the check
             max_asymmetry=MAX_ASYMMETRY,
             dtype=function.dtype,
             device=function.device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.operators import HessianOperator
 from landscape_ray.probes.operators.operator import CurvatureOperator
 from landscape_ray.probes.probe import Host, Probe
-from landscape_ray.probes.sharpness.perturbation import affordable
 
 NUM_GROUPS = 10
 """Of the vectors, for the jackknife: one vector of the size of the parameters is kept for each."""
@@ -136,9 +136,13 @@ class LinfSmoothnessProbe(Probe):
             largest eigenvalue, whose place it takes for Adam.
         linf_smoothness/lower: a lower bound of the smoothness itself; see :func:`largest_response`. The truth lies
             between it and the (1,1)-norm.
+
+    Where the allowance ends before, there are fewer products for each, in proportion; what had fewer is not converged,
+    and a bound without any is left out.
     """
 
     name = "linf_smoothness"
+    STATE: ClassVar[tuple[str, ...]] = ("_single",)
 
     def __init__(
         self,
@@ -167,25 +171,35 @@ class LinfSmoothnessProbe(Probe):
             raise UserError(f"num_ascents must be at least 0, got {num_ascents}; 0 leaves the lower bound out")
         super().__init__(batches, eval_mode=eval_mode, seed=seed)
         self.num_vectors, self.num_ascents = num_vectors, num_ascents
+        self._single: bool | None = None  # whether there is one micro-batch on every process; known by measuring
 
     @property
     def price_gradients(self) -> float:
-        """As many Hessian-vector products on one kept graph."""
-        return 1.2 + 2.3 * (self.num_vectors + self.num_ascents)
+        """As many Hessian-vector products; with one micro-batch on a kept graph."""
+        setup, product = HessianOperator.prices(len(self.batches) <= 1 if self._single is None else self._single)
+        return setup + product * (self.num_vectors + self.num_ascents)
 
     def _measure(self, function: FixedLoss, host: Host) -> dict[str, Estimate]:
         generator = torch.Generator().manual_seed(self.seed + self._num_measured)
         hessian = HessianOperator(function)
-        allowance = host.allowance_gradients - hessian.setup_gradients - self.num_ascents * hessian.matvec_gradients
-        num_vectors = affordable(self.num_vectors, 3, hessian.matvec_gradients, allowance)
+        self._single = function.single
+        wanted = self.num_vectors + self.num_ascents
+        most = hessian.most_products(host.allowance_gradients - function.spent_gradients, wanted)
+        num_ascents = max(0, min(most * self.num_ascents // wanted, most - 3))
+        num_vectors = max(3, most - num_ascents)
         value, error = norm_11(hessian, num_vectors, generator)
         if not math.isfinite(hessian.mean_loss):  # its products can be finite: those of a linear function are zero
             value = math.nan
+        whole = num_vectors == self.num_vectors
         found = {
-            self.name: Estimate(value=value, standard_error=error, num_matvecs=num_vectors),
-            f"{self.name}/per_parameter": Estimate(value=value / function.size, standard_error=error / function.size),
+            self.name: Estimate(value=value, standard_error=error, num_matvecs=num_vectors, converged=whole),
+            f"{self.name}/per_parameter": Estimate(
+                value=value / function.size, standard_error=error / function.size, converged=whole
+            ),
         }
-        if self.num_ascents:
-            lower = largest_response(hessian, self.num_ascents, generator)
-            found[f"{self.name}/lower"] = Estimate(value=lower if math.isfinite(value) else math.nan)
+        if num_ascents:
+            lower = largest_response(hessian, num_ascents, generator)
+            found[f"{self.name}/lower"] = Estimate(
+                value=lower if math.isfinite(value) else math.nan, converged=num_ascents == self.num_ascents
+            )
         return found

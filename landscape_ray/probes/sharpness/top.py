@@ -90,11 +90,12 @@ def sharpness(
     4.25
     """
     began = time.perf_counter()
-    _check(tol, route)
+    _check(tol, max_matvecs, route)
     with observing(module, loss, batches, eval_mode=eval_mode) as function:
         found = UNKNOWN
         if function.finite:
-            found, _ = top_pair(function, start, tol, max_matvecs, route, seed)
+            function.check_deterministic()
+            found, _, _ = top_pair(function, start, tol, max_matvecs, route, seed)
     return dataclasses.replace(
         found, price_gradients=function.spent_gradients, cost_seconds=time.perf_counter() - began
     )
@@ -109,32 +110,44 @@ def top_pair(
     seed: int,
     *,
     error: float | None = None,
-) -> tuple[Estimate, float]:
-    """Return the sharpness at finite weights, and the error of differences; the cost is counted by `function`.
+    allowance_gradients: float = math.inf,
+) -> tuple[Estimate, float, bool]:
+    """Return the sharpness at finite weights, the error of differences, and whether differences did.
 
-    The arguments are those of :func:`sharpness`, and `error`: how far products by differences are off along the vector,
-    relative to the value, as an earlier check found it. None checks: in route auto by an exact product, else by a
-    central difference.
+    The cost is counted by `function`. The arguments are those of :func:`sharpness`, and `error`: how far products by
+    differences are off along the vector, relative to the value, as an earlier check found it. None checks: in route
+    auto by an exact product, else by a central difference. And `allowance_gradients`, which is exceeded only where it
+    does not pay for a single product and its check; where it does not pay for exact products in the place of
+    differences, the estimate by differences stands, not converged.
     """
     exact, differences = HessianOperator(function), FiniteDifferenceHessian(function, eps=_step(function.dtype))
+    limit = function.spent_gradients + allowance_gradients
     first = unit_vector(function.size, start, seed=seed, dtype=function.dtype, device=function.device)
-    solve = functools.partial(
-        lanczos, size=function.size, max_matvecs=max_matvecs, dtype=function.dtype, device=function.device
-    )
+    solve = functools.partial(lanczos, size=function.size, dtype=function.dtype, device=function.device)
     operator: HessianOperator | FiniteDifferenceHessian = exact
     found: LanczosResult | None = None
     good = False
     if route != "exact":
         operator = differences
         check = exact if route == "auto" else differences.central
-        found, good, error = _by_differences(solve, differences, check, first, tol, error)
+        price = exact.setup_gradients + exact.matvec_gradients if route == "auto" else 2.0
+        left = allowance_gradients - (price if error is None else 0.0)
+        most = differences.most_products(left, max_matvecs)
+        found, good, error = _by_differences(
+            functools.partial(solve, max_matvecs=most), differences, check, first, tol, error
+        )
         first = found.vector
-    if route == "exact" or (route == "auto" and not good):
+    left = limit - function.spent_gradients
+    if exact.num_matvecs:
+        left += exact.setup_gradients  # was paid for the check
+    # one product alone would tell no more than the check
+    pays = left >= exact.setup_gradients + 2 * exact.matvec_gradients
+    if route == "exact" or (route == "auto" and not good and pays):
         operator = exact
-        found = solve(exact, start=first, tol=tol)
+        found = solve(exact, start=first, tol=tol, max_matvecs=exact.most_products(left, max_matvecs))
     num_matvecs = exact.num_matvecs + differences.num_matvecs
     if found is None or not (math.isfinite(found.value) and math.isfinite(operator.mean_loss)):
-        return dataclasses.replace(UNKNOWN, num_matvecs=num_matvecs), math.nan
+        return dataclasses.replace(UNKNOWN, num_matvecs=num_matvecs), math.nan, good
     estimate = Estimate(
         value=found.value,
         standard_error=found.residual,
@@ -143,7 +156,7 @@ def top_pair(
         route="exact" if operator is exact else "finite_difference",
         vector=found.vector,
     )
-    return estimate, 0.0 if error is None else error
+    return estimate, 0.0 if error is None else error, good
 
 
 def _step(dtype: torch.dtype) -> float:
@@ -190,11 +203,13 @@ def _by_differences(
     return anew, symmetric and (accurate or not found.converged), error
 
 
-def _check(tol: float, route: str) -> None:
+def _check(tol: float, max_matvecs: int, route: str) -> None:
     if not (math.isfinite(tol) and tol > 0):
         raise UserError(
             f"tol must be positive and finite, got {tol}; 0.03 tells eigenvalues apart that differ by 6 percent"
         )
+    if max_matvecs < 1:
+        raise UserError(f"max_matvecs must be at least 1, got {max_matvecs}; 30 suffices for most networks")
     if route not in get_args(Route):
         raise UserError(f"route must be one of {', '.join(get_args(Route))}, got '{route}'")
 
@@ -239,7 +254,7 @@ class SharpnessProbe(Probe):
         Raises:
             UserError: an argument out of its range.
         """
-        _check(tol, route)
+        _check(tol, max_matvecs, route)
         if cold_every < 1:
             raise UserError(f"cold_every must be at least 1, got {cold_every}; 1 starts every measurement anew")
         super().__init__(batches, eval_mode=eval_mode, seed=seed)
@@ -261,19 +276,18 @@ class SharpnessProbe(Probe):
         before = function.spent_gradients
         cold = self._vector is None or self._num_measured % self.cold_every == 0
         route = "exact" if self.route == "auto" and self._differences_failed and not cold else self.route
-        price = 1.0 if route == "finite_difference" or (route == "auto" and not cold) else 2.3
-        most = min(self.max_matvecs, max(1, int(min(host.allowance_gradients, 1e6) / price)))
-        estimate, error = top_pair(
+        estimate, error, good = top_pair(
             function,
             None if cold else self._vector,
             self.tol,
-            most,
+            self.max_matvecs,
             route,
             self.seed + self._num_measured,
             error=None if cold else self._difference_error,
+            allowance_gradients=host.allowance_gradients - before,
         )
         if estimate.vector is not None:
             self._vector = estimate.vector
-            self._differences_failed, self._difference_error = estimate.route == "exact", error
+            self._differences_failed, self._difference_error = not good, error
             self._price_gradients = function.spent_gradients - before
         return {self.name: estimate}

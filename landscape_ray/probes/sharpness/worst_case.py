@@ -179,7 +179,7 @@ class WorstCaseSharpnessProbe(RiseProbe):
     def _measure(self, function: FixedLoss, host: Host) -> dict[str, Estimate]:
         generator = self.generator()
         ascents = self.num_starts * len(self.radii)
-        num_steps = affordable(self.num_steps, 1, ascents, host.allowance_gradients - 1)
+        num_steps = affordable(self.num_steps, 1, ascents, host.allowance_gradients - function.spent_gradients - 1)
 
         def search(ascent: Ascent) -> list[float]:
             found: dict[float, list[float]] = {}

@@ -121,7 +121,7 @@ def batch_size_effect(
         module: any module, float32 or float64; data-parallel wrappers taken off.
         loss: `loss(module, batch)`, the mean loss of one batch; a `DetailedLoss` for all but the Hessian.
         examples: one batch with all examples: a tensor, or a tuple, list or dict of tensors, whose first dimension
-            counts the examples. The whole is evaluated in pieces of the largest batch size.
+            counts the examples; the whole of them in this process. It is evaluated in pieces of the largest batch size.
         batch_sizes: two or more, 1 ... N / 2. A batch of one size begins like the first batch of a larger one.
         num_batches: disjoint batches of each size, >= 2; fewer where there are not that many.
         curvature: hessian; ggn; fisher, with one label drawn for each target; or empirical_fisher, of the examples. The
@@ -132,7 +132,7 @@ def batch_size_effect(
         eval_mode: as there.
 
     Raises:
-        UserError: an argument out of its range, or something that cannot be measured.
+        UserError: an argument out of its range, several processes, or something that cannot be measured.
 
     References:
         Granziol, Zohren and Roberts, Learning rates as a function of batch size: a random matrix theory approach to
@@ -141,6 +141,12 @@ def batch_size_effect(
     began = time.perf_counter()
     check_tol(tol)
     check_curvature(curvature)
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if there and torch.distributed.get_world_size() > 1:
+        raise UserError(
+            "the effect of the batch size must be measured in one process, got several; "
+            "a batch of one of them would be counted as the whole"
+        )
     num_examples = _count(examples)
     sizes = sorted(set(batch_sizes))
     if len(sizes) < 2 or sizes[0] < 1 or 2 * sizes[-1] > num_examples:

@@ -25,9 +25,19 @@ from landscape_ray.probes.estimate import UNKNOWN, Estimate
 from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
 from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.probe import Host, Probe
-from landscape_ray.probes.spectrum.eigenpairs import Curvature, check_curvature, curvature_operator, matvec_price
+from landscape_ray.probes.spectrum.eigenpairs import (
+    FLOOR,
+    Curvature,
+    check_curvature,
+    curvature_operator,
+    expected_price,
+)
 from landscape_ray.probes.spectrum.lanczos import extremal_pairs
 from landscape_ray.probes.spectrum.sign_samples import error_of_mean, random_signs, student
+
+MAX_RESIDUAL = 0.05
+"""Of a Ritz value that is given for an eigenvalue or an edge, relative to it, or to `FLOOR` of the largest in
+magnitude; with a larger one it is not `converged`."""
 
 MAX_OUTLIER_SHARE = 0.25
 """Of the eigenvalues; what lies further inside the spectrum is bulk."""
@@ -46,7 +56,8 @@ class SpectralDensity:
         sigma: standard deviation of the Gaussian around each node.
         trace: sum of the eigenvalues, unbiased.
         frobenius_norm: root of the sum of their squares; the square is unbiased.
-        largest: the largest Ritz value; `standard_error` is the residual.
+        largest: the largest Ritz value; `standard_error` is the residual. Not `converged` where that is above 5 % of
+            its value, as it is after a few steps, which mostly underestimate; likewise the following three.
         smallest: the smallest one, likewise.
         bulk_upper: upper edge of the bulk: its largest Ritz value.
         bulk_lower: lower edge of the bulk.
@@ -147,6 +158,8 @@ def spectral_density(
     check_curvature(curvature)
     _check(num_steps, num_vectors, sigma, min_gap)
     with observing(module, loss, batches, eval_mode=eval_mode, seed=seed) as function:
+        if function.finite:
+            function.check_deterministic()
         found = measure(function, curvature, num_steps, num_vectors, sigma, min_gap, seed)
     return dataclasses.replace(
         found, price_gradients=function.spent_gradients, cost_seconds=time.perf_counter() - began
@@ -161,11 +174,21 @@ def measure(
     sigma: float | None,
     min_gap: float,
     seed: int,
+    allowance_gradients: float = math.inf,
 ) -> SpectralDensity:
-    """Return the density; the cost is counted by `function`. Arguments as above."""
+    """Return the density; the cost is counted by `function`. Arguments as above.
+
+    An allowance, which covers what was spent before, too, takes fewer steps, 3 at least, and then fewer vectors; then
+    nothing is `converged`.
+    """
     if not function.finite:
         return _unknown(0)
     operator = curvature_operator(function, curvature, seed=seed)
+    wanted = num_steps * num_vectors
+    affordable = operator.most_products(allowance_gradients - function.spent_gradients, wanted)
+    enough = affordable >= min(num_steps, function.size) * num_vectors
+    if not enough:
+        num_steps, num_vectors = max(3, affordable // num_vectors), min(num_vectors, max(1, affordable // 3))
     found = lanczos_quadrature(
         operator,
         function.size,
@@ -177,7 +200,16 @@ def measure(
         dtype=function.dtype,
         device=function.device,
     )
-    return found if math.isfinite(operator.mean_loss) else _unknown(found.num_matvecs)
+    if not math.isfinite(operator.mean_loss):
+        return _unknown(found.num_matvecs)
+    return found if enough else _cut_short(found)
+
+
+def _cut_short(found: SpectralDensity) -> SpectralDensity:
+    """Return the same, nothing of it converged."""
+    parts = [field.name for field in dataclasses.fields(found) if isinstance(getattr(found, field.name), Estimate)]
+    cut = {name: dataclasses.replace(getattr(found, name), converged=False) for name in parts}
+    return dataclasses.replace(found, **cut)
 
 
 class _Run(NamedTuple):
@@ -325,14 +357,25 @@ def _edge(runs: Sequence[_Run], counts: Sequence[int]) -> Estimate:
     places = [len(run.nodes) - 1 - count for run, count in zip(runs, counts, strict=True)]
     residuals = [float(run.residuals[place]) for run, place in zip(runs, places, strict=True)]
     edge = _mean([float(run.nodes[place]) for run, place in zip(runs, places, strict=True)])
-    return edge if len(runs) > 1 else dataclasses.replace(edge, standard_error=residuals[0])
+    converged = all(_resolved(run, place) for run, place in zip(runs, places, strict=True))
+    error = edge.standard_error if len(runs) > 1 else residuals[0]
+    return dataclasses.replace(edge, standard_error=error, converged=converged)
 
 
 def _extreme(runs: Sequence[_Run], place: int) -> Estimate:
     """Return the first (0) or last (-1) node of all, with its residual."""
     values = [float(run.nodes[place]) for run in runs]
     best = values.index(max(values) if place else min(values))
-    return Estimate(value=values[best], standard_error=float(runs[best].residuals[place]))
+    return Estimate(
+        value=values[best],
+        standard_error=float(runs[best].residuals[place]),
+        converged=_resolved(runs[best], place),
+    )
+
+
+def _resolved(run: _Run, place: int) -> bool:
+    scale = max(abs(float(run.nodes[place])), FLOOR * float(run.nodes.abs().max()))
+    return float(run.residuals[place]) <= MAX_RESIDUAL * scale
 
 
 def _mean(samples: Sequence[float]) -> Estimate:
@@ -432,24 +475,23 @@ class SpectralDensityProbe(Probe):
         super().__init__(batches, eval_mode=eval_mode, seed=seed)
         self.num_steps, self.num_vectors, self.min_gap = num_steps, num_vectors, min_gap
         self.curvature: Curvature = curvature
-        self._matvec_gradients = matvec_price(curvature, len(batches))
 
     @property
     def price_gradients(self) -> float:
         """What a measurement costs, in gradients on the batches of the probe."""
-        return self._matvec_gradients * self.num_steps * self.num_vectors
+        return expected_price(self.curvature, self.batches, self.num_steps * self.num_vectors)
 
     def _measure(self, function: FixedLoss, host: Host) -> dict[str, Estimate]:
         """Return the numbers at the present weights; a smaller allowance takes fewer steps."""
-        allowed = int(min(host.allowance_gradients, 1e9) / (self._matvec_gradients * self.num_vectors))
         found = measure(
             function,
             self.curvature,
-            max(3, min(self.num_steps, allowed)),
+            self.num_steps,
             self.num_vectors,
             None,
             self.min_gap,
             self.seed + self._num_measured,
+            host.allowance_gradients,
         )
         return {
             self.name: dataclasses.replace(found.bulk_upper, num_matvecs=found.num_matvecs),

@@ -60,10 +60,15 @@ def check_curvature(curvature: str) -> None:
         raise UserError(f"curvature must be one of {', '.join(get_args(Curvature))}, got '{curvature}'")
 
 
-def matvec_price(curvature: Curvature, num_batches: int) -> float:
-    """Return what a product costs, in gradients; see the operators, which count it."""
-    kept, anew = (2.3, 3.5) if curvature == "hessian" else (1.6, 2.7)
-    return kept if num_batches == 1 else anew
+def expected_price(curvature: Curvature, batches: Batches, num_products: int) -> float:
+    """Return what so many products will cost, in gradients; see the operators, which count it.
+
+    With several processes the price is that of several micro-batches: it must not depend on what one of them holds.
+    """
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    single = len(batches) == 1 and not (there and torch.distributed.get_world_size() > 1)
+    setup, each = (HessianOperator if curvature == "hessian" else JacobianOperator).prices(single)
+    return setup + each * num_products
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +162,7 @@ def eigenvalues(
     with observing(module, loss, batches, eval_mode=eval_mode, parameters=parameters, seed=seed) as function:
         found = unknown(k, num_smallest)
         if function.finite:
+            function.check_deterministic()
             found = solve(
                 function,
                 k=k,
@@ -186,9 +192,14 @@ def solve(
     max_basis: int | None = None,
     block: int = 1,
     seed: int,
+    allowance_gradients: float = math.inf,
 ) -> Eigenvalues:
-    """Return the eigenvalues at finite weights; the cost is counted by `function`. Arguments as above."""
+    """Return the eigenvalues at finite weights; the cost is counted by `function`. Arguments as above.
+
+    The allowance covers what was spent before, too. It may be too small for a product for each value, which is made.
+    """
     operator = curvature_operator(function, curvature, seed=seed)
+    affordable = operator.most_products(allowance_gradients - function.spent_gradients, max_matvecs)
     pairs = extremal_pairs(
         operator,
         function.size,
@@ -197,7 +208,7 @@ def solve(
         start=start,
         tol=tol,
         floor=FLOOR,
-        max_matvecs=max_matvecs,
+        max_matvecs=min(max_matvecs, max(k + num_smallest, affordable)),
         max_basis=max(40, 3 * (k + num_smallest), block + k + num_smallest + 2) if max_basis is None else max_basis,
         block=block,
         seed=seed,
@@ -335,12 +346,14 @@ class EigenvaluesProbe(Probe):
         self.curvature: Curvature = curvature
         self.cold_every = cold_every
         self._start: Tensor | None = None
-        self._matvec_gradients = matvec_price(curvature, len(batches))
-        self._price_gradients = self._matvec_gradients * min(max_matvecs, 10 + 3 * (k + num_smallest))
+        self._price_gradients: float | None = None
 
     @property
     def price_gradients(self) -> float:
         """What the last measurement cost, in gradients on the batches of the probe; a typical price before any."""
+        if self._price_gradients is None:
+            usual = min(self.max_matvecs, 10 + 3 * (self.k + self.num_smallest))
+            return expected_price(self.curvature, self.batches, usual)
         return self._price_gradients
 
     def _measure(self, function: FixedLoss, host: Host) -> dict[str, Estimate]:
@@ -349,7 +362,6 @@ class EigenvaluesProbe(Probe):
         A measurement that is not finite is not remembered: the next one starts where the last finite one ended.
         """
         k, num_smallest = self._counts(function.size)
-        allowed = int(min(host.allowance_gradients, 1e9) / self._matvec_gradients)
         found = solve(
             function,
             k=k,
@@ -357,8 +369,9 @@ class EigenvaluesProbe(Probe):
             curvature=self.curvature,
             start=None if self._num_measured % self.cold_every == 0 else self._start,
             tol=self.tol,
-            max_matvecs=max(k + num_smallest, min(self.max_matvecs, allowed)),
+            max_matvecs=self.max_matvecs,
             seed=self.seed + self._num_measured,
+            allowance_gradients=host.allowance_gradients,
         )
         if found.start is not None:
             self._start, self._price_gradients = found.start, function.spent_gradients

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
 from landscape_ray.probes.fixed_loss import FORWARD, Batches, FixedLoss, observing
+from landscape_ray.probes.gradients.per_example import inputs_and_targets
 from landscape_ray.probes.losses import DetailedLoss, Loss, detailed
 from landscape_ray.probes.operators.gauss_newton import closed_form_hessian, holds
 from landscape_ray.probes.probe import Host, Probe
@@ -91,13 +92,15 @@ def ggn_trace(
     with observing(module, loss, batches, eval_mode=eval_mode) as function:
         found = UNKNOWN
         if function.finite:
-            found = measured_ggn_trace(function, tol, max_gradients, seed)
+            found = measured_ggn_trace(function, tol, max_gradients, seed, check_deterministic=True)
     return dataclasses.replace(
         found, price_gradients=function.spent_gradients, cost_seconds=time.perf_counter() - began
     )
 
 
-def measured_ggn_trace(function: FixedLoss, tol: float, max_gradients: float, seed: int) -> Estimate:
+def measured_ggn_trace(
+    function: FixedLoss, tol: float, max_gradients: float, seed: int, *, check_deterministic: bool = False
+) -> Estimate:
     """Return the trace at finite weights; the cost is counted by `function`."""
     loss = detailed(function.loss, "the trace of the Gauss-Newton matrix")
     if loss.likelihood is None:
@@ -106,6 +109,8 @@ def measured_ggn_trace(function: FixedLoss, tol: float, max_gradients: float, se
             "trace(..., curvature='ggn') needs none"
         )
     run = _Run(function, loss, tol, max_gradients, seed)
+    if check_deterministic:
+        function.check_deterministic()
     run.find_ghosts()
     return run.by_examples() if run.ghosts else run.by_chunks()
 
@@ -119,7 +124,9 @@ class _Run:
         there = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if there else 0
         self.generator = torch.Generator().manual_seed(seed + 1_000_003 * rank)
-        self.pairs: list[tuple[Tensor, Tensor, float]] = [(*_pair(batch), share) for batch, share in function.batches]
+        self.pairs: list[tuple[Tensor, Tensor, float]] = [
+            (*inputs_and_targets(batch), share) for batch, share in function.batches
+        ]
         self.apart = not any(member.training for member in function.module.modules())
         self.ghosts, self.columns = False, 0
         self._checked = False
@@ -128,11 +135,12 @@ class _Run:
         """Find out whether norms of single examples are to be had, and the columns of an exact trace, 0 for none."""
         function, first = self.function, self.pairs[0][0]
         shape = verified(function, first[:2]) if self.apart else None
+        num = sum(len(inputs) for inputs, _, _ in self.pairs)
+        sums = torch.tensor([float(shape is None), float(num), 1.0], dtype=torch.float64, device=function.device)
+        without, num_examples, num_processes = function.reduce(sums).tolist()
+        self.ghosts = not without  # the processes must go the same way, and so count the same prices
         # two examples: once together and once alone, or a forward that finds a parameter of an unknown layer
-        price = 4.0 if shape is not None else 2 * FORWARD
-        function.spent_gradients += price / sum(len(inputs) for inputs, _, _ in self.pairs)
-        without = function.reduce(torch.tensor(float(shape is None), device=function.device))
-        self.ghosts = not bool(without)  # the processes must go the same way
+        function.spent_gradients += (4.0 if self.ghosts else 2 * FORWARD) * num_processes / num_examples
         self.columns = shape[0] if shape is not None and len(shape) == 1 else 0
 
     def affordable(self, price: float) -> bool:
@@ -163,17 +171,17 @@ class _Run:
 
     def tapes(self) -> Iterator[tuple[Tape, Tensor, float]]:
         """Yield each micro-batch's tape, targets and weight of an example's squared norm."""
+        self.function.spent_gradients += FORWARD
         for inputs, targets, share in self.pairs:
-            self.function.spent_gradients += FORWARD / len(self.pairs)
             tape = Tape(self.function, inputs)
             yield tape, targets, share * tape.outputs.shape[-1] / tape.outputs.numel()
 
     def by_examples(self) -> Estimate:
         function, samples = self.function, _Samples(self.function)
-        price = GHOST_PRICE + (FORWARD if len(self.pairs) > 1 else 0.0)
+        price = GHOST_PRICE + (0.0 if function.single else FORWARD)
         exact_price = FORWARD + self.columns * GHOST_PRICE if self.columns else math.inf
         with function.surroundings():
-            kept = list(self.tapes()) if len(self.pairs) == 1 else None
+            kept = list(self.tapes()) if function.single else None
             if self.columns <= MAX_COLUMNS and self.affordable(exact_price):
                 return self.exact(kept)
             while True:
@@ -181,7 +189,7 @@ class _Run:
                 for tape, targets, weight in kept or self.tapes():
                     signs = self.draw(tape.outputs)
                     terms.append(weight * tape.squared_norms(self.root(tape.outputs, targets, signs)))
-                    function.spent_gradients += GHOST_PRICE / len(self.pairs)
+                function.spent_gradients += GHOST_PRICE
                 samples.add(torch.cat(terms))
                 value, error = samples.value_and_error()
                 if not error > self.tol * value or not self.affordable(price):
@@ -200,7 +208,7 @@ class _Run:
             for column in range(unit.shape[-1]):
                 unit.zero_()[..., column] = 1
                 total += weight * tape.squared_norms(self.root(tape.outputs, targets, unit)).sum()
-                function.spent_gradients += GHOST_PRICE / len(self.pairs)
+        function.spent_gradients += self.columns * GHOST_PRICE
         return self.estimate(float(function.reduce(total)), 0.0, "exact")
 
     # gradients of parts
@@ -276,17 +284,6 @@ class _Samples:
         if units < 2:
             return value, math.inf
         return value, student(units - 1) * math.sqrt(max(square - value * value / units, 0.0) * units / (units - 1))
-
-
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
-        inputs, targets = batch
-        if 0 < len(inputs) == len(targets):
-            return inputs, targets
-    raise UserError(
-        f"batch must be a pair of tensors (inputs, targets) with one row for each example, got {type(batch).__name__}; "
-        "the trace of the Gauss-Newton matrix is taken apart by examples"
-    )
 
 
 def _check(tol: float, max_gradients: float) -> None:

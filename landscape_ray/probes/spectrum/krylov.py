@@ -59,18 +59,35 @@ def random_directions(size: int, seed: int, dtype: torch.dtype, device: torch.de
         yield unit_vector(size, torch.randn(size, generator=generator, dtype=dtype), dtype=dtype, device=device)
 
 
+FIRST_ROWS = 8
+"""Vectors that there is room for at first."""
+
+
 class Krylov:
     """Q and T.
 
+    Room is taken as the iteration goes, twice as much each time: most stop far below their limit, and a device pays for
+    all that is taken. The vectors stay beside each other, so that sums come out the same to the bit.
+
     Attributes:
+        capacity: most vectors.
         basis: rows orthonormal up to `count`; those up to `done` have been multiplied, the others wait.
         projected: T, float64, on the CPU. Below the diagonal it is what products left over, which defines it; above,
             nothing is kept: what is measured there differs by the asymmetry of A.
         asymmetry: largest difference between the two so far.
     """
 
-    def __init__(self, capacity: int, size: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.basis = torch.empty(capacity, size, dtype=dtype, device=device)
+    def __init__(
+        self,
+        capacity: int,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        num_rows: int = FIRST_ROWS,
+    ) -> None:
+        self.capacity = capacity
+        self.basis = torch.empty(min(capacity, num_rows), size, dtype=dtype, device=device)
         self.projected = torch.zeros(capacity, capacity, dtype=torch.float64)
         self.done = self.count = 0
         self.asymmetry = 0.0
@@ -81,8 +98,7 @@ class Krylov:
         *_, rest = self._orthogonalise(vector)
         length = float(torch.linalg.vector_norm(rest))
         if length > 10 * torch.finfo(rest.dtype).eps:
-            torch.div(rest, length, out=self.basis[self.count])
-            self.count += 1
+            self._add(rest, length)
 
     def multiply(self, matvec: Callable[[Tensor], Tensor]) -> bool:
         """Multiply the next waiting vector, and append what the product adds; False if it is not finite."""
@@ -97,11 +113,18 @@ class Krylov:
         self.projected[j : self.count, j] = overlaps[j:]
         self._norm = max(self._norm, math.hypot(float(torch.linalg.vector_norm(overlaps)), length))
         self.done += 1
-        if self.count < len(self.basis) and length > torch.finfo(self.basis.dtype).eps * self._norm:
-            torch.div(rest, length, out=self.basis[self.count])
+        if self.count < self.capacity and length > torch.finfo(self.basis.dtype).eps * self._norm:
             self.projected[self.count, j] = length
-            self.count += 1
+            self._add(rest, length)
         return True
+
+    def _add(self, rest: Tensor, length: float) -> None:
+        if self.count == len(self.basis):
+            larger = self.basis.new_empty(min(self.capacity, 2 * self.count), len(rest))
+            larger[: self.count] = self.basis
+            self.basis = larger
+        torch.div(rest, length, out=self.basis[self.count])
+        self.count += 1
 
     def _orthogonalise(self, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the parts of a vector along the basis, as two passes find them, and a new tensor with the rest."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from landscape_ray.errors import UserError
-from landscape_ray.probes.spectrum.krylov import Krylov, random_directions, unit_vector
+from landscape_ray.probes.spectrum.krylov import FIRST_ROWS, Krylov, random_directions, unit_vector
 
 __all__ = ["ExtremalPairs", "LanczosResult", "extremal_pairs", "lanczos", "unit_vector"]
 
@@ -164,8 +164,9 @@ def extremal_pairs(
     space is exhausted, as it is for small or low-rank operators, the iteration goes on with a random vector until a
     further space changes none of the wanted values; copies then show by themselves.
 
-    Memory: the basis, `max_basis` x size numbers. Each new vector is orthogonalised against all of it twice; without
-    that float32 returns copies of converged values instead of new ones.
+    Memory: the basis, `max_basis` x size numbers at most; it grows with the iteration unless tol is 0. Each new vector
+    is orthogonalised against all of it twice; without that float32 returns copies of converged values instead of new
+    ones.
 
     Args:
         matvec: `A v` for v of shape (size,); A symmetric.
@@ -209,7 +210,8 @@ def extremal_pairs(
     eps = torch.finfo(dtype).eps
     floor = math.sqrt(eps) if floor is None else floor
     capacity = min(size, max_matvecs + block, max_matvecs + block if max_basis is None else max_basis)
-    krylov = Krylov(capacity, size, dtype, device)
+    whole = tol == 0 and max_asymmetry == math.inf  # where all is used, room for it at once saves moving it
+    krylov = Krylov(capacity, size, dtype, device, num_rows=capacity if whole else FIRST_ROWS)
     for vector in starts:
         krylov.append(unit_vector(size, vector, dtype=dtype, device=device))
     while krylov.count < block:  # also in place of a start vector that is a sum of others
@@ -229,7 +231,7 @@ def extremal_pairs(
             return _unknown(krylov, num_wanted, num_matvecs, num_restarts)
         exhausted = krylov.count == krylov.done
         last = num_matvecs == max_matvecs
-        if krylov.done < num_wanted or (tol == 0 and not exhausted and not last and max_asymmetry == math.inf):
+        if krylov.done < num_wanted or (whole and not exhausted and not last):
             continue
         values, vectors, residuals = krylov.ritz()
         wanted = [*range(krylov.done - 1, krylov.done - 1 - k, -1), *range(num_smallest)]

@@ -1,4 +1,4 @@
-"""Trace and Frobenius norm of the Hessian and of the Gauss-Newton matrix."""
+"""Trace and Frobenius norm of a curvature matrix."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
 from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
 from landscape_ray.probes.losses import Loss
-from landscape_ray.probes.operators.gauss_newton import GGNOperator
-from landscape_ray.probes.operators.hessian import FiniteDifferenceHessian, HessianOperator
+from landscape_ray.probes.operators.hessian import FiniteDifferenceHessian
 from landscape_ray.probes.probe import Host, Probe
+from landscape_ray.probes.spectrum.eigenpairs import Curvature, check_curvature, curvature_operator
 from landscape_ray.probes.spectrum.sign_samples import random_signs
 from landscape_ray.probes.spectrum.trace_estimators import Method, TraceResult, check_settings, stochastic_trace
-
-Curvature: TypeAlias = Literal["hessian", "ggn"]
-"""Of which matrix."""
 
 Products: TypeAlias = Literal["exact", "finite_difference", "auto"]
 """How products with the Hessian are computed; see :func:`trace`."""
@@ -44,7 +41,7 @@ def trace(
     seed: int = 0,
     eval_mode: bool = True,
 ) -> Estimate:
-    """Return the trace of the Hessian, or of the Gauss-Newton matrix, of the mean loss at the present weights.
+    """Return the trace of the Hessian, or of another curvature matrix, of the mean loss at the present weights.
 
     The module and all global random generators are bit-identical afterwards. Non-finite weights or losses give nan.
     The trace of the Gauss-Newton matrix alone is had for far less by :func:`landscape_ray.probes.spectrum.ggn_trace`.
@@ -58,14 +55,14 @@ def trace(
 
     Args:
         module: any module, float32 or float64; data-parallel wrappers taken off.
-        loss: `loss(module, batch)`, the mean loss of one micro-batch; a `DetailedLoss` for the Gauss-Newton matrix.
+        loss: `loss(module, batch)`, the mean loss of one micro-batch; a `DetailedLoss` for all but the Hessian.
         batches: pairs `(batch, num_examples)`, batches with `num_examples`, or a single batch.
         tol: standard error to reach, relative to the trace, > 0.
         max_matvecs: most products for the estimate, >= 2.
-        curvature: hessian or ggn.
+        curvature: hessian; ggn; fisher, with one label drawn for each target; or empirical_fisher, of the examples.
         method: see :func:`landscape_ray.probes.spectrum.trace_estimators.stochastic_trace`.
-        route: see above; the Gauss-Newton matrix knows only exact.
-        seed: of the random vectors.
+        route: see above; all but the Hessian know only exact.
+        seed: of the random vectors, and the labels of the Fisher matrix.
         eval_mode: measure in eval mode: no dropout, running batch statistics. False keeps the modes of the host.
 
     Returns:
@@ -84,6 +81,7 @@ def trace(
     with observing(module, loss, batches, eval_mode=eval_mode) as function:
         found = UNKNOWN
         if function.finite:
+            function.check_deterministic()
             found, _ = trace_and_frobenius(
                 function, tol, max_matvecs, curvature, method, route, seed, check_exactly=True
             )
@@ -108,7 +106,7 @@ def trace_and_frobenius(
 
     Route auto checks with an exact product if `check_exactly`, and otherwise with a central difference, cheaper.
     """
-    exact = GGNOperator(function) if curvature == "ggn" else HessianOperator(function)
+    exact = curvature_operator(function, curvature, seed=seed)
     differences = FiniteDifferenceHessian(function)
     operator: Callable[[Tensor], Tensor] = exact
     trusted, bias, name = True, 0.0, ""
@@ -128,9 +126,11 @@ def trace_and_frobenius(
             form = float(signs @ reference)
             bias = abs(float(signs @ product) - form) / max(abs(form), torch.finfo(torch.float64).tiny)
             name = ", finite differences"
-    setup, price = (0.0, 1.0) if name else (exact.setup_gradients, exact.matvec_gradients)
-    left = allowance_gradients - function.spent_gradients - setup
-    most = min(max_matvecs, max(2, int(min(left / price, 1e6))))
+    used = differences if name else exact
+    left = allowance_gradients - function.spent_gradients
+    if used.num_matvecs:  # by the check, which paid for the setup, and whose product is the first of the estimate
+        left += used.setup_gradients + used.matvec_gradients
+    most = min(max_matvecs, max(2, used.most_products(left, max_matvecs)))
     result = stochastic_trace(
         operator,
         function.size,
@@ -177,12 +177,13 @@ class _Remembering:
 
 def _check(tol: float, max_matvecs: int, curvature: str, method: str, route: str) -> None:
     check_settings(method, tol, max_matvecs)
-    if curvature not in get_args(Curvature):
-        raise UserError(f"curvature must be one of {', '.join(get_args(Curvature))}, got '{curvature}'")
+    check_curvature(curvature)
     if route not in get_args(Products):
         raise UserError(f"route must be one of {', '.join(get_args(Products))}, got '{route}'")
-    if curvature == "ggn" and route != "exact":
-        raise UserError(f"route must be exact for curvature ggn, got '{route}'; differences are of the gradient")
+    if curvature != "hessian" and route != "exact":
+        raise UserError(
+            f"route must be exact for curvature {curvature}, got '{route}'; differences are of the gradient"
+        )
 
 
 class TraceProbe(Probe):

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from landscape_ray.errors import UserError
+from landscape_ray.probes.fixed_loss import observing
 from landscape_ray.probes.gradients.opposing import OpposingSignalsProbe, opposing_groups, opposition_p_value
-from landscape_ray.probes.gradients.per_example import examples_at
+from landscape_ray.probes.gradients.per_example import ExampleGradients, examples_at
 from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.probe import Host
 
@@ -202,3 +203,27 @@ def test_arguments_out_of_range():
     nn.init.constant_(module.weight, math.inf)
     with pytest.raises(UserError, match="weights must be finite"):
         opposing_groups(module, SQUARES, [batch], update)
+
+
+class MeanSquares:
+    """A loss of which one mean is all there is."""
+
+    likelihood = None
+
+    def per_target(self, outputs, targets):
+        return 0.5 * (outputs - targets).square().mean()
+
+    def __call__(self, module, batch):
+        return self.per_target(module(batch[0]), batch[1])
+
+
+def test_losses_that_are_one_mean_are_refused():
+    module, batch, update = regression(0, opposing=False)
+    host = Host(update=[update[None]])
+    with pytest.raises(
+        UserError, match="loss must give one value for each target where single examples are told apart"
+    ):
+        OpposingSignalsProbe([batch]).measure(module, MeanSquares(), host)
+    with observing(module, MeanSquares(), [batch]) as function:  # the gradient of an example needs no more than that
+        route = ExampleGradients(function, function.loss).route
+    assert route == "vmap"

@@ -53,14 +53,16 @@ def test_layers_own_their_parameters():
     model = Model()
     found = layers(model)
     assert {name: len(own) for name, own in found.items()} == {
-        ".": 1,
+        "root": 1,
         "embedding": 1,
         "body.0": 2,
         "body.2": 1,
         "normed": 3,
     }
     assert found["embedding"][0] is model.head.weight
-    assert [len(own) for own in layers(nn.Linear(2, 3)).values()] == [2]
+    assert {name: len(own) for name, own in layers(nn.Linear(2, 3)).items()} == {"root": 2}
+    model.root = nn.Linear(1, 1)
+    assert {name: len(own) for name, own in layers(model).items() if "root" in name} == {"root_": 1, "root": 2}
 
 
 def with_batches() -> tuple[nn.Module, list[tuple[tuple[Tensor, Tensor], float]]]:
@@ -140,3 +142,19 @@ def test_refused_targets_and_losses():
         by_class(CROSS_ENTROPY, [(X, torch.tensor([0, -100]))])
     with pytest.raises(UserError, match="groups must give every target its class, got 2 for targets up to 2"):
         by_class(CROSS_ENTROPY, [(X, torch.tensor([0, 2]))], groups=[0, 1])
+
+
+def test_losses_that_are_one_mean_have_no_classes():
+    class Mean:
+        likelihood = None
+
+        def per_target(self, outputs, targets):
+            return nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+        def __call__(self, module, batch):
+            return self.per_target(module(batch[0]), batch[1])
+
+    module, batch = nn.Linear(2, 3), (torch.ones(4, 5, 2), torch.arange(20).reshape(4, 5) % 3)
+    part = by_class(Mean(), [batch])[1]
+    with pytest.raises(UserError, match="per_target must give one value for each of 20 targets for class-wise"):
+        part.loss(module, part.batches[0][0])

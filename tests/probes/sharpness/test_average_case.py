@@ -11,6 +11,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes import Host
 from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.sharpness.average_case import AverageCaseSharpnessProbe, average_case_sharpness
+from landscape_ray.probes.spectrum.sign_samples import student
 
 
 def regression():
@@ -50,6 +51,27 @@ def test_standard_error_covers_the_truth():
     assert 0.87 <= within <= 0.99  # Student's t with 9 degrees of freedom: 95 %
 
 
+@pytest.mark.parametrize("num_pairs", [2, 3])
+def test_one_standard_error_of_few_pairs_holds_the_truth_in_two_of_three(num_pairs):
+    module = nn.Linear(60, 1, bias=False).double()  # sums of 60 squares: nearly normal
+    truth = 0.5
+    found = [
+        average_case_sharpness(
+            module,
+            lambda m, x: 0.5 * m(x).square().sum(),
+            [torch.eye(60, dtype=torch.float64)],
+            scaling="standard",
+            radius=1.0,
+            per_dimension=True,
+            num_pairs=num_pairs,
+            seed=100 * seed,
+        )
+        for seed in range(400)
+    ]
+    within = sum(abs(estimate.value - truth) < estimate.standard_error for estimate in found) / len(found)
+    assert within == pytest.approx(0.683, abs=0.07)  # three standard deviations of 400 draws; 0.5 and 0.58 unwidened
+
+
 def test_pairs_by_explicit_loop(smooth_case):
     module, loss, batch = smooth_case
     w = parameters_to_vector(module.parameters()).detach().clone()
@@ -70,7 +92,8 @@ def test_pairs_by_explicit_loop(smooth_case):
     assert first["average_case_sharpness"].value != second["average_case_sharpness"].value
     for name, column in zip(["average_case_sharpness", "average_case_sharpness/rho_0.2"], rises.T, strict=True):
         assert second[name].value == pytest.approx(float(column.mean()), rel=1e-9)
-        assert second[name].standard_error == pytest.approx(float(column.std()) / math.sqrt(3), rel=1e-9)
+        widened = student(2) * float(column.std()) / math.sqrt(3)
+        assert second[name].standard_error == pytest.approx(widened, rel=1e-9)
     assert second["average_case_sharpness"].price_gradients == pytest.approx(probe.price_gradients)
     assert torch.equal(parameters_to_vector(module.parameters()), w)
 
@@ -101,8 +124,9 @@ def test_allowance_cuts_the_pairs(smooth_case):
     assert probe.price_gradients == pytest.approx(61 / 3)
     probe.measure(module, loss)
     for allowance, pairs in [(5, 7), (0, 2), (math.inf, 30)]:
-        spent = probe.measure(module, loss, Host(allowance_gradients=allowance))[probe.name].price_gradients
-        assert spent == pytest.approx((1 + 2 * pairs) / 3)
+        found = probe.measure(module, loss, Host(allowance_gradients=allowance))[probe.name]
+        assert found.price_gradients == pytest.approx((1 + 2 * pairs) / 3)
+        assert found.converged == (pairs == 30)
 
 
 def test_a_single_pair_has_no_error():

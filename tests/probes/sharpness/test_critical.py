@@ -133,7 +133,7 @@ def test_rounding_is_in_the_error():
 def test_allowance_cuts_the_search_short():
     module, loss, update = descent(lambda w: 0.5 * w**2, 2.0, lr=0.1)
     probe = CriticalSharpnessProbe([None], tol=1e-6)
-    found = probe.measure(module, loss, Host(update=[update], lr=0.1, allowance_gradients=2.0))["critical_sharpness"]
+    found = probe.measure(module, loss, Host(update=[update], lr=0.1, allowance_gradients=2.7))["critical_sharpness"]
     assert loss.num_calls == 2 + 6
     assert not found.converged
     assert abs(found.value - 1.0) <= found.standard_error

@@ -10,9 +10,11 @@ from scipy.optimize import minimize
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from landscape_ray.data.images import ImageConfig, open_images
 from landscape_ray.errors import UserError
 from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.sharpness.logits import LogitSharpnessProbe, NormalisedLogits, logit_sharpness
+from landscape_ray.training.loss import LossConfig, Objective
 
 CLASSES = OutputLoss(nn.CrossEntropyLoss(reduction="none"), likelihood="categorical")
 VALUES = OutputLoss(lambda outputs, targets: 0.5 * (outputs - targets).square(), likelihood="gaussian")
@@ -68,6 +70,32 @@ def test_keskars_optimiser_finds_no_more(loss, values):
     assert found.value >= 100 * (-best.fun - base) / (1 + base) - 1e-9
     if not values:  # concave in no direction that matters: the descent ends in the same corner
         assert found.value == pytest.approx(100 * (-best.fun - base) / (1 + base), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [10, 12])
+def test_classes_under_squared_error_are_one_hot(batch_size):
+    """With the loss of a run, on digits: as many examples as classes would be compared with the wrong ones."""
+    data = open_images(ImageConfig())
+    inputs, targets = data.probe_batch(0, batch_size)
+    objective = Objective(LossConfig(name="squared_error"), data.signature)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    found = logit_sharpness(module, objective, [(inputs, targets)], radius=0.1).value
+    y = module(inputs).detach().double()
+    one_hot = torch.zeros_like(y)
+    for row, target in enumerate(targets.tolist()):
+        one_hot[row, target] = 1.0
+    away = 0.1 * torch.where(y >= one_hot, 1.0, -1.0).double() * (y.abs() + 1)
+    base, worst = (0.5 * (z - one_hot).square().sum(1).mean() for z in (y, y + away))
+    assert found == pytest.approx(100 * float((worst - base) / (1 + base)), rel=1e-9)
+    assert float(base) == pytest.approx(float(objective(module, (inputs, targets)).detach()), rel=1e-5)
+
+
+def test_values_without_a_last_axis_belong_to_the_rows():
+    module, values = nn.Linear(3, 1).double(), torch.arange(4.0, dtype=torch.float64)
+    loss = OutputLoss(lambda outputs, targets: 0.5 * (outputs.flatten() - targets).square(), likelihood="gaussian")
+    inputs = torch.ones(4, 3, dtype=torch.float64)
+    found, expected = (logit_sharpness(module, loss, [(inputs, t)]).value for t in (values, values[:, None]))
+    assert found == expected
 
 
 def test_closed_form_of_two_equal_logits():

@@ -105,7 +105,7 @@ def test_nothing_to_precondition_with(smooth_case):
 
 def test_allowance_cuts_the_iteration_short(smooth_case):
     probe = PreconditionedSharpnessProbe([smooth_case.batch], tol=1e-9)
-    host = Host(preconditioner=lambda: scales(smooth_case.module), allowance_gradients=7.0)
+    host = Host(preconditioner=lambda: scales(smooth_case.module), allowance_gradients=2 / 3 + 1.2 + 3.5 * 2.3)
     found = probe.measure(smooth_case.module, smooth_case.loss, host)[probe.name]
     assert found.num_matvecs == 3
     assert not found.converged

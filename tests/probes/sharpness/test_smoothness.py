@@ -121,9 +121,31 @@ def test_probe_draws_anew_and_keeps_to_its_allowance(smooth_case):
     twin.load_state_dict(probe.state_dict())
     host = Host(allowance_gradients=1.2 + 4.5 * 2.3)
     short = probe.measure(module, loss, host)[probe.name]
-    assert short.num_matvecs == 4
+    assert (short.num_matvecs, short.converged, second.converged) == (4, False, True)
     assert twin.measure(module, loss, host)[twin.name].value == short.value
     assert probe.measure(module, loss, Host(allowance_gradients=0.0))[probe.name].num_matvecs == 3
+
+
+def test_allowance_cuts_vectors_and_ascents_in_proportion(smooth_case):
+    module, loss, batch = smooth_case
+    probe = LinfSmoothnessProbe([batch], num_vectors=20, num_ascents=5)
+    for products, ascents in [(25, 5), (15, 3), (4, 0)]:
+        host = Host(allowance_gradients=2 / 3 + 1.2 + 2.3 * (products + 0.1))
+        found = probe.measure(module, loss, host)
+        assert found[probe.name].num_matvecs == products - ascents
+        assert {estimate.converged for estimate in found.values()} == {products == 25}
+        assert (f"{probe.name}/lower" in found) == bool(ascents)
+
+
+def test_declared_price_is_that_of_several_batches(smooth_case):
+    module, loss, (inputs, targets) = smooth_case
+    parts = [((inputs[:40], targets[:40]), 40), ((inputs[40:], targets[40:]), 24)]
+    probe = LinfSmoothnessProbe(parts, num_vectors=4, num_ascents=0)
+    assert probe.price_gradients == pytest.approx(4 * 3.5)
+    found = probe.measure(module, loss)[probe.name]
+    assert found.price_gradients == pytest.approx(4 * 3.5 + 2 / 3)
+    probe.batches = parts[:1]  # what was measured counts: another process may hold several
+    assert probe.price_gradients == pytest.approx(4 * 3.5)
 
 
 def test_not_finite_is_unknown():

@@ -141,10 +141,10 @@ def test_quadratic_limit_at_a_minimum(scaling, radius):
     w = module.weight.detach().flatten()
     unit = {"standard": torch.ones_like(w), "elementwise": w.abs(), "filterwise": w.norm().expand(6)}[scaling]
     top = float(torch.linalg.eigvalsh(unit[:, None] * hessian * unit)[-1])
-    found = worst_case_sharpness(module, loss, [batch], radius=radius, scaling=scaling, tol=1e-9, num_steps=200)
+    found = worst_case_sharpness(module, loss, [batch], radius=radius, scaling=scaling, tol=1e-8, num_steps=200)
     assert found.value == pytest.approx(0.5 * radius**2 * top, rel=1e-6)
     assert found.converged
-    assert 0 <= found.standard_error <= 1e-9 * found.value
+    assert 0 <= found.standard_error <= 1e-8 * found.value  # rises of 4e-8 are rounded to some 1e-9 of that
 
 
 @pytest.mark.parametrize("seed", range(4))

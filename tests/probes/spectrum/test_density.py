@@ -149,7 +149,7 @@ def test_dense_hessian_in_one_run(case, dense_hessian):
     found = spectral_density(case.module, case.loss, [case.batch], num_steps=len(H), num_vectors=1)
     assert found.largest.value == pytest.approx(float(exact[-1]), rel=1e-6)
     assert found.smallest.value == pytest.approx(float(exact[0]), rel=1e-6)
-    assert found.price_gradients == pytest.approx(1.2 + 2.3 * found.num_matvecs)
+    assert found.price_gradients == pytest.approx(2 / 3 + 1.2 + 2.3 * found.num_matvecs)
     found = spectral_density(case.module, case.loss, [case.batch], num_steps=3, num_vectors=40)
     assert abs(found.trace.value - float(H.trace())) <= 4 * found.trace.standard_error
     assert abs(found.frobenius_norm.value - float(H.norm())) <= 4 * found.frobenius_norm.standard_error
@@ -159,7 +159,7 @@ def test_dense_hessian_in_one_run(case, dense_hessian):
 
 def test_probe_agrees_with_the_function(smooth_case):
     probe = SpectralDensityProbe([smooth_case.batch], num_steps=12, num_vectors=2, seed=3)
-    assert probe.price_gradients == pytest.approx(2.3 * 12 * 2)
+    assert probe.price_gradients == pytest.approx(1.2 + 2.3 * 12 * 2)
     found = probe.measure(smooth_case.module, smooth_case.loss)
     whole = spectral_density(
         smooth_case.module, smooth_case.loss, [smooth_case.batch], num_steps=12, num_vectors=2, seed=3
@@ -174,6 +174,31 @@ def test_probe_agrees_with_the_function(smooth_case):
     assert again["spectral_density/trace"].value != found["spectral_density/trace"].value
     cheap = probe.measure(smooth_case.module, smooth_case.loss, Host(allowance_gradients=30.0))
     assert cheap["spectral_density"].num_matvecs == 12
+
+
+def test_ritz_values_with_large_residuals_are_not_converged(smooth_case, dense_hessian):
+    exact = float(torch.linalg.eigvalsh(dense_hessian(smooth_case))[-1])
+    parts = ("largest", "smallest", "bulk_upper", "bulk_lower")
+    arguments = smooth_case.module, smooth_case.loss, [smooth_case.batch]
+    short = spectral_density(*arguments, num_steps=3, num_vectors=1)
+    assert abs(short.largest.value - exact) > 0.05 * exact
+    assert not short.largest.converged
+    for found in (short, spectral_density(*arguments, num_steps=20, num_vectors=2)):
+        scale = 0.01 * max(abs(found.largest.value), abs(found.smallest.value))
+        for estimate in (found.largest, found.smallest):
+            assert estimate.converged == (estimate.standard_error <= 0.05 * max(abs(estimate.value), scale))
+        assert found.trace.converged
+    whole = spectral_density(*arguments, num_steps=len(dense_hessian(smooth_case)), num_vectors=1)
+    assert all(getattr(whole, part).converged for part in parts)
+
+
+def test_nothing_is_converged_that_the_allowance_cut_short(smooth_case):
+    probe = SpectralDensityProbe([smooth_case.batch], num_steps=len(smooth_case.batch[0]))
+    arguments = smooth_case.module, smooth_case.loss
+    assert all(estimate.converged for estimate in probe.measure(*arguments).values())
+    cut = probe.measure(*arguments, Host(allowance_gradients=60.0))
+    assert math.isfinite(cut["spectral_density"].value)
+    assert not any(estimate.converged for estimate in cut.values())
 
 
 def test_not_finite_values_give_nan(smooth_case):

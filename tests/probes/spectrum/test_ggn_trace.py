@@ -104,8 +104,8 @@ def test_exact_where_the_layers_are_known(name, loss):
         estimate = ggn_trace(module, loss, batches)
         assert estimate.value == pytest.approx(truth, rel=1e-10)
         assert (estimate.standard_error, estimate.converged, estimate.route) == (0.0, True, "exact")
-        # a forward, 4 columns, and 2 x 2 examples of the check
-        assert estimate.price_gradients == pytest.approx(1 / 3 + 4 * 0.4 + 4 / 18)
+        # a check that the loss is fixed, a forward, 4 columns, and 2 x 2 examples of the check of the norms
+        assert estimate.price_gradients == pytest.approx(2 / 3 + 1 / 3 + 4 * 0.4 + 4 / 18)
 
 
 @pytest.mark.acceptance
@@ -135,7 +135,7 @@ def test_error_of_a_single_sample_is_not_too_small():
     module, batch = problem("embedding")
     truth, num = dense_trace(module, cross_entropy, [batch]), 100
     estimates = [ggn_trace(module, cross_entropy, [batch], tol=1e-6, max_gradients=0.5, seed=s) for s in range(num)]
-    assert {round(e.price_gradients, 6) for e in estimates} == {round(1.5 + 2 / 3 / 18, 6)}
+    assert {round(e.price_gradients, 6) for e in estimates} == {round(2 / 3 + 1.5 + 2 / 3 / 18, 6)}
     hits = sum(abs(e.value - truth) <= e.standard_error for e in estimates)
     assert hits >= stats.binom.ppf(1e-4, num, 0.683)
 

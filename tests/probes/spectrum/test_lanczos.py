@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from landscape_ray.errors import UserError
+from landscape_ray.probes.spectrum.krylov import Krylov
 from landscape_ray.probes.spectrum.lanczos import extremal_pairs, lanczos, unit_vector
 
 
@@ -314,6 +317,38 @@ def test_projection_and_residuals_are_what_they_say(size, k, num_smallest, block
     assert float(torch.linalg.svdvals(found.projected).max()) <= norm * (1 + 1e-12)
     if found.weights is not None:
         assert float(found.weights.sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("num_matvecs", [3, 8, 13, 31])
+def test_room_is_taken_as_the_basis_grows(num_matvecs, monkeypatch):
+    taken: list[int] = []
+
+    class Counting(Krylov):
+        def multiply(self, matvec):
+            done = super().multiply(matvec)
+            taken.append(len(self.basis))
+            return done
+
+    monkeypatch.setattr("landscape_ray.probes.spectrum.lanczos.Krylov", Counting)
+    spectrum = torch.linspace(1.0, 2.0, 200)
+
+    def run(first_rows):
+        monkeypatch.setattr("landscape_ray.probes.spectrum.lanczos.FIRST_ROWS", first_rows)
+        products = iter(range(num_matvecs))
+
+        def matvec(v):  # not finite at last: the iteration ends there, as if it had converged
+            return spectrum * v if next(products) < num_matvecs - 1 else v * math.nan
+
+        vectors: list[torch.Tensor] = []
+        extremal_pairs(lambda v: (vectors.append(v.clone()), matvec(v))[1], 200, tol=1e-12, max_matvecs=80)
+        return vectors
+
+    grown = run(8)
+    assert max(taken) <= max(8, 2 * num_matvecs)
+    taken.clear()
+    at_once = run(81)
+    assert max(taken) == 81
+    assert all(torch.equal(one, other) for one, other in zip(grown, at_once, strict=True))
 
 
 def test_weights_are_gauss_quadrature():

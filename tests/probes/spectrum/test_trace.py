@@ -12,6 +12,7 @@ from landscape_ray.probes.fixed_loss import FixedLoss
 from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.operators import HessianOperator
 from landscape_ray.probes.probe import Host
+from landscape_ray.probes.spectrum.eigenpairs import curvature_operator
 from landscape_ray.probes.spectrum.trace import TraceProbe, trace
 
 cross_entropy = OutputLoss(nn.CrossEntropyLoss(reduction="none"), "categorical")
@@ -79,9 +80,9 @@ def test_price_of_exact_products():
     module, batch = wide(nn.Tanh)
     one = trace(module, cross_entropy, [batch], max_matvecs=10, tol=1e-3)
     assert one.num_matvecs == 10
-    assert one.price_gradients == pytest.approx(1.2 + 2.3 * 10)
+    assert one.price_gradients == pytest.approx(2 / 3 + 1.2 + 2.3 * 10)
     two = trace(module, cross_entropy, [(batch, 1), (batch, 1)], max_matvecs=10, tol=1e-3)
-    assert two.price_gradients == pytest.approx(3.5 * 10)
+    assert two.price_gradients == pytest.approx(2 / 3 + 3.5 * 10)
     assert two.value == pytest.approx(one.value, rel=1e-4)
 
 
@@ -97,7 +98,7 @@ def test_finite_differences_on_smooth_networks(activation):
         assert estimate.value == pytest.approx(exact.value, rel=0.02)
         assert exact.standard_error * 0.95 < estimate.standard_error < exact.standard_error * 1.2
         # a gradient at the weights and one for each sample; that of the check is one of them
-        assert estimate.price_gradients == pytest.approx(1 + 10 + extra)
+        assert estimate.price_gradients == pytest.approx(2 / 3 + 1 + 10 + extra)
 
 
 def test_finite_differences_are_refused_across_kinks():
@@ -184,7 +185,7 @@ def test_loss_that_is_not_finite():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"curvature": "fisher"}, "curvature must be one of hessian, ggn, got 'fisher'"),
+        ({"curvature": "ntk"}, "curvature must be one of hessian, ggn, fisher, empirical_fisher, got 'ntk'"),
         ({"route": "forward"}, "route must be one of exact, finite_difference, auto, got 'forward'"),
         ({"curvature": "ggn", "route": "auto"}, "route must be exact for curvature ggn, got 'auto'"),
         ({"tol": -1.0}, "tol must be positive and finite, got -1.0"),
@@ -196,3 +197,14 @@ def test_refused(settings, message):
         trace(module, cross_entropy, [batch], **settings)
     with pytest.raises(UserError, match=message):
         TraceProbe([batch], **settings)
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "fisher", "empirical_fisher"])
+def test_every_curvature_has_a_trace(curvature):
+    generator = torch.Generator().manual_seed(1)
+    module = nn.Linear(2, 3, bias=False).double()
+    nn.init.ones_(module.weight)
+    batch = torch.randn(9, 2, generator=generator).double(), torch.randint(3, (9,), generator=generator)
+    dense = curvature_operator(FixedLoss(module, cross_entropy, [batch]), curvature, seed=4).dense()
+    found = trace(module, cross_entropy, [batch], curvature=curvature, seed=4)
+    assert found.value == pytest.approx(float(dense.trace()), rel=1e-9)  # of 6 rows, read off
