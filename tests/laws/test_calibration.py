@@ -90,6 +90,7 @@ def test_one_error_is_too_few() -> None:
 
 @pytest.mark.acceptance
 @pytest.mark.data
+@pytest.mark.slow
 def test_coverage_on_published_curves(published_data: Path) -> None:
     """27 runs of three sizes, each forecast from the eight others of its size; nominal 90 %."""
     hits = []

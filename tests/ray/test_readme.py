@@ -81,8 +81,9 @@ def test_the_three_jobs(sweep_text: Callable[..., str], tiny: dict[str, Any], tm
     digits |= {"eval": {"every_steps": 20, "num_batches": 2}, "batch_size": 8}
     digits |= {"probes": {"sharpness": {"every_steps": 5, "batch_size": 8}}, "optimizer": {"name": "sgd"}}
     (spaces / "digits_cohort.toml").write_text(sweep_text("search", name="d", train=digits, cohort={"num_members": 3}))
-    for name in ("width_transfer", "edge_gradient_descent"):
-        (spaces / f"{name}.toml").write_text(sweep_text("search", name=name, train=digits))
+    (spaces / "width_transfer.toml").write_text(sweep_text("search", name="w", train=digits))
+    full = digits | {"data": {"name": "images", "train_size": 8}}
+    (spaces / "edge_gradient_descent.toml").write_text(sweep_text("search", name="edge", train=full))
     address = ray.get_runtime_context().gcs_address
     setup, *jobs = blocks("bash")
     assert [line.split()[0] for line in setup.splitlines()] == ["scripts/quickstart", "scripts/test"]
@@ -101,7 +102,7 @@ def test_the_three_jobs(sweep_text: Callable[..., str], tiny: dict[str, Any], tm
         "coordinate-check-mup",
         "lr-transfer",
         "lr-range-test",
-        "edge-edge_gradient_descent",
+        "edge-edge",
     }
     fits = tmp_path / "runs" / "first" / "fits"
     assert list(fits.glob("probes-*.json"))
