@@ -86,6 +86,7 @@ class Monitor:
         self._waiting: list[str] = []
         self._last_step: dict[str, int] = {}
         self._seconds_per_gradient: dict[str, float] = {}
+        self._sizes: dict[str, float] = {}
         self._began, self._trained_before, self._spent_before = time.perf_counter(), 0.0, 0.0
 
     def __call__(
@@ -118,6 +119,10 @@ class Monitor:
         if training_seconds is None:
             training_seconds = self._training_seconds()
         device = next(module.parameters()).device if module is not None else torch.device("cpu")
+        if not self._sizes:  # of the largest part that a process has, for all alike
+            self._sizes = {
+                name: slowest(sum(map(_num_examples, probe.batches)), device) for name, probe in self.probes.items()
+            }
         clock = _Clock(self, step, slowest(training_seconds, device), num_steps, host.batch_size)
         for name in free + self._waiting:
             if name not in free and not clock.affords(name):
@@ -242,8 +247,7 @@ class _Clock:
             return 0.0
         if not self._step:
             return math.inf
-        num_examples = sum(_num_examples(item) for item in self._monitor.probes[name].batches)
-        return self._training_seconds / self._step * num_examples / self._batch_size
+        return self._training_seconds / self._step * self._monitor._sizes[name] / self._batch_size
 
 
 def _num_examples(item: Any) -> float:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -98,3 +102,31 @@ def dense_hessian() -> Callable[[Case], Tensor]:
 @pytest.fixture
 def build_mlp() -> Callable[..., nn.Module]:
     return lambda activation=nn.Tanh: seeded(lambda: mlp(activation))
+
+
+@pytest.fixture
+def two_processes(tmp_path: Path) -> Callable[[str], Path]:
+    """Return the function that calls a test file's `in_process` in two processes, and gives the folder they share."""
+
+    def run(file: str) -> Path:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if sys.platform == "linux":
+            environment["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name may resolve to nothing
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("process.py")), file, str(rank), str(tmp_path)],
+                env=environment,
+                stderr=subprocess.PIPE,
+            )
+            for rank in range(2)
+        ]
+        try:
+            for process in processes:
+                _, errors = process.communicate(timeout=120)
+                assert process.returncode == 0, errors.decode()
+        finally:
+            for process in processes:
+                process.kill()
+        return tmp_path
+
+    return run

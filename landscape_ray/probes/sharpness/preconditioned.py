@@ -100,8 +100,8 @@ class PreconditionedSharpnessProbe(Probe):
     """Preconditioned sharpness along a training run, started from the eigenvector of the last measurement.
 
     The host tells what the optimizer divides the gradient by; for adam and adamw, the factor `1 - beta1^t` comes on
-    top, with `host.momentum` as beta1 and `host.step` as t. Where there is no such diagonal (before the first update;
-    SGD, Muon), or it is not finite: nan, not converged.
+    top, with `host.momentum` as beta1 and `host.step` as t. For SGD it is the factors of the learning rate, if any.
+    Where there is no such diagonal (before Adam's first update; Muon), or it is not finite: nan, not converged.
 
     As with the sharpness, a warm start can hold on to an eigenvector that another one has overtaken, so every
     `cold_every`-th measurement starts from a random vector.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,37 +53,17 @@ def measure(parts: list[tuple[int, int]]) -> dict[str, Any]:
     return found
 
 
-def join(rank: int, folder: Path) -> None:
+def in_process(rank: int, folder: Path) -> None:
     """Be one of two processes."""
-    meeting = f"file://{folder}/meeting"  # without a port, which another process might take
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     torch.save(measure([BATCHES[:1], BATCHES[1:]][rank]), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
-def test_two_processes_find_what_one_does(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name may resolve to nothing
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
+def test_two_processes_find_what_one_does(two_processes):
     alone = measure(BATCHES)
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors.decode()
-    finally:
-        for process in processes:
-            process.kill()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    folder = two_processes(__file__)
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     for found in (first, second):
         torch.testing.assert_close(torch.tensor(found["estimates"]), torch.tensor(alone["estimates"]))
         assert "must be measured in one process" in found["refused"]
     assert alone["refused"] == ""
-
-
-if __name__ == "__main__":
-    join(int(sys.argv[1]), Path(sys.argv[2]))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,33 +53,17 @@ def measure(parts: list[tuple[int, int]]) -> dict[str, Tensor]:
     return found
 
 
-def join(rank: int, folder: Path) -> None:
+def in_process(rank: int, folder: Path) -> None:
     """Be one of two processes; the second has more batches, and fewer examples."""
-    meeting = f"file://{folder}/meeting"  # without a port, which another process might take
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     torch.save(measure([BATCHES[:1], BATCHES[1:]][rank]), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.acceptance
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
-def test_two_processes_measure_what_one_does(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name may resolve to nothing
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
+def test_two_processes_measure_what_one_does(two_processes):
     alone = measure(BATCHES)
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors.decode()
-    finally:
-        for process in processes:
-            process.kill()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    folder = two_processes(__file__)
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     for name in ("gradient", "hessian", "ggn", "empirical", "values"):
         torch.testing.assert_close(first[name], alone[name], rtol=1e-10, atol=1e-12)
         assert torch.equal(first[name], second[name])
@@ -93,7 +74,3 @@ def test_two_processes_measure_what_one_does(tmp_path):
     assert not torch.equal(first["labels"], second["labels"][: len(first["labels"])])
     # one micro-batch in each of two processes is several
     assert [bool(found["refused"]) for found in (alone, first, second)] == [False, True, True]
-
-
-if __name__ == "__main__":
-    join(int(sys.argv[1]), Path(sys.argv[2]))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,39 +55,19 @@ def measure(parts: list[tuple[int, int]]) -> dict[str, Any]:
     return found
 
 
-def join(rank: int, folder: Path) -> None:
+def in_process(rank: int, folder: Path) -> None:
     """Be one of two processes; the second has more batches."""
-    meeting = f"file://{folder}/meeting"  # without a port, which another process might take
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     torch.save(measure([BATCHES[:1], BATCHES[1:]][rank]), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
-def test_processes_with_unequal_numbers_of_batches_go_the_same_way(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name may resolve to nothing
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
+def test_processes_with_unequal_numbers_of_batches_go_the_same_way(two_processes):
     alone = measure(BATCHES)
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=60)
-            assert process.returncode == 0, errors.decode()
-    finally:
-        for process in processes:
-            process.kill()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    folder = two_processes(__file__)
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     assert first == second
     for name in alone:
         if name.startswith(("eigenvalues", "spectral_density", "trace")):  # the others draw by process
             torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(alone[name]), rtol=1e-6, atol=1e-8)
     assert "must be measured in one process, got several" in first["refused"]
     assert alone["refused"] == ""
-
-
-if __name__ == "__main__":
-    join(int(sys.argv[1]), Path(sys.argv[2]))
