@@ -14,37 +14,45 @@
 True
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from landscape_ray.laws.core.fit import fit
+from landscape_ray.laws.core.law import Law, Parameter, Variable, grid, linear, nonlinear
+from landscape_ray.laws.core.objective import Objective
+from landscape_ray.laws.core.points import Points
+from landscape_ray.laws.core.predict import predict_points
+from landscape_ray.laws.core.result import FitResult, Forecast, PointPrediction, Prediction, table
+from landscape_ray.laws.curves.annealing import ANNEALING, fit_annealing
+from landscape_ray.laws.curves.curve import Curve, annealing_area
+from landscape_ray.laws.curves.curve_set import CurveSet
+from landscape_ray.laws.curves.prediction import predict_annealing
+from landscape_ray.laws.curves.validation import calibrate, leave_one_schedule_out, objective_sensitivity
+from landscape_ray.laws.scaling.chinchilla import CHINCHILLA
 
-from landscape_ray.laws.annealing import fit_annealing
-from landscape_ray.laws.curves import Curve, annealing_area
-from landscape_ray.laws.prediction import predict_annealing
-from landscape_ray.laws.result import FitResult, Forecast, Prediction, table
-from landscape_ray.laws.validation import calibrate, leave_one_schedule_out, objective_sensitivity
-
-
-class Law(NamedTuple):
-    """A law: how it is fitted, and how a fit predicts."""
-
-    fit: Callable[..., FitResult]
-    predict: Callable[..., Prediction]
-
-
-LAWS: dict[str, Law] = {"annealing": Law(fit_annealing, predict_annealing)}
+LAWS: dict[str, Law] = {law.name: law for law in (CHINCHILLA, ANNEALING)}
+"""Laws by name; a user's own is named by its dotted path, `package.module:NAME`."""
 
 __all__ = [
     "LAWS",
     "Curve",
+    "CurveSet",
     "FitResult",
     "Forecast",
     "Law",
+    "Objective",
+    "Parameter",
+    "PointPrediction",
+    "Points",
     "Prediction",
+    "Variable",
     "annealing_area",
     "calibrate",
+    "fit",
     "fit_annealing",
+    "grid",
     "leave_one_schedule_out",
+    "linear",
+    "nonlinear",
     "objective_sensitivity",
     "predict_annealing",
+    "predict_points",
     "table",
 ]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from landscape_ray.laws.certificate import certify, judge
-from landscape_ray.laws.fitting import Optimum
+from landscape_ray.laws.core.certificate import certify, judge
+from landscape_ray.laws.core.fitting import Optimum
 
 SOUND = {
     "gradient_norm": 0.0,

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from landscape_ray.errors import UserError
 from landscape_ray.laws import Curve, annealing_area
-from landscape_ray.laws.curves import data_hash, follows
+from landscape_ray.laws.curves.curve import data_hash, follows
 
 rates = hnp.arrays(np.float64, st.integers(1, 60), elements=st.floats(0.0, 1.0).map(lambda x: x + 1e-3))
 

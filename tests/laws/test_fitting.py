@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from landscape_ray.errors import UserError
-from landscape_ray.laws.fitting import SeparableLaw, huber, polish, search, solve_linear
+from landscape_ray.laws.core.fitting import SeparableLaw, huber, polish, search, solve_linear
 
 
 def two_power_law(n, d):
@@ -130,7 +130,7 @@ def test_a_batch_equals_its_rows(grid, monkeypatch):
     y = predict(grid, TRUE) * np.exp(0.01 * np.random.default_rng(5).standard_normal((7, 42)))
     start = np.broadcast_to(TRUE, (7, 5))
     together = polish(grid, y, np.ones_like(y), 1e-3, start)
-    monkeypatch.setattr("landscape_ray.laws.fitting._CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("landscape_ray.laws.core.fitting._CHUNK_ELEMENTS", 1)
     one_by_one = polish(grid, y, np.ones_like(y), 1e-3, start)
     np.testing.assert_allclose(together.parameters, one_by_one.parameters, rtol=1e-9)
 

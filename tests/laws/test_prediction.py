@@ -69,7 +69,7 @@ def test_interval_without_samples_is_that_of_the_residuals(synthetic):
 def test_prediction_in_pieces_is_the_same(synthetic, fit, monkeypatch):
     arguments = (fit, synthetic.lr("linear"), np.arange(60, 1000), synthetic.warmup)
     whole = predict_annealing(*arguments)
-    monkeypatch.setattr("landscape_ray.laws.prediction._CHUNK_ELEMENTS", 20_000)
+    monkeypatch.setattr("landscape_ray.laws.curves.prediction._CHUNK_ELEMENTS", 20_000)
     pieces = predict_annealing(*arguments)
     np.testing.assert_array_equal(whole.low, pieces.low)
     np.testing.assert_array_equal(whole.high, pieces.high)

@@ -9,9 +9,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
 from landscape_ray.errors import UserError
-from landscape_ray.laws.annealing import NAMES, PEAK_TOLERANCE, annealing_loss
-from landscape_ray.laws.curves import annealing_area, check_schedule, count_warmup_at_peak
-from landscape_ray.laws.result import FitResult, Prediction
+from landscape_ray.laws.core.predict import NOISE_LEVELS, check_usable
+from landscape_ray.laws.core.result import FitResult, Prediction
+from landscape_ray.laws.curves.annealing import ANNEALING, NAMES, annealing_loss
+from landscape_ray.laws.curves.curve import annealing_area, check_schedule, count_warmup_at_peak
+from landscape_ray.laws.curves.curve_set import PEAK_TOLERANCE
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -21,7 +23,6 @@ HORIZON_FACTOR = 3.0
 AREA_FACTOR = 1.5
 """An annealing area more than this many times the largest fitted one is predicted with a warning."""
 
-_NOISE_LEVELS = (np.arange(41) + 0.5) / 41
 _CHUNK_ELEMENTS = 4_000_000
 
 
@@ -51,10 +52,7 @@ def predict_annealing(
     Raises:
         UserError: not an annealing fit, a failed fit, an unsound schedule, or one that needs `allow_extrapolation`.
     """
-    if fit.law != "annealing":
-        raise UserError(f"fit must be of the law 'annealing', got '{fit.law}'; predict with that law")
-    if fit.status == "failed":
-        raise UserError(f"fit must have found an optimum, got status 'failed' ({fit.reasons[0]}); fit other curves")
+    check_usable(ANNEALING, fit)
     rates, steps = check_schedule("prediction", lr, step, warmup_steps)
     schedule = count_warmup_at_peak(rates, warmup_steps)
     s1 = np.cumsum(schedule)[steps - 1]
@@ -62,7 +60,7 @@ def predict_annealing(
     warnings = _guard(fit, schedule, steps, s2, warmup_steps, allow_extrapolation)
     best = np.array([fit.parameters[name] for name in NAMES])
     tail = (1 - fit.confidence) / 2
-    noise = np.exp(np.interp(_NOISE_LEVELS, np.linspace(0, 1, 41), fit.residuals["log_quantiles"]))
+    noise = np.exp(np.interp(NOISE_LEVELS, np.linspace(0, 1, 41), fit.residuals["quantiles"]))
     draws = fit.samples if len(fit.samples) else best[None]
     low, high = np.empty(len(steps)), np.empty(len(steps))
     chunk = max(1, _CHUNK_ELEMENTS // (len(draws) * len(noise)))

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from landscape_ray.errors import UserError
-from landscape_ray.laws.annealing import NAMES, fit_annealing
-from landscape_ray.laws.curves import Curve, follows
-from landscape_ray.laws.prediction import predict_annealing
-from landscape_ray.laws.result import FitResult, Forecast
+from landscape_ray.laws.core.result import FitResult, Forecast
+from landscape_ray.laws.curves.annealing import NAMES, fit_annealing
+from landscape_ray.laws.curves.curve import Curve, follows
+from landscape_ray.laws.curves.prediction import predict_annealing
 
 LAD_DELTA = 1e-6
 """A Huber threshold so far below any residual of a loss curve that the fit is one of least absolute deviations."""

@@ -33,13 +33,16 @@ class FitResult:
         reasons: why it is not certified; empty if it is.
         warnings: what to know before use, each "name: sentence".
         certificate: how the optimum was checked: starts and their agreement, gradient, conditioning, bounds hit.
-        residuals: rmse_nats, max_abs_nats, r2, and quantiles of the log residuals.
+        residuals: rmse, max_abs (in the unit of the response), r2, and quantiles of the residuals that were fitted.
         data: what was fitted: runs, points, ranges, SHA-256.
         sample_names: columns of `samples`.
         samples: (num_bootstrap, p) parameters of every bootstrap sample.
         misfit: how wrong the law was on schedules that it had not seen, root mean square of the relative error of their
             final losses; None if that was not measured.
         num_misfits: number of errors behind it.
+        fixed: parameters that were given, not fitted.
+        penalty: (centre, stiffness) by name of a penalised parameter.
+        checklist: the record of how the fit was made and checked, see :mod:`landscape_ray.laws.trust.checklist`.
     """
 
     law: str
@@ -57,6 +60,9 @@ class FitResult:
     samples: Array
     misfit: float | None = None
     num_misfits: int = 0
+    fixed: dict[str, float] = dataclasses.field(default_factory=dict)
+    penalty: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    checklist: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the fit as JSON text with every digit; :meth:`from_json` gives back an equal fit."""
@@ -74,6 +80,7 @@ class FitResult:
         try:
             content = json.loads(text)
             content["intervals"] = {name: (low, high) for name, (low, high) in content["intervals"].items()}
+            content["penalty"] = {name: (c, s) for name, (c, s) in content.get("penalty", {}).items()}
             for name in ("reasons", "warnings", "sample_names"):
                 content[name] = tuple(content[name])
             shape = (-1, len(content["sample_names"]))
@@ -92,14 +99,38 @@ class FitResult:
         for name, value in self.parameters.items():
             between = self.intervals.get(name)
             text = f"  [{between[0]:.6g}, {between[1]:.6g}] at {self.confidence:.0%}" if between else ""
+            text = "  given" if name in self.fixed else text
             lines.append(f"  {name:<6} {value:.6g}{text}")
         lines.append(
-            f"  rmse {self.residuals['rmse_nats']:.2e} nats, largest {self.residuals['max_abs_nats']:.2e}, "
+            f"  rmse {self.residuals['rmse']:.2e} {self.objective['unit']}, largest {self.residuals['max_abs']:.2e}, "
             f"R2 {self.residuals['r2']:.5f}, {self.objective['name']} {self.objective['value']:.6g}"
         )
         lines += [f"  {'not certified: '}{reason}" for reason in self.reasons]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class PointPrediction:
+    """What a fitted law expects at points.
+
+    Attributes:
+        value: (k,) the fitted law.
+        low: (k,) lower end of the interval of the law's value: the parameters' uncertainty.
+        high: (k,) upper end.
+        measured_low: (k,) lower end of the interval in which a measurement is expected: residual noise on top.
+        measured_high: (k,) upper end.
+        confidence: level of both.
+        warnings: in what respect the points lie outside what was fitted, each "name: sentence".
+    """
+
+    value: Array
+    low: Array
+    high: Array
+    measured_low: Array
+    measured_high: Array
+    confidence: float
+    warnings: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

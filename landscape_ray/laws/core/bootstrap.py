@@ -3,6 +3,9 @@
 With many runs, the runs are resampled; with few, blocks of residuals inside each run. A sample is a pair of weights
 and observations, so that all samples are one batch for the fitter.
 
+Two ways to resample runs: smooth weights (the default), which never lose the only run that identifies a parameter, and
+counts drawn with replacement, as published intervals of scaling laws were made.
+
 References:
     Rubin 1981 (Bayesian bootstrap); Politis and Romano 1992 (circular blocks);
     Carlstein 1986 (block length from the first autocorrelation).
@@ -10,19 +13,29 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+Method: TypeAlias = Literal["auto", "runs", "counts", "blocks"]
+
 MIN_RUNS = 5
 """From this many runs on, runs are resampled; below, blocks of residuals within the runs."""
 
 
 def resample(
-    y: Array, residual: Array, run: NDArray[np.int64], num_parameters: int, num_samples: int, seed: int
+    y: Array,
+    residual: Array,
+    run: NDArray[np.int64],
+    num_parameters: int,
+    num_samples: int,
+    seed: int,
+    *,
+    method: Method = "auto",
+    log: bool = True,
 ) -> tuple[Array, Array, dict[str, Any]]:
     """Return weights (num_samples, n), observations (num_samples, n) and a description of the method.
 
@@ -36,15 +49,21 @@ def resample(
 
     Args:
         y: (n,) observations.
-        residual: (n,) log y - log prediction.
+        residual: (n,) log y - log prediction, or y - prediction.
         run: (n,) run number of every point, 0 ... num_runs - 1, points of a run in order.
         num_parameters: parameters fitted.
         num_samples: how many samples.
         seed: of the generator.
+        method: runs: smooth weights; counts: multinomial counts of runs; blocks: of residuals inside runs; auto: runs
+            where there are 5 or more, else blocks.
+        log: whether residuals are of the logarithm.
     """
     rng = np.random.default_rng(seed)
     num_runs = int(run.max()) + 1
-    if num_runs >= MIN_RUNS:
+    if method == "counts":
+        counts = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=num_samples).astype(np.float64)
+        return counts[:, run], np.broadcast_to(y, (num_samples, len(y))), {"method": "counts", "num_runs": num_runs}
+    if method == "runs" or (method == "auto" and num_runs >= MIN_RUNS):
         share = rng.dirichlet(np.full(num_runs, 1 - 2 / num_runs), size=num_samples) * num_runs
         return share[:, run], np.broadcast_to(y, (num_samples, len(y))), {"method": "runs", "num_runs": num_runs}
     inflated = residual * np.sqrt(len(y) / max(len(y) - num_parameters, 1))
@@ -57,7 +76,7 @@ def resample(
         lengths.append(length)
         block = _circular_blocks(len(member), length, num_samples, rng)
         drawn[:, member] = (inflated[member] - mean)[block] + mean * rng.standard_normal((num_samples, 1))
-    observations = y * np.exp(drawn - residual)
+    observations = y * np.exp(drawn - residual) if log else y + drawn - residual
     return np.ones_like(observations), observations, {"method": "residual blocks", "block_length": lengths}
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import scipy
 
-from landscape_ray.laws.fitting import Optimum
-from landscape_ray.laws.result import Status
+from landscape_ray.laws.core.fitting import Optimum
+from landscape_ray.laws.core.result import Status
 
 SAME_OPTIMUM = 1e-6
 """Starts whose objectives differ by less than this, relative, have found the same optimum."""

@@ -1,0 +1,140 @@
+"""Several curves as data of a fit: the points that are fitted, and where each stands on its curve."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from landscape_ray.errors import UserError
+from landscape_ray.laws.core.law import Law
+from landscape_ray.laws.curves.curve import Curve, data_hash, follows
+
+Array: TypeAlias = NDArray[np.float64]
+
+PEAK_TOLERANCE = 0.01
+"""Largest relative difference between peak learning rates that count as the same peak."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CurveSet:
+    """Curves, as far as a law is fitted to them: after the warm-up, and after `skip_steps`.
+
+    Attributes:
+        curves: at least one, with distinct names.
+        skip_steps: losses up to this step are not fitted, in addition to those in the warm-up: the laws describe the
+            course after the initial transient.
+
+    Raises:
+        UserError: no curves, or two of one name.
+    """
+
+    curves: Sequence[Curve]
+    skip_steps: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "curves", tuple(self.curves))
+        if not self.curves:
+            raise UserError("curves must hold at least one curve, got none; pass the runs to fit")
+        names = [curve.run_id for curve in self.curves]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"curves must have distinct run_ids, got '{twice}' twice; rename or drop one")
+        kept = tuple(curve.step > max(curve.warmup_steps, self.skip_steps) for curve in self.curves)
+        object.__setattr__(self, "_kept", kept)
+
+    @property
+    def fitted(self) -> list[tuple[Curve, NDArray[np.int64]]]:
+        """The curves that have points left, each with the steps (k,) of these."""
+        kept: tuple[NDArray[np.bool_], ...] = self._kept  # type: ignore[attr-defined]
+        pairs = [(curve, curve.step[keep]) for curve, keep in zip(self.curves, kept, strict=True)]
+        return [(curve, step) for curve, step in pairs if len(step)]
+
+    @property
+    def response(self) -> Array:
+        """Losses (n,), curve after curve."""
+        kept: tuple[NDArray[np.bool_], ...] = self._kept  # type: ignore[attr-defined]
+        return np.concatenate([curve.loss_nats[keep] for curve, keep in zip(self.curves, kept, strict=True)])
+
+    @property
+    def run(self) -> NDArray[np.int64]:
+        """Number of the curve of every point (n,)."""
+        lengths = [len(step) for _, step in self.fitted]
+        return np.repeat(np.arange(len(lengths)), lengths)
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        """Names of the curves that have points."""
+        return tuple(curve.run_id for curve, _ in self.fitted)
+
+    @property
+    def weights(self) -> None:
+        """All points weigh the same."""
+        return None
+
+    @property
+    def peak_lr(self) -> float:
+        """The largest learning rate of all curves."""
+        return max(curve.peak_lr for curve in self.curves)
+
+    def at_points(self, values: Sequence[Array]) -> Array:
+        """Return at the fitted points (n,) what is given for every update of each of `fitted`."""
+        pairs = zip(values, self.fitted, strict=True)
+        return np.concatenate([np.empty(0), *(each[step - 1] for each, (_, step) in pairs)])
+
+    def check(self, law: Law) -> tuple[str, ...]:
+        """Return warnings about the schedules; raise where peaks differ.
+
+        Raises:
+            UserError: too few points, or the curves do not share one peak learning rate.
+        """
+        count = law.num_fitted()
+        if len(self.response) <= count:
+            raise UserError(
+                f"curves must have more than {count} points after the warm-up, got {len(self.response)}; "
+                "evaluate more often or lower skip_steps"
+            )
+        peaks = {curve.run_id: curve.peak_lr for curve in self.curves}
+        if max(peaks.values()) > min(peaks.values()) * (1 + PEAK_TOLERANCE):
+            listing = ", ".join(f"{name}: {peak:g}" for name, peak in peaks.items())
+            raise UserError(
+                f"curves must share one peak learning rate, got {listing}; fit each peak on its own, the law does not "
+                "hold across peaks"
+            )
+        warnings = []
+        if self.one_schedule:
+            warnings.append("one_schedule: all runs follow one schedule, so the effect of another one is extrapolated")
+        odd = [
+            curve.run_id
+            for curve in self.curves
+            if (np.diff(curve.schedule()) > PEAK_TOLERANCE * curve.peak_lr).any()
+            or curve.lr[curve.warmup_steps] < (1 - PEAK_TOLERANCE) * curve.peak_lr
+        ]
+        if odd:
+            warnings.append(
+                f"lr_rises: the learning rate of {', '.join(odd)} rises, or starts below the peak, after the declared "
+                "warm-up; declare warmup_steps, the law is not validated for re-warming"
+            )
+        return tuple(warnings)
+
+    @property
+    def one_schedule(self) -> bool:
+        """Whether all curves follow the schedule of the longest."""
+        longest = max(self.curves, key=lambda curve: len(curve.lr))
+        return all(follows(longest, curve) for curve in self.curves)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what was fitted."""
+        count = len(self.response)
+        return {
+            "runs": [curve.run_id for curve in self.curves],
+            "num_points": count,
+            "num_points_dropped": sum(len(curve.step) for curve in self.curves) - count,
+            "skip_steps": self.skip_steps,
+            "peak_lr": self.peak_lr,
+            "horizon": max(int(curve.step[-1]) for curve in self.curves),
+            "sha256": data_hash(self.curves),
+        }
