@@ -54,7 +54,7 @@ def law(sweep: Sweep, sweeps: Sequence[Sweep]) -> str:
     how = (
         f"{text.percent(certificate['agree_share'])} of {certificate['num_starts']} starts agree on the optimum; "
         f"condition number {text.number(certificate['condition_number'], 3)}; root mean square residual "
-        f"{text.number(fit.residuals['rmse_nats'], 3)} nats; "
+        f"{text.number(fit.residuals['rmse'], 3)} nats; "
         f"{certificate['points_per_parameter']:.0f} points per parameter."
     )
     mark = "good" if fit.status == "certified" else "bad"

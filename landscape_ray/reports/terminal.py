@@ -28,7 +28,7 @@ def fit_tables(name: str, result: SweepFit) -> RenderableType:
         (f"annealing law of {name}: ", "bold"),
         (fit.status, STATUS_STYLE[fit.status]),
         f", {fit.data['num_points']} points of {len(result.run_ids)} runs at peak LR {lr(result.peak_lr)}, "
-        f"rmse {fit.residuals['rmse_nats']:.4f} nats",
+        f"rmse {fit.residuals['rmse']:.4f} nats",
     )
     parameters = _table(("parameter", "value", f"{fit.confidence:.0%} interval"))
     for key, value in fit.parameters.items():
