@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 
 from landscape_ray.errors import UserError
 from landscape_ray.laws.core.law import Law
@@ -76,8 +77,14 @@ def predict_points(
     measured_low, measured_high = np.quantile(flat, levels, axis=1)
     back = law.unlink if law.unlink is not None else lambda values: values
     ends = [np.asarray(back(v)) for v in (low, high, measured_low, measured_high)]
+    value = law.predict(x, fit.parameters) + np.zeros(term.shape[1])
+    if fit.misfit is not None:  # how wrong the law was on what it had not seen
+        reach = stdtrit(fit.num_misfits, 1 - tail) * fit.misfit * np.abs(value)
+        sides = (-1, 1, -1, 1)
+        widths = [np.hypot(np.maximum(s * (e - value), 0.0), reach) for s, e in zip(sides, ends, strict=True)]
+        ends = [value + s * width for s, width in zip(sides, widths, strict=True)]
     return PointPrediction(
-        value=law.predict(x, fit.parameters) + np.zeros(term.shape[1]),
+        value=value,
         low=ends[0],
         high=ends[1],
         measured_low=ends[2],

@@ -1,7 +1,7 @@
 """Laws against each other on the same data: AICc, and paired errors on runs that the fits have not seen.
 
-A law with more parameters always describes the fitted points better. AICc charges for them; errors out of sample need no
-such theory, and are paired: both laws forecast the same run.
+A law with more parameters always describes the fitted points better. AICc charges for them; errors out of sample need
+no such theory, and are paired: both laws forecast the same run.
 
 References:
     Hurvich and Tsai 1989 (AICc).

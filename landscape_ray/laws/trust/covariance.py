@@ -1,6 +1,8 @@
 """The covariance of fitted parameters from the curvature of the objective, and what it says of anything made of them.
 
-    V = H^-1 M H^-1,    H = sum_i w_i psi'(r_i) j_i j_i',    M = sum over runs of g g',  g = sum_{i in run} w_i psi(r_i) j_i
+    V = H^-1 M H^-1,    H = sum_i w_i psi'(r_i) j_i j_i',    M = sum over runs of g g',
+
+    g = sum of w_i psi(r_i) j_i over the points i of a run
 
 Legend: r residual, psi the slope of the Huber loss, j slope of the prediction (of its logarithm in log space) by the
 parameters, w weights. Points of one run may depend on each other in any way: they enter M by their sum.
@@ -12,6 +14,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -66,7 +69,7 @@ class Covariance:
             width = 1e-3 * max(self.standard_error(name), 1e-9 * abs(center[name]), 1e-300)
             up, down = (function(center | {name: center[name] + s * width}) for s in (1, -1))
             slopes[i] = (up - down) / (2 * width)
-        spread = float(np.sqrt(max(slopes @ self.matrix @ slopes, 0.0)))
+        spread = math.sqrt(max(float(slopes @ self.matrix @ slopes), 0.0))
         reach = float(stats.t.ppf(0.5 + confidence / 2, self.degrees)) * spread
         return value, value - reach, value + reach
 
@@ -109,12 +112,10 @@ def covariance(solution: Solution) -> Covariance:
     residual, weights = solution.residual, solution.weights
     n, p = jacobian.shape
     score = weights * np.clip(residual, -delta, delta)
-    # with a threshold far below the residuals (least absolute deviations) the curvature is that of the density at 0
-    inner = np.abs(residual) <= delta
-    curvature = weights * np.where(inner, 1.0, 0.0)
-    if inner.sum() < max(p, 0.05 * n):
-        width = max(float(np.quantile(np.abs(residual), 0.3)), delta)
-        curvature = weights * delta * np.where(np.abs(residual) <= width, 1.0, 0.0) / width
+    # Where few residuals are below the threshold, psi' is a rough estimate of their density at 0: it is taken over the
+    # smallest third of them, which for a threshold above these changes nothing.
+    width = max(float(np.quantile(np.abs(residual), 1 / 3)), min(delta, float(np.abs(residual).max())), 1e-300)
+    curvature = weights * np.where(np.abs(residual) <= width, min(delta / width, 1.0), 0.0)
     scale = np.sqrt((jacobian**2).sum(axis=0))
     scaled = jacobian / scale
     hessian = scaled.T @ (curvature[:, None] * scaled)

@@ -189,8 +189,18 @@ def _decisions(decision: Callable[[Mapping[str, float]], float], values: Mapping
 
 
 def sizes_of(points: Points, names: Sequence[str] = ("N",)) -> Array | None:
-    """Return the group of equal size of every point (n,), None where the table has no size."""
+    """Return the group of equal size of every point (n,), None where the table has no size.
+
+    Sizes within 5 % of the next smaller one are one group: figures are read off, and heads are counted or not.
+
+    >>> sizes_of(Points({"N": [1e6, 1.02e6, 4e6]}, [3.0, 3.0, 2.5])).tolist()
+    [1000000.0, 1000000.0, 4000000.0]
+    """
     for name in names:
         if name in points.variables:
-            return np.asarray(points.variables[name])
+            values = np.asarray(points.variables[name])
+            distinct = np.unique(values)
+            first = np.concatenate([[True], distinct[1:] > 1.05 * distinct[:-1]])
+            representative = distinct[first][np.cumsum(first) - 1]
+            return np.asarray(representative[np.searchsorted(distinct, values)])
     return None

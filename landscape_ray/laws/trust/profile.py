@@ -2,8 +2,8 @@
 
     interval = {v : 2 (objective(v) - objective(best)) * a <= chi2_1(confidence)},    a = naive variance / sandwich
 
-The factor makes the statistic a chi-squared one for any objective and for runs whose points depend on each other. Unlike
-an interval from a standard error, a profile is as lopsided as the data are, and open where they set no limit.
+The factor makes the statistic a chi-squared one for any objective and for runs whose points depend on each other.
+Unlike an interval from a standard error, a profile is as lopsided as the data are, and open where they set no limit.
 
 References:
     Venzon and Moolgavkar 1988; Kent 1982 (the factor).
