@@ -1,9 +1,11 @@
 """Shared by all tests: a small real corpus, tiny configurations, one Ray session."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from landscape_ray.config import parse
 
 if TYPE_CHECKING:
+    from landscape_ray.tracking.folder import SweepFolder
     from landscape_ray.training import TrainConfig
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -85,3 +88,30 @@ def sweep_text(tiny: dict[str, Any]) -> Callable[..., str]:
         return "".join(f"{key} = {to_toml(entry)}\n" for key, entry in (data | changes).items())
 
     return write
+
+
+@pytest.fixture(scope="session")
+def fabricate() -> ModuleType:
+    """The module that makes sweeps of runs with a known law."""
+    spec = importlib.util.spec_from_file_location("fabricate", Path(__file__).with_name("fabricate.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def search_folder(fabricate: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> "SweepFolder":
+    """A search of twelve runs, fitted; nobody may change it."""
+    from landscape_ray.analysis.annealing import fit_sweep
+
+    folder: SweepFolder = fabricate.make_search(tmp_path_factory.mktemp("sweeps") / "search", steps=300)
+    fit_sweep(folder, num_bootstrap=30)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def population_folder(fabricate: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> "SweepFolder":
+    folder: SweepFolder = fabricate.make_population(tmp_path_factory.mktemp("sweeps") / "members", steps=300)
+    return folder

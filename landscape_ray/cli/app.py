@@ -112,7 +112,7 @@ def fit(
     num_bootstrap: Annotated[int, typer.Option(min=0, help="Resamples behind the intervals.")] = 200,
 ) -> None:
     """Fit the annealing law to a sweep's curves and test it on schedules that it has not seen."""
-    from landscape_ray.reports.analysis import fit_sweep
+    from landscape_ray.analysis.annealing import fit_sweep
     from landscape_ray.reports.terminal import fit_tables
 
     console = new_console()
@@ -237,8 +237,8 @@ def predict(
     results: Results = DEFAULT_RESULTS,
 ) -> None:
     """Forecast the final loss of a schedule from a sweep's fitted law, with its interval."""
-    from landscape_ray.reports.analysis import load_fit
-    from landscape_ray.reports.forecast import forecast_schedule
+    from landscape_ray.analysis.annealing import load_fit
+    from landscape_ray.analysis.forecast import forecast_schedule
 
     folder = open_sweep(sweep, results)
     fitted = load_fit(folder)

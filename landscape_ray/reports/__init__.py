@@ -1,11 +1,7 @@
 """Sweeps to look at: numbers from a sweep folder, figures from numbers, one HTML page or PNG files from figures.
 
-    analysis.py      the annealing law of a sweep, and its forecasts of held-out schedules
-    forecast.py      the forecast of one schedule that was not run
     terminal.py      results as tables in a terminal
-    text.py          numbers, durations and learning rates as people write them
 
-    runs.py          a run with its rows, and what was really applied to it
     lineage.py       who copied whom in a population, and the schedule that the winner's weights went through
     views.py         a sweep folder as the few objects that a page needs
     figures.py       what a figure is: panels of series and a palette, before any plotting library
@@ -21,5 +17,5 @@
     sections.py      its text and tables; law_section.py, probe_section.py, rank_section.py, markup.py: parts of it
     template.py      its style sheet and script
 
-Nothing is imported here: `analysis` is usable without a plotting library.
+Nothing is imported here. What is computed from runs stands in `landscape_ray.analysis`.
 """

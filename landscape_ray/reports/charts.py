@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from landscape_ray.reports import text
+from landscape_ray import text
+from landscape_ray.analysis.runs import Run
 from landscape_ray.reports.figures import SYMBOLS, Axis, ColorBar, Figure, Panel, Series, sequential, series, thin
 from landscape_ray.reports.lineage import ancestry_lr
-from landscape_ray.reports.runs import Run
 from landscape_ray.reports.views import (
     Sweep,
     best_overall,

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from landscape_ray.reports import text
+from landscape_ray import text
+from landscape_ray.analysis.runs import Run
 from landscape_ray.reports.charts import BEST_COLORS, STEP, describe
 from landscape_ray.reports.figures import Axis, Figure, Floats, Panel, Series, series, thin
-from landscape_ray.reports.runs import Run
 from landscape_ray.reports.stability import CURVATURES, Limit, limit_of_stability
 from landscape_ray.reports.views import Sweep, cost, label, loss_unit
 

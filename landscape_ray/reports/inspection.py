@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from rich.table import Table
 
-from landscape_ray.reports import text
+from landscape_ray import text
 from landscape_ray.reports.figures import Axis, Figure, Panel, series
 
 

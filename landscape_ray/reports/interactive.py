@@ -25,7 +25,7 @@ from landscape_ray.reports.figures import (
     log_ticks,
     visible,
 )
-from landscape_ray.reports.text import number
+from landscape_ray.text import number
 
 WIDTH = {"main": 3.0, "normal": 1.8, "muted": 1.1}
 OPACITY = {"main": 1.0, "normal": 1.0, "muted": 0.75}

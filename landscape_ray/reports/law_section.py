@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from landscape_ray.reports import text
+from landscape_ray import text
 from landscape_ray.reports.insight import forecast_sentence
 from landscape_ray.reports.markup import table, warnings
 from landscape_ray.reports.views import Sweep

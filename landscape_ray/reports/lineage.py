@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from landscape_ray.analysis.runs import Run
 from landscape_ray.reports.figures import Floats
-from landscape_ray.reports.runs import Run
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,12 +9,12 @@ from html import escape
 
 import numpy as np
 
-from landscape_ray.reports import text
+from landscape_ray import text
+from landscape_ray.analysis.runs import Run
 from landscape_ray.reports.charts import BEST_COLORS, STEP
 from landscape_ray.reports.figures import Axis, Figure, Panel, Series, series, thin
 from landscape_ray.reports.insight import Measured, highlighted, legend_entry, measured, sharpness_runs
 from landscape_ray.reports.markup import table
-from landscape_ray.reports.runs import Run
 from landscape_ray.reports.stability import CURVATURES
 from landscape_ray.reports.views import Sweep, best_overall, cost, label
 

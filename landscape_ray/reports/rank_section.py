@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from landscape_ray import text
 from landscape_ray.errors import UserError
 from landscape_ray.laws.ranking import Association
-from landscape_ray.reports import text
 from landscape_ray.reports.markup import table
 from landscape_ray.reports.ranking import SIGNIFICANT, Found, RankStudy, Row, rank_study
 from landscape_ray.reports.views import Sweep, varied_names

@@ -18,13 +18,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from landscape_ray import text
+from landscape_ray.analysis.runs import Run
 from landscape_ray.config import flatten
 from landscape_ray.errors import UserError
 from landscape_ray.laws.ranking import MIN_RUNS, Association, conditional, holm, kendall
-from landscape_ray.reports import text
 from landscape_ray.reports.charts import describe
 from landscape_ray.reports.figures import Axis, ColorBar, Figure, Panel, sequential, series
-from landscape_ray.reports.runs import Run
 from landscape_ray.reports.views import Sweep, label, loss_unit, open_sweep
 
 if TYPE_CHECKING:

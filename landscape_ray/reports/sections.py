@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
-from landscape_ray.reports import text
+from landscape_ray import text
+from landscape_ray.analysis.runs import Run
 from landscape_ray.reports.markup import definitions, table, tile, warnings
-from landscape_ray.reports.runs import Run
 from landscape_ray.reports.views import (
     Cost,
     Sweep,

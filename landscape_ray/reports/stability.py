@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from landscape_ray.analysis.runs import Run
 from landscape_ray.reports.figures import Floats
-from landscape_ray.reports.runs import Run
 
 CURVATURES = ("sharpness", "preconditioned_sharpness")
 """Probes whose values a limit can be one of."""

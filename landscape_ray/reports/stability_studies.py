@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from landscape_ray.reports import text
+from landscape_ray import text
 from landscape_ray.reports.figures import Axis, Figure, Panel, sequential, series
 from landscape_ray.reports.studies import NAMES
 

@@ -27,7 +27,7 @@ from landscape_ray.reports.figures import (
     palette,
     visible,
 )
-from landscape_ray.reports.text import number
+from landscape_ray.text import number
 
 WIDTH_INCHES = 8.0
 DPI = 160

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from landscape_ray.reports import text
+from landscape_ray import text
 from landscape_ray.reports.figures import SYMBOLS, Axis, Figure, Panel, Series, sequential, series
 
 WIDTH = Axis(label="width", scale="log")

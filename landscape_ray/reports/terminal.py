@@ -11,9 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from landscape_ray.analysis.annealing import SweepFit
 from landscape_ray.errors import UserError
-from landscape_ray.reports.analysis import SweepFit
-from landscape_ray.reports.text import loss, lr, number
+from landscape_ray.text import loss, lr, number
 
 if TYPE_CHECKING:
     from landscape_ray.tracking.folder import SweepFolder

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from landscape_ray.analysis.annealing import SweepFit, load_fit
+from landscape_ray.analysis.runs import Run, read_runs
 from landscape_ray.config import flatten
 from landscape_ray.errors import UserError
-from landscape_ray.reports.analysis import SweepFit, load_fit
 from landscape_ray.reports.lineage import Exploit, Segment, ancestry, ancestry_lr, exploits
-from landscape_ray.reports.runs import Run, read_runs
-from landscape_ray.reports.text import plural, si, value
+from landscape_ray.text import plural, si, value
 
 if TYPE_CHECKING:
     from landscape_ray.tracking.folder import SweepFolder

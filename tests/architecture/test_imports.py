@@ -12,7 +12,7 @@ import landscape_ray
 
 PACKAGE = Path(landscape_ray.__file__).parent
 
-BASE = {"errors", "registry", "config", "files", "records", "domains", "signals", "signature"}
+BASE = {"errors", "registry", "config", "files", "records", "domains", "signals", "signature", "text"}
 INTERNAL = {
     **dict.fromkeys(BASE, BASE),
     "__init__": set(),
@@ -25,8 +25,9 @@ INTERNAL = {
     "training": BASE | {"schedules", "models", "data", "probes", "populations"},
     "tracking": BASE,
     "sweep": BASE | {"schedules", "populations", "models", "data", "training", "tracking"},
-    "reports": BASE | {"schedules", "laws", "tracking"},
-    "cli": BASE | {"sweep", "tracking", "reports", "training", "schedules"},
+    "analysis": BASE | {"schedules", "laws", "tracking"},
+    "reports": BASE | {"schedules", "laws", "tracking", "analysis"},
+    "cli": BASE | {"sweep", "tracking", "analysis", "reports", "training", "schedules"},
 }
 EXTERNAL = {
     "torch": {"models", "data", "probes", "training", "sweep"},
@@ -138,7 +139,7 @@ def test_modules_are_acyclic() -> None:
         ("landscape_ray.probes", ("ray", "mlflow", "optuna", "pyarrow", "pandas")),
         ("landscape_ray.training", ("ray", "mlflow", "optuna", "pandas", "matplotlib")),
         ("landscape_ray.sweep.session", ("ray", "optuna")),
-        ("landscape_ray.reports.analysis", ("torch", "ray", "mlflow", "plotly", "matplotlib")),
+        ("landscape_ray.analysis.annealing", ("torch", "ray", "mlflow", "plotly", "matplotlib")),
         ("landscape_ray.cli", ("torch", "ray", "mlflow", "numpy", "scipy", "plotly")),
     ],
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from landscape_ray.reports.analysis import fit_sweep
+from landscape_ray.analysis.annealing import fit_sweep
 from landscape_ray.reports.page import write_report
 
 BROWSER = next(
@@ -92,7 +92,7 @@ def visit(page: Path, tmp_path: Path, *flags: str) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    make = runpy.run_path(str(Path(__file__).parents[1] / "reports" / "fabricate.py"))
+    make = runpy.run_path(str(Path(__file__).parents[1] / "fabricate.py"))
     search = make["make_search"](folder / "search", steps=200)
     population = make["make_population"](folder / "members", steps=200)
     fit_sweep(search, num_bootstrap=10)

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
+from landscape_ray import text
+from landscape_ray.analysis.annealing import annealing_curves
 from landscape_ray.errors import UserError
-from landscape_ray.reports import text
-from landscape_ray.reports.analysis import annealing_curves
 from landscape_ray.reports.page import export_figures, render_page, safe_json, write_report
 from landscape_ray.reports.sections import runs_table
 from landscape_ray.reports.views import Sweep, asked, open_sweep

@@ -10,7 +10,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from landscape_ray.reports import insight, text
+from landscape_ray import text
+from landscape_ray.reports import insight
 from landscape_ray.reports.figures import Figure, Series
 from landscape_ray.reports.page import figures, render_page
 from landscape_ray.reports.probe_section import MAX_PANELS, probe_tables, probes

@@ -12,8 +12,8 @@ from landscape_ray.laws.ranking import Association
 from landscape_ray.reports import rank_section
 from landscape_ray.reports.page import render_page, write_report
 from landscape_ray.reports.ranking import RankStudy
-from landscape_ray.reports.text import signed
 from landscape_ray.reports.views import Sweep, open_sweep
+from landscape_ray.text import signed
 from landscape_ray.tracking.folder import SweepFolder
 
 HOSTILE = "<img src=x onerror=alert(1)>"

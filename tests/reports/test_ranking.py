@@ -18,7 +18,7 @@ from landscape_ray.laws.ranking import Association, kendall
 from landscape_ray.records import EvalRecord, ProbeRecord, RunSummary, StepRecord, VariantRecord
 from landscape_ray.reports.ranking import RankStudy, rank_figure, rank_study, rank_tables
 from landscape_ray.reports.static import render
-from landscape_ray.reports.text import signed
+from landscape_ray.text import signed
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.parts import PartWriter
 

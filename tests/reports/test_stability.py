@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from landscape_ray.analysis.runs import Run
 from landscape_ray.probes.sharpness.stability import threshold
 from landscape_ray.reports import insight
 from landscape_ray.reports.figures import Figure, Series
-from landscape_ray.reports.runs import Run
 from landscape_ray.reports.stability import CURVATURES, GAINS, Limit, limit_of_stability
 from landscape_ray.reports.static import render
 from landscape_ray.reports.views import Sweep

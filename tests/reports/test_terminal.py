@@ -11,10 +11,10 @@ from types import ModuleType
 import pytest
 from rich.console import Console, RenderableType
 
+from landscape_ray.analysis.annealing import SweepFit, load_fit
+from landscape_ray.analysis.forecast import forecast_schedule
 from landscape_ray.errors import UserError
 from landscape_ray.laws import predict_annealing
-from landscape_ray.reports.analysis import SweepFit, load_fit
-from landscape_ray.reports.forecast import forecast_schedule
 from landscape_ray.reports.terminal import fit_tables, sweep_table
 from landscape_ray.schedules import Schedule
 from landscape_ray.tracking.folder import SweepFolder

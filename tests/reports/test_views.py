@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from landscape_ray.reports.runs import setting
+from landscape_ray.analysis.runs import setting
 from landscape_ray.reports.views import (
     asked,
     best_overall,

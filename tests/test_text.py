@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from landscape_ray.reports import text
+from landscape_ray import text
 
 
 @given(st.floats(-1e300, 1e300), st.integers(2, 6))

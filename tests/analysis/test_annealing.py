@@ -8,8 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from landscape_ray.errors import UserError
-from landscape_ray.reports.analysis import (
+from landscape_ray.analysis.annealing import (
     SweepFit,
     annealing_curves,
     decay_grid,
@@ -17,11 +16,12 @@ from landscape_ray.reports.analysis import (
     headline_run,
     load_fit,
 )
+from landscape_ray.errors import UserError
 from landscape_ray.tracking.collect import collect, run_columns
 
 
 def test_import_needs_no_plotting_library():
-    code = "import sys, landscape_ray.reports.analysis; print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys, landscape_ray.analysis.annealing; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"plotly", "matplotlib", "torch", "ray", "mlflow"} & set(loaded)
 

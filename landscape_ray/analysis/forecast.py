@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from landscape_ray.analysis.annealing import SweepFit
 from landscape_ray.errors import UserError
 from landscape_ray.laws import Prediction, predict_annealing
-from landscape_ray.reports.analysis import SweepFit
-from landscape_ray.reports.text import loss, lr
 from landscape_ray.schedules import Schedule
+from landscape_ray.text import loss, lr
 
 if TYPE_CHECKING:
     from landscape_ray.tracking.folder import SweepFolder

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from landscape_ray.analysis.runs import Run, read_runs, setting
 from landscape_ray.errors import UserError
 from landscape_ray.files import write_atomic
 from landscape_ray.laws import (
@@ -28,8 +29,7 @@ from landscape_ray.laws import (
     fit_annealing,
     leave_one_schedule_out,
 )
-from landscape_ray.reports.runs import Run, read_runs, setting
-from landscape_ray.reports.text import listing, lr, plural
+from landscape_ray.text import listing, lr, plural
 
 if TYPE_CHECKING:
     from landscape_ray.tracking.collect import Collected
