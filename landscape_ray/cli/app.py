@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from landscape_ray.cli import laws
 from landscape_ray.cli.checks import check
 from landscape_ray.cli.shared import (
     DEFAULT_RESULTS,
@@ -43,6 +44,8 @@ app = typer.Typer(
     help="Hyperparameter search and population training on Ray that understands the loss landscape it moves in.",
 )
 app.add_typer(check, name="check")
+for verb in (laws.fit, laws.predict, laws.recommend):
+    app.command()(verb)
 
 
 @app.command()
@@ -103,24 +106,6 @@ def train(spec: Spec, name: Name = None, results: Results = DEFAULT_RESULTS, tra
     folder.update_meta(single_run=True)
     console.print(f"run [bold]{folder.path.name}[/bold] in {shown(folder.path)}", soft_wrap=True)
     _finish(train_one(folder, console, tracking_uri), console)
-
-
-@app.command()
-def fit(
-    sweeps: Sweeps = None,
-    results: Results = DEFAULT_RESULTS,
-    num_bootstrap: Annotated[int, typer.Option(min=0, help="Resamples behind the intervals.")] = 200,
-) -> None:
-    """Fit the annealing law to a sweep's curves and test it on schedules that it has not seen."""
-    from landscape_ray.analysis.annealing import fit_sweep
-    from landscape_ray.reports.terminal import fit_tables
-
-    console = new_console()
-    for folder in open_all(sweeps, results):
-        with console.status(f"fitting {folder.path.name} ..."):
-            result = fit_sweep(folder, num_bootstrap=num_bootstrap)
-        console.print(fit_tables(folder.path.name, result))
-        console.print(f"saved in {shown(folder.fits_path)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -225,45 +210,6 @@ def probe(
 
 
 @app.command()
-def predict(
-    sweep: OneSweep = None,
-    schedule: Annotated[str, typer.Option(help="constant | linear | cosine | wsd")] = "wsd",
-    num_steps: Annotated[int | None, typer.Option(min=1, help="Updates; default: as in the fitted runs.")] = None,
-    peak_lr: Annotated[float | None, typer.Option(min=0, help="Default: the peak that the law was fitted at.")] = None,
-    warmup_steps: Annotated[int | None, typer.Option(min=0, help="Default: as in the fitted runs.")] = None,
-    final_ratio: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
-    cooldown_fraction: Annotated[float, typer.Option(min=0, max=1)] = 0.2,
-    cooldown_shape: Annotated[str, typer.Option(help="linear | sqrt | cosine")] = "linear",
-    results: Results = DEFAULT_RESULTS,
-) -> None:
-    """Forecast the final loss of a schedule from a sweep's fitted law, with its interval."""
-    from landscape_ray.analysis.annealing import load_fit
-    from landscape_ray.analysis.forecast import forecast_schedule
-
-    folder = open_sweep(sweep, results)
-    fitted = load_fit(folder)
-    if fitted is None:
-        raise UserError(
-            f"sweep '{folder.path.name}' has no fitted law; run `landscape-ray fit {folder.path.name}` first"
-        )
-    forecast = forecast_schedule(
-        folder,
-        fitted,
-        schedule=schedule,
-        num_steps=num_steps,
-        peak_lr=peak_lr,
-        warmup_steps=warmup_steps,
-        final_ratio=final_ratio,
-        cooldown_fraction=cooldown_fraction,
-        cooldown_shape=cooldown_shape,
-    )
-    console = new_console()
-    console.print(forecast.sentence, highlight=False, soft_wrap=True)
-    for warning in forecast.warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
-
-
-@app.command()
 def report(
     sweeps: Sweeps = None,
     results: Results = DEFAULT_RESULTS,
@@ -321,8 +267,16 @@ def ui(
 
 
 @app.command(name="list")
-def list_sweeps(results: Results = DEFAULT_RESULTS) -> None:
-    """List the sweeps in the results folder, newest first."""
+def list_sweeps(
+    results: Results = DEFAULT_RESULTS,
+    show_laws: Annotated[bool, typer.Option("--laws", help="List the laws that can be fitted instead.")] = False,
+) -> None:
+    """List the sweeps in the results folder, newest first; or the laws."""
+    if show_laws:
+        from landscape_ray.reports.law_tables import law_table
+
+        new_console().print(law_table())
+        return
     from landscape_ray.reports.terminal import sweep_table
     from landscape_ray.tracking.folder import find_sweeps
 

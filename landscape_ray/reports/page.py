@@ -101,7 +101,7 @@ def render_page(sweeps: Sequence[Sweep], study: RankStudy | str = rank_section.N
     parts = [sections.heading(sweeps), sections.found(sweeps)]
 
     def chapter(key: str, title: str, before: str = "", after: str = "") -> None:
-        drawn = "".join(_block(item) for item in drawings.get(key, []))
+        drawn = "".join(block(item) for item in drawings.get(key, []))
         parts.append(f'<section><h2 id="{key}">{html.escape(title)}</h2>{before}{drawn}{after}</section>')
 
     chapter("curves", "Loss curves", after=sections.variants(sweeps))
@@ -115,13 +115,24 @@ def render_page(sweeps: Sequence[Sweep], study: RankStudy | str = rank_section.N
     chapter("runs", "All runs", before=sections.runs_table(sweeps))
     chapter("cost", "Cost", after=sections.cost_text(sweeps))
     chapter("again", "How to run it again", before=sections.reproduce(sweeps))
-    shown = {item.key: item for drawn in drawings.values() for item in drawn if isinstance(item, Figure)}
+    shown = [item for drawn in drawings.values() for item in drawn if isinstance(item, Figure)]
+    return page_of(sections.title(sweeps), parts, shown)
+
+
+def page_of(title: str, parts: Sequence[str], shown: Sequence[Figure]) -> str:
+    """Return a page that needs no network.
+
+    Args:
+        title: of the browser's tab.
+        parts: HTML of the body, with the places of the figures in it, see :func:`block`.
+        shown: the figures that have a place.
+    """
     data = {
         "themes": {"light": palette("light"), "dark": palette("dark")},
-        "figures": {key: _embedded(figure) for key, figure in shown.items()},
+        "figures": {figure.key: _embedded(figure) for figure in shown},
     }
     return PAGE.format(
-        title=html.escape(sections.title(sweeps)),
+        title=html.escape(title),
         policy=html.escape(POLICY),
         style=STYLE,
         body="\n".join(parts),
@@ -163,7 +174,7 @@ def _drawings(sweeps: Sequence[Sweep], study: RankStudy | str) -> dict[str, list
     }
 
 
-def _block(item: Figure | str) -> str:
+def block(item: Figure | str) -> str:
     """Return a figure's place in the page, or the reason that there is none."""
     if isinstance(item, str):
         return f'<p class="empty">{html.escape(item)}</p>'

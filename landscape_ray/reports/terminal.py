@@ -30,11 +30,11 @@ def fit_tables(name: str, result: SweepFit) -> RenderableType:
         f", {fit.data['num_points']} points of {len(result.run_ids)} runs at peak LR {lr(result.peak_lr)}, "
         f"rmse {fit.residuals['rmse']:.4f} nats",
     )
-    parameters = _table(("parameter", "value", f"{fit.confidence:.0%} interval"))
+    parameters = columns(("parameter", "value", f"{fit.confidence:.0%} interval"))
     for key, value in fit.parameters.items():
         between = fit.intervals.get(key)
         parameters.add_row(key, number(value), f"{number(between[0])} to {number(between[1])}" if between else "")
-    forecasts = _table(("held out", "schedule", "observed", "forecast", f"{fit.confidence:.0%} interval", "error"))
+    forecasts = columns(("held out", "schedule", "observed", "forecast", f"{fit.confidence:.0%} interval", "error"))
     for one in result.forecasts:
         style = "bold" if one.run_id == result.headline else ""
         forecasts.add_row(
@@ -68,7 +68,7 @@ def left_out_text(excluded: Mapping[str, str]) -> str:
 
 def sweep_table(folders: Sequence[SweepFolder]) -> Table:
     """Return one row a sweep: when, how far, best loss; `damaged` where that cannot be read."""
-    table = _table(("sweep", "started", "status", "trials ended", "best loss"), right=(3, 4))
+    table = columns(("sweep", "started", "status", "trials ended", "best loss"), right=(3, 4))
     for folder in folders:
         try:
             cells = _progress(folder)
@@ -93,7 +93,8 @@ def _progress(folder: SweepFolder) -> tuple[str, str, str, str]:
     return started, str(meta.get("status")), f"{len(ended)}/{planned}", loss(min(losses, default=math.nan))
 
 
-def _table(headings: Sequence[str], right: Sequence[int] = ()) -> Table:
+def columns(headings: Sequence[str], right: Sequence[int] = ()) -> Table:
+    """Return an empty table of these columns, some aligned to the right."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for position, heading in enumerate(headings):
         table.add_column(heading, justify="right" if position in right else "left", no_wrap=True)

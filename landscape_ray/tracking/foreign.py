@@ -68,6 +68,16 @@ def collect_csv(path: Path | str, columns: Mapping[str, str] | None = None) -> C
     return Collected(records, runs, [])
 
 
+def read_columns(path: Path) -> dict[str, Any]:
+    """Return the columns of a CSV (also .csv.gz) or Parquet file as arrays, text as objects; missing numbers are nan.
+
+    Raises:
+        UserError: no such file, or not a table.
+    """
+    table = _read(path)
+    return {name: table[name].combine_chunks().to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
 def _read(path: Path) -> pa.Table:
     try:
         if path.suffix == ".parquet":

@@ -117,10 +117,10 @@ def allocate(
     k = flops_per_param_token
     best = {name: np.array([[value]]) for name, value in fit.parameters.items()}
     compute = _compute_for_tokens(law, fit, best, budget, k) if flops is None else budget
-    size = float(_best_size(law, fit, best, compute, k)[0])
+    size = float(best_size(law, fit, best, compute, k)[0])
     data = compute / (k * size)
     samples = samples_of(fit)
-    sizes = _best_size(law, fit, samples, compute, k)
+    sizes = best_size(law, fit, samples, compute, k)
     exponents = _exponent(law, fit, samples, compute, k)
     expected = predict_points(law, fit, {"N": size, "D": data}, allow_extrapolation=True)
     mine, theirs = (
@@ -142,7 +142,7 @@ def allocate(
     )
 
 
-def _best_size(law: Law, fit: FitResult, parameters: Mapping[str, Array], compute: float, k: float) -> Array:
+def best_size(law: Law, fit: FitResult, parameters: Mapping[str, Array], compute: float, k: float) -> Array:
     """Return the best N (s,) for every sample: on a grid of log N, then by the parabola through three points, twice."""
     low, high = fit.data["ranges"]["N"]
     centre = np.full((len(next(iter(parameters.values()))), 1), 0.5 * np.log(low * high))
@@ -164,7 +164,7 @@ def _best_size(law: Law, fit: FitResult, parameters: Mapping[str, Array], comput
 
 def _exponent(law: Law, fit: FitResult, parameters: Mapping[str, Array], compute: float, k: float) -> Array:
     """Return d log N / d log C (s,), over a factor of 1.21 in C."""
-    more, less = (_best_size(law, fit, parameters, compute * factor, k) for factor in (1.1, 1 / 1.1))
+    more, less = (best_size(law, fit, parameters, compute * factor, k) for factor in (1.1, 1 / 1.1))
     return np.asarray(np.log(more / less) / np.log(1.1**2))
 
 
@@ -175,7 +175,7 @@ def _compute_for_tokens(law: Law, fit: FitResult, best: Mapping[str, Array], tok
     for _ in range(60):
         middle = 0.5 * (low + high)
         compute = float(np.exp(middle))
-        if compute / (k * float(_best_size(law, fit, best, compute, k)[0])) < tokens:
+        if compute / (k * float(best_size(law, fit, best, compute, k)[0])) < tokens:
             low = middle
         else:
             high = middle

@@ -1,4 +1,4 @@
-"""Which run to make next: the one that narrows the interval of a decision most, for what it costs.
+"""Which run to make next: the one that narrows the interval of a decision most, within what it may cost.
 
     after = V - V j j' V / (s^2 + j' V j),    gain = g' (V - after) g
 
@@ -34,13 +34,11 @@ class Proposal:
         variables: its variables by name.
         cost: as given.
         width_ratio: width of the decision's interval afterwards over that of today, in (0, 1].
-        gain_per_cost: by which the decision's variance falls, relative, divided by the cost.
     """
 
     variables: dict[str, float]
     cost: float
     width_ratio: float
-    gain_per_cost: float
 
 
 def next_runs(
@@ -48,17 +46,16 @@ def next_runs(
     decision: Callable[[Mapping[str, float]], float],
     candidates: Mapping[str, ArrayLike],
     cost: ArrayLike,
-    *,
-    most: int = 5,
+    budgets: Sequence[float],
 ) -> list[Proposal]:
-    """Return the runs that pay best, the best first.
+    """Return for each budget the run within it that narrows the decision most; a budget without a run has none.
 
     Args:
         solution: a solved law of points.
         decision: of all parameters by name: what is to be known better, such as the log of the best size.
         candidates: variables (k,) of the runs that could be made.
         cost: (k,) of each, > 0, in any unit.
-        most: how many are returned.
+        budgets: of one run, in the unit of the costs.
 
     Raises:
         UserError: costs that are not positive, or a decision that does not depend on the parameters.
@@ -84,16 +81,14 @@ def next_runs(
     moved = rows @ spread.matrix
     gain = (moved @ toward) ** 2 / (noise + np.einsum("kp,kp->k", moved, rows)) / variance
     gain = np.clip(gain, 0.0, 1.0)
-    order = np.argsort(-gain / costs, kind="stable")[:most]
-    return [
-        Proposal(
-            variables={name: float(values[i]) for name, values in x.items()},
-            cost=float(costs[i]),
-            width_ratio=float(np.sqrt(1 - gain[i])),
-            gain_per_cost=float(gain[i] / costs[i]),
-        )
-        for i in order
-    ]
+    found: dict[int, Proposal] = {}
+    for budget in budgets:
+        within = np.flatnonzero(costs <= budget)
+        if len(within):
+            i = int(within[np.argmax(gain[within])])
+            variables = {name: float(column[i]) for name, column in x.items()}
+            found[i] = Proposal(variables=variables, cost=float(costs[i]), width_ratio=float(np.sqrt(1 - gain[i])))
+    return list(found.values())
 
 
 def _slope(

@@ -270,7 +270,7 @@ def _validation(fit: FitResult, evidence: Evidence) -> list[Item]:
         inside, total = int(one.inside.sum()), len(one.inside)
         short = inside < total * one.confidence - 2 * math.sqrt(total * one.confidence * (1 - one.confidence))
         remark = (
-            "fewer points than promised lie inside: beyond the fitted range the intervals are too narrow"
+            "fewer points than promised lie inside the intervals of that fit: the final ones are widened by the misfit"
             if short
             else ""
         )
