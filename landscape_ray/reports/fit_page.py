@@ -12,8 +12,15 @@ from landscape_ray.laws.trust.checklist import SECTIONS
 from landscape_ray.reports import fit_figures
 from landscape_ray.reports.figures import Figure
 from landscape_ray.reports.law_section import STATUS_SENTENCE
-from landscape_ray.reports.markup import table, warnings
+from landscape_ray.reports.markup import head, table, warnings
 from landscape_ray.reports.page import block, page_of
+
+ANCHORS = (
+    ("law", "The law"),
+    ("measured", "Against what was measured"),
+    ("unseen", "On what it has not seen"),
+    ("record", "How it was made and checked"),
+)
 
 VERDICTS = {"ok": "", "warning": "read", "refusal": "do not use", "unknown": "not known"}
 
@@ -29,13 +36,16 @@ def render(found: ScalingFit) -> str:
     """Return the page as HTML."""
     drawn = figures(found)
     by_key = {figure.key: figure for figure in drawn}
-    parts = [
-        _heading(found),
-        f"<section><h2>The law</h2>{block(by_key['law'])}{_parameters(found)}</section>",
-        f"<section><h2>Against what was measured</h2>{''.join(block(f) for f in drawn if f.key != 'law')}</section>",
-        f"<section><h2>On what it has not seen</h2>{_beyond(found)}</section>",
-        f"<section><h2>How it was made and checked</h2>{_record(found)}{_excluded(found)}</section>",
-    ]
+    bodies = {
+        "law": block(by_key["law"]) + _parameters(found),
+        "measured": "".join(block(figure) for figure in drawn if figure.key != "law"),
+        "unseen": _beyond(found),
+        "record": _record(found) + _excluded(found),
+    }
+    facts = ["landscape_ray law", found.source, found.law.name]
+    title = (found.law.title or found.law.name).capitalize()
+    parts = [head(title, facts, ANCHORS), _summary(found)]
+    parts += [f'<section><h2 id="{key}">{escape(name)}</h2>{bodies[key]}</section>' for key, name in ANCHORS]
     return page_of(f"{found.law.name}: {found.source}", parts, drawn)
 
 
@@ -44,7 +54,7 @@ def figures(found: ScalingFit) -> list[Figure]:
     return [fit_figures.law_figure(found), fit_figures.agreement_figure(found), *fit_figures.residual_figures(found)]
 
 
-def _heading(found: ScalingFit) -> str:
+def _summary(found: ScalingFit) -> str:
     fit, law = found.fit, found.law
     mark = "good" if fit.status == "certified" else "bad"
     certificate = fit.certificate
@@ -57,14 +67,14 @@ def _heading(found: ScalingFit) -> str:
     delta = f" (threshold {objective['huber_delta']:g})" if objective["huber_delta"] else ""
     counts = fit.checklist.get("counts", {})
     return (
-        f"<header><h1>{escape(law.title or law.name)}</h1><p><code>{escape(law.formula)}</code></p>"
+        f'<p class="lead"><code>{escape(law.formula)}</code></p>'
         f"<p>{escape(law.reference)}. Fitted to {text.plural(fit.data['num_points'], 'point')} of "
         f"{text.plural(len(fit.data['runs']), 'run')} from {escape(found.source)}, by "
         f"{escape(objective['name'].replace('_', ' '))}{delta} of {escape(objective['of'])}.</p>"
         f'<p><span class="{mark}">{escape(fit.status)}</span> {escape(STATUS_SENTENCE[fit.status])} {escape(how)}</p>'
         f"<p>{counts.get('warning', 0)} warnings, {counts.get('unknown', 0)} unknowns and {counts.get('ok', 0)} items "
         "without objection in the record below.</p>"
-        f"{warnings('Read before use', [*fit.reasons, *fit.warnings])}</header>"
+        f"{warnings('Read before use', [*fit.reasons, *fit.warnings])}"
     )
 
 
@@ -99,10 +109,10 @@ def _record(found: ScalingFit) -> str:
     parts = []
     for key, title in SECTIONS.items():
         items = [item for item in found.record if item.section == key]
-        rows = [[item.name, item.value, VERDICTS[item.verdict], item.remark] for item in items]
+        rows = [[item.name, VERDICTS[item.verdict], item.value, item.remark] for item in items]
         if rows:
             parts.append(f"<h3>{key} {escape(title.capitalize())}</h3>")
-            parts.append(table(["item", "recorded", "", "remark"], rows, texts=(0, 1, 2, 3)))
+            parts.append(table(["item", "", "recorded", "remark"], rows, texts=(0, 1, 2, 3), wrapped=(0, 2, 3)))
     return "".join(parts)
 
 

@@ -15,6 +15,24 @@ def tile(term: str, value: str, unit: str = "", more: str = "") -> str:
     )
 
 
+def head(title: str, facts: Sequence[str], anchors: Iterable[tuple[str, str]], said: str = "") -> str:
+    """Return the head of a page with the button that switches light and dark, and its table of contents.
+
+    Args:
+        title: of the page.
+        facts: what stands below it.
+        anchors: identifier and name of every section.
+        said: HTML between head and contents.
+    """
+    links = "".join(f'<a href="#{key}">{escape(name)}</a>' for key, name in anchors)
+    return (
+        f"<header><div><h1>{escape(title)}</h1>"
+        f'<div class="faint">{escape(" · ".join(facts))}</div></div>'
+        f'<button type="button" id="theme">light / dark</button></header>{said}'
+        f'<nav aria-label="Sections">{links}</nav>'
+    )
+
+
 def definitions(pairs: Iterable[tuple[str, str]]) -> str:
     """Return terms with their texts."""
     return "<dl>" + "".join(f"<dt>{escape(term)}</dt><dd>{escape(said)}</dd>" for term, said in pairs) + "</dl>"
@@ -28,11 +46,17 @@ def warnings(head: str, warnings: Sequence[str]) -> str:
     return f'<div class="warnings"><strong>{escape(head)}</strong><ul>{items}</ul></div>'
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int]) -> str:
-    """Return a table; the columns numbered in `texts` are aligned as text, the others as numbers."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int], wrapped: Sequence[int] = ()
+) -> str:
+    """Return a table; the columns numbered in `texts` are aligned as text, the others as numbers.
+
+    Texts in the columns numbered in `wrapped` may take several lines.
+    """
 
     def row(cells: Sequence[str], tag: str) -> str:
-        kinds = [" class=text" if index in texts else "" for index in range(len(cells))]
+        wraps = [" wrap" if index in wrapped and tag == "td" else "" for index in range(len(cells))]
+        kinds = [f' class="text{wrap}"' if index in texts else "" for index, wrap in enumerate(wraps)]
         return "<tr>" + "".join(f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True)) + "</tr>"
 
     body = "".join(row(cells, "td") for cells in rows)

@@ -10,7 +10,7 @@ from typing import Any
 
 from landscape_ray import text
 from landscape_ray.analysis.runs import Run
-from landscape_ray.reports.markup import definitions, table, tile, warnings
+from landscape_ray.reports.markup import definitions, head, table, tile, warnings
 from landscape_ray.reports.views import (
     Cost,
     Sweep,
@@ -54,14 +54,8 @@ def heading(sweeps: Sequence[Sweep]) -> str:
     facts = [day for day in dict.fromkeys(made) if day]
     state = [str(sweep.meta["status"]) for sweep in sweeps if sweep.meta.get("status") not in (None, "finished")]
     facts += [f"state when this page was written: {text.listing(state)}"] if state else []
-    links = "".join(f'<a href="#{key}">{escape(name)}</a>' for key, name in ANCHORS)
     description = "".join(f"<p>{escape(one)}</p>" for one in said)
-    return (
-        f"<header><div><h1>{escape(title(sweeps))}</h1>"
-        f'<div class="faint">{escape(" · ".join(["landscape_ray report", *facts]))}</div></div>'
-        f'<button type="button" id="theme">light / dark</button></header>{description}'
-        f'<nav aria-label="Sections">{links}</nav>'
-    )
+    return head(title(sweeps), ["landscape_ray report", *facts], ANCHORS, description)
 
 
 def found(sweeps: Sequence[Sweep]) -> str:

@@ -123,7 +123,7 @@ def test_more_than_six_are_drawn_in_part_and_the_note_says_so(search: Sweep, fab
     assert isinstance(figure, Figure)
     assert len(figure.panels) == MAX_PANELS
     assert figure.note.endswith("in the table: long_name_of_a_probe_6 and long_name_of_a_probe_7.")
-    assert "<td class=text>long_name_of_a_probe_7</td>" in probe_tables([sweep])
+    assert '<td class="text">long_name_of_a_probe_7</td>' in probe_tables([sweep])
     assert render(figure)[:4] == b"\x89PNG"
 
 
