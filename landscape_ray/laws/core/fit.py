@@ -199,7 +199,10 @@ def fit(
         certificate[f"{'_'.join(law.grid_names)}_objectives"] = objectives
         warnings += _grid_warnings(solution)
     warnings += review.warnings
-    status, reasons = judge(best | sizes, intervals | judged, value, certificate, identified)
+    # Of a parameter that may as well be negative, a width relative to its value says nothing.
+    signed = {p.name for p in law.parameters if p.lower < 0 < p.upper}
+    widths = {name: ends for name, ends in (intervals | judged).items() if name not in signed}
+    status, reasons = judge(best | sizes, widths, value, certificate, identified)
     reasons += review.reasons
     status = "weak" if reasons and status == "certified" else status
     chosen = solution.objective
