@@ -62,10 +62,10 @@ class Points:
     ('0', '1', '2')
     """
 
-    variables: Mapping[str, ArrayLike]
-    response: ArrayLike
+    variables: Mapping[str, Any]
+    response: Any
     run_of: Sequence[str] | None = None
-    weights: ArrayLike | None = None
+    weights: Any = None
 
     def __post_init__(self) -> None:
         response = _column("response", self.response, None)
@@ -94,7 +94,7 @@ class Points:
         return np.array([number[name] for name in self.run_of or ()], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.response)  # type: ignore[arg-type]
+        return len(self.response)
 
     def take(self, kept: ArrayLike) -> Points:
         """Return some of the points, by a mask or by their numbers."""
