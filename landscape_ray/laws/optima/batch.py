@@ -4,7 +4,7 @@
     lr*(B) = c sqrt(B)                    square root, Adam
     lr*(B) = c B^a                        any power; also of the largest stable rate
     lr*(B) = lr_max (1 + B_noise/B)^-a    saturating around the noise scale: a = 1 for SGD, about 1/2 for Adam
-    lr*(B) = 2 lr_max / (sqrt(B_noise/B) + sqrt(B/B_noise))    sign descent: falls again beyond the noise scale
+    lr*(B) = 2 lr_max / (sqrt(B_noise/B) + sqrt(B/B_noise))   sign descent: falls again beyond the noise scale
 
     S(B) = S_min + E_min / B              updates to reach a loss
     B_crit(L) = B_star L^-k               critical batch over the loss
@@ -13,8 +13,8 @@
 The updates say the same as (S/S_min - 1) (E/E_min - 1) = 1 with E = B S. At the critical batch, B_crit = E_min / S_min,
 a run costs twice the fewest updates and twice the fewest examples.
 
-Legend: lr* best peak learning rate at the batch B, B_noise gradient noise scale, S updates, E examples (tokens), L loss,
-D training tokens.
+Legend: lr* best peak learning rate at the batch B, B_noise gradient noise scale, S updates, E examples (tokens), L
+loss, D training tokens.
 
 References:
     McCandlish et al. 2018, arXiv 1812.06162 (trade-off, saturating form, noise scale); Kaplan et al. 2020, arXiv

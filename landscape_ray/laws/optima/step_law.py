@@ -274,8 +274,8 @@ def fit_step_law(
     p = result.parameters
     if not (p["a"] > 0 and (batch is None or p["a"] * p["b"] > p["c"] ** 2)):
         raise UserError(
-            "the loss must have a lowest point over learning rate and batch, got a surface without one; sweep wider, so "
-            "that the loss rises on all sides"
+            "the loss must have a lowest point over learning rate and batch, got a surface without one; sweep wider, "
+            "so that the loss rises on all sides"
         )
     return StepLaw(
         dataclasses.replace(
@@ -333,7 +333,7 @@ def _outside(sweep: Sweep, law: StepLaw) -> list[str]:
         for name, tried, product in pairs:
             if not tried.min() <= product(n, d) <= tried.max():
                 found.append(
-                    f"outside_sweep: the best {name} of N {n:g}, D {d:g} would be {product(n, d):.3g}, which is outside "
-                    f"what was tried, [{tried.min():.3g}, {tried.max():.3g}]"
+                    f"outside_sweep: the best {name} of N {n:g}, D {d:g} would be {product(n, d):.3g}, outside what "
+                    f" was tried, [{tried.min():.3g}, {tried.max():.3g}]"
                 )
     return found
