@@ -153,4 +153,4 @@ def _exponents(by_size: tuple[str, bool, float], by_horizon: tuple[str, bool, fl
 def _around(ends: tuple[float, float, float]) -> tuple[float, ...]:
     """Return starts on both sides of the middle one, inside the ends."""
     low, middle, high = ends
-    return tuple(sorted({float(np.clip(middle * factor, low, high)) for factor in (0.6, 1.0, 1.6)}))
+    return tuple(sorted({float(np.clip(middle * factor, low, high)) for factor in (0.7, 1.4)}))

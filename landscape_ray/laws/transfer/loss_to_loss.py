@@ -8,8 +8,8 @@ train-to-test (one run's training loss and its loss on a test); test-to-test (tw
 on the test). Runs are paired by what they share, see :func:`match_runs`.
 
 With E0 and E1 given (each from a law of its own loss over size and data) it is a power law of the excess losses, fitted
-by ordinary least squares of the logarithms. Without, all four are fitted, which needs a wide range of losses: E0 and
-kappa trade off.
+by ordinary least squares of the logarithms. With E0 alone, E1 is fitted too. Without both, all four are, which needs a
+wide range of losses: E0 and kappa trade off, and on published runs E0 ends at the smallest loss measured.
 
 References:
     Brandfonbrener et al. 2024, arXiv 2411.12925.
@@ -131,7 +131,7 @@ def fit_loss_to_loss(
     loss_0: ArrayLike,
     loss_1: ArrayLike,
     *,
-    irreducible: tuple[float, float] | None = None,
+    irreducible: tuple[float | None, float | None] = (None, None),
     run_ids: Sequence[str] | None = None,
     num_bootstrap: int = 200,
     confidence: float = 0.9,
@@ -142,7 +142,7 @@ def fit_loss_to_loss(
     Args:
         loss_0: (n,) losses L0.
         loss_1: (n,) losses L1 of the paired runs.
-        irreducible: (E0, E1) where they are known, each below all its losses; None fits them too.
+        irreducible: (E0, E1), each below all its losses; None for one that is fitted too.
         run_ids: (n,) names of the pairs; None takes every pair as a run of its own.
         num_bootstrap: number of bootstrap samples, 0 for none.
         confidence: level of the intervals, in (0, 1).
@@ -164,15 +164,16 @@ def fit_loss_to_loss(
     }
     points = Points({"loss_0": loss_0}, loss_1, run_ids)
     x, y = np.asarray(points.variables["loss_0"]), np.asarray(points.response)
-    if irreducible is not None:
-        for name, values, end in zip(("loss_0", "loss_1"), (x, y), irreducible, strict=True):
-            if not (values > end).all():
-                raise UserError(
-                    f"{name} must be > its irreducible {end:.6g}, got {values.min():.6g}; the law that it comes from "
-                    "does not describe these runs"
-                )
-        excess = Points({"excess_0": x - irreducible[0]}, y - irreducible[1], points.run_of)
-        return LossToLoss(fit=fit(EXCESS_TO_EXCESS, excess, **options), E0=irreducible[0], E1=irreducible[1])
+    for name, values, end in zip(("loss_0", "loss_1"), (x, y), irreducible, strict=True):
+        if end is not None and not (values > end).all():
+            raise UserError(
+                f"{name} must be > its irreducible {end:.6g}, got {values.min():.6g}; the law that it comes from does "
+                "not describe these runs"
+            )
+    e0, e1 = irreducible
+    if e0 is not None and e1 is not None:
+        excess = Points({"excess_0": x - e0}, y - e1, points.run_of)
+        return LossToLoss(fit=fit(EXCESS_TO_EXCESS, excess, **options), E0=e0, E1=e1)
     top = _KEEP_BELOW * float(x.min())
     bounded = tuple(
         dataclasses.replace(p, upper=top, starts=tuple(top * share for share in (0.0, 0.3, 0.6, 0.8, 0.9)))
@@ -180,7 +181,8 @@ def fit_loss_to_loss(
         else p
         for p in LOSS_TO_LOSS.parameters
     )
-    result = fit(dataclasses.replace(LOSS_TO_LOSS, parameters=bounded), points, **options)
+    fixed = {name: end for name, end in (("E0", e0), ("E1", e1)) if end is not None}
+    result = fit(dataclasses.replace(LOSS_TO_LOSS, parameters=bounded), points, fix=fixed, **options)
     return LossToLoss(fit=result, E0=result.parameters["E0"], E1=result.parameters["E1"])
 
 
