@@ -197,17 +197,11 @@ def transfer_data(folder: Path) -> TransferData:
     )
 
 
-def transfer_fits(data: TransferData, **options: Any) -> dict[tuple[str, str], tuple[Any, ...]]:
-    """Return, by pair, our fits with the published E's, with E0 only, and with neither."""
-    found = {}
-    for first, second in data.published:
-        rows, others = match_runs({"tokens": data.tokens[first]}, {"tokens": data.tokens[second]})
-        pair = data.loss[first][rows], data.loss[second][others]
-        ends = data.irreducible[first], data.irreducible[second]
-        found[first, second] = tuple(
-            fit_loss_to_loss(*pair, irreducible=known, **options) for known in (ends, (ends[0], None), (None, None))
-        )
-    return found
+def transfer_fit(data: TransferData, first: str, second: str, *, both: bool, e0: bool = True, **options: Any) -> Any:
+    """Return our fit of a pair with the published E's (both), with E0 only, or with neither."""
+    rows, others = match_runs({"tokens": data.tokens[first]}, {"tokens": data.tokens[second]})
+    ends = data.irreducible[first] if e0 else None, data.irreducible[second] if both else None
+    return fit_loss_to_loss(data.loss[first][rows], data.loss[second][others], irreducible=ends, **options)
 
 
 def compare_loss_to_loss(folder: Path, num_bootstrap: int, nested: bool) -> None:
@@ -219,8 +213,12 @@ def compare_loss_to_loss(folder: Path, num_bootstrap: int, nested: bool) -> None
         f"{'error %: E0, E1 given':>22}{'E0 given':>10}{'fitted':>9}  status of the three"
     )
     errors: list[list[float]] = []
-    for pair, laws in transfer_fits(data, num_bootstrap=num_bootstrap).items():
-        (kappa, factor), given = data.published[pair], laws[0]
+    for pair, (kappa, factor) in data.published.items():
+        laws = [
+            transfer_fit(data, *pair, both=both, e0=e0, num_bootstrap=num_bootstrap)
+            for both, e0 in ((True, True), (False, True), (False, False))
+        ]
+        given = laws[0]
         errors.append([np.nan, np.nan, np.nan])
         for i, law in enumerate(laws):
             if data.large[pair[0]] > law.E0:  # else the fit says that this loss is impossible

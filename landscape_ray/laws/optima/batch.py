@@ -201,10 +201,11 @@ def fit_critical_batch(
         seed=seed,
     )
     fewest, cheapest = result.parameters["S_min"], result.parameters["E_min"]
-    if not (fewest > 0 and cheapest > 0):
+    none = [name for name in ("S_min", "E_min") if name in result.certificate["bounds_hit"]]
+    if none:
+        more = "larger" if none == ["S_min"] else "smaller"
         raise UserError(
-            f"steps must show both limits, got S_min {fewest:g} and E_min {cheapest:g}; add "
-            + ("larger batches, where more examples save no updates" if not fewest > 0 else "smaller batches")
+            f"steps must show both limits, got {none[0]} 0: all batches are on one side of the critical one; add {more} ones"
         )
     interval = None
     if len(result.samples):

@@ -58,7 +58,7 @@ class PowerProduct:
         return f"{self.factor:.4g} N^{-self.by_size:.3f} D^{self.by_horizon:.3f}"
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recommendation:
     """Learning rate and batch for a run, with intervals and what their uncertainty costs.
 

@@ -191,7 +191,7 @@ def fit_ladder(
         seed: of the bootstrap.
 
     Raises:
-        UserError: accuracies outside [0, 1], a chance not below the top, or what :mod:`landscape_ray.laws.core.fit` says.
+        UserError: accuracies outside [0, 1], a chance not below the top, or see :mod:`landscape_ray.laws.core.fit`.
     """
     accuracy = np.asarray(checkpoints.response)
     if not ((accuracy >= 0) & (accuracy <= 1)).all():
