@@ -25,34 +25,119 @@ from landscape_ray.laws.curves.curve import Curve, annealing_area
 from landscape_ray.laws.curves.curve_set import CurveSet
 from landscape_ray.laws.curves.prediction import predict_annealing
 from landscape_ray.laws.curves.validation import calibrate, leave_one_schedule_out, objective_sensitivity
+from landscape_ray.laws.optima.batch import (
+    CRITICAL_BATCH_LOSS,
+    CRITICAL_BATCH_TOKENS,
+    LR_BATCH_LINEAR,
+    LR_BATCH_POWER,
+    LR_BATCH_SATURATING,
+    LR_BATCH_SQRT,
+    LR_BATCH_SURGE,
+    STEPS_BATCH,
+    CriticalBatch,
+    fit_critical_batch,
+    fit_largest_stable_lr,
+    stable_edge,
+    steps_to_loss,
+)
+from landscape_ray.laws.optima.power import BATCH_POWER, LR_HORIZON, LR_HORIZON_SIZE, LR_POWER, fit_optima
+from landscape_ray.laws.optima.regret import Regret, leave_one_group_out, regret
+from landscape_ray.laws.optima.sensitivity import Sensitivity, lr_sensitivity
+from landscape_ray.laws.optima.step_law import Recommendation, StepLaw, fit_step_law
+from landscape_ray.laws.optima.sweep import Sweep
+from landscape_ray.laws.optima.vertex import Optima, Optimum, group_optima
 from landscape_ray.laws.scaling.chinchilla import CHINCHILLA
+from landscape_ray.laws.transfer.ladder import (
+    TASK_ACCURACY,
+    TASK_LOSS,
+    Ladder,
+    LadderPrediction,
+    fit_ladder,
+    smooth_checkpoints,
+)
+from landscape_ray.laws.transfer.loss_to_loss import (
+    EXCESS_TO_EXCESS,
+    LOSS_TO_LOSS,
+    LossToLoss,
+    fit_loss_to_loss,
+    match_runs,
+)
 
-LAWS: dict[str, Law] = {law.name: law for law in (CHINCHILLA, ANNEALING)}
+LAWS: dict[str, Law] = {
+    law.name: law
+    for law in (
+        CHINCHILLA,
+        ANNEALING,
+        # optima: learning rate and batch
+        LR_POWER,
+        BATCH_POWER,
+        LR_HORIZON,
+        LR_HORIZON_SIZE,
+        LR_BATCH_LINEAR,
+        LR_BATCH_SQRT,
+        LR_BATCH_POWER,
+        LR_BATCH_SATURATING,
+        LR_BATCH_SURGE,
+        STEPS_BATCH,
+        CRITICAL_BATCH_LOSS,
+        CRITICAL_BATCH_TOKENS,
+        # transfer: losses and tasks
+        LOSS_TO_LOSS,
+        EXCESS_TO_EXCESS,
+        TASK_LOSS,
+        TASK_ACCURACY,
+    )
+}
 """Laws by name; a user's own is named by its dotted path, `package.module:NAME`."""
 
 __all__ = [
     "LAWS",
+    "CriticalBatch",
     "Curve",
     "CurveSet",
     "FitResult",
     "Forecast",
+    "Ladder",
+    "LadderPrediction",
     "Law",
+    "LossToLoss",
     "Objective",
+    "Optima",
+    "Optimum",
     "Parameter",
     "PointPrediction",
     "Points",
     "Prediction",
+    "Recommendation",
+    "Regret",
+    "Sensitivity",
+    "StepLaw",
+    "Sweep",
     "Variable",
     "annealing_area",
     "calibrate",
     "fit",
     "fit_annealing",
+    "fit_critical_batch",
+    "fit_ladder",
+    "fit_largest_stable_lr",
+    "fit_loss_to_loss",
+    "fit_optima",
+    "fit_step_law",
     "grid",
+    "group_optima",
+    "leave_one_group_out",
     "leave_one_schedule_out",
     "linear",
+    "lr_sensitivity",
+    "match_runs",
     "nonlinear",
     "objective_sensitivity",
     "predict_annealing",
     "predict_points",
+    "regret",
+    "smooth_checkpoints",
+    "stable_edge",
+    "steps_to_loss",
     "table",
 ]

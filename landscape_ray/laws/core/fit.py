@@ -132,6 +132,7 @@ def fit(
     resampling: Method = "auto",
     confidence: float = 0.9,
     seed: int = 0,
+    draws: Array | None = None,
 ) -> FitResult:
     """Return a law fitted to data, with intervals, certificate, status and warnings.
 
@@ -145,6 +146,8 @@ def fit(
         resampling: how, see :func:`landscape_ray.laws.core.bootstrap.resample`.
         confidence: level of the intervals, in (0, 1).
         seed: of the bootstrap.
+        draws: (num_bootstrap, n) of the response, where what is fitted are estimates with an uncertainty of their own;
+            every bootstrap sample then takes one of them too. None for measured values.
 
     Raises:
         UserError: see :func:`solve`; or an option out of range.
@@ -174,7 +177,7 @@ def fit(
     best = {name: float(value[0]) for name, value in solution.natural(solution.best).items()}
     value = float(solution.found.objective[0])
     review = law.review(data, solution.bound.x, best) if law.review else Review()
-    samples, terms, bootstrap = _bootstrap(solution, count, num_bootstrap, resampling, seed)
+    samples, terms, bootstrap = _bootstrap(solution, count, num_bootstrap, resampling, seed, draws)
     identified = [name for name in names if name not in review.unidentified and name not in fix]
     tail = (1 - confidence) / 2
     intervals = {
@@ -199,7 +202,10 @@ def fit(
         certificate[f"{'_'.join(law.grid_names)}_objectives"] = objectives
         warnings += _grid_warnings(solution)
     warnings += review.warnings
-    status, reasons = judge(best | sizes, intervals | judged, value, certificate, identified)
+    # Of a parameter that may as well be negative, a width relative to its value says nothing.
+    signed = {p.name for p in law.parameters if p.lower < 0 < p.upper}
+    widths = {name: ends for name, ends in (intervals | judged).items() if name not in signed}
+    status, reasons = judge(best | sizes, widths, value, certificate, identified)
     reasons += review.reasons
     status = "weak" if reasons and status == "certified" else status
     chosen = solution.objective
@@ -257,7 +263,7 @@ def _grid_warnings(solution: Solution) -> list[str]:
 
 
 def _bootstrap(
-    solution: Solution, count: int, num_bootstrap: int, resampling: Method, seed: int
+    solution: Solution, count: int, num_bootstrap: int, resampling: Method, seed: int, draws: Array | None
 ) -> tuple[Array, Array, dict[str, Any]]:
     """Return parameters (num_bootstrap, p) of the samples, polished from the optimum, those of the fitter, and how."""
     names = solution.law.fitted_names
@@ -267,6 +273,12 @@ def _bootstrap(
     weights, y, method = resample(
         solution.y, solution.residual, solution.data.run, count, num_bootstrap, seed, method=resampling, log=log
     )
+    if draws is not None:
+        if draws.shape != y.shape:
+            raise UserError(f"draws must have shape {y.shape}, got {draws.shape}; one row a bootstrap sample")
+        drawn = draws if solution.law.link is None else np.asarray(solution.law.link(draws))
+        moved = y * drawn / solution.y if log else y + drawn - solution.y
+        y, method = np.asarray(moved), method | {"draws": True}
     if log and not (y > 0).all():
         raise UserError("the bootstrap must draw positive observations, got some <= 0; use least squares in raw space")
     found = solution.refit(weights * solution.weights, y)

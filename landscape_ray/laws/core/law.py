@@ -84,6 +84,7 @@ class Parameter:
         log: whether a non-linear one is searched by its logarithm.
         starts: of a non-linear one, where the search begins.
         values: of a grid one, what is tried.
+        normalised: of a linear one, whether the fitter divides its column by its geometric mean.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Parameter:
     log: bool = False
     starts: tuple[float, ...] = ()
     values: tuple[float, ...] = ()
+    normalised: bool = True
 
     def inward(self, value: Any) -> Any:
         """Return the coordinate in which a non-linear parameter is searched."""
@@ -104,9 +106,17 @@ class Parameter:
         return np.exp(coordinate) if self.log else coordinate
 
 
-def linear(name: str, meaning: str = "", *, free: bool = False) -> Parameter:
-    """Return the coefficient of a column: >= 0, or of either sign if `free`."""
-    return Parameter(name, meaning, "linear", -np.inf if free else 0.0, np.inf)
+def linear(name: str, meaning: str = "", *, free: bool = False, normalised: bool = True) -> Parameter:
+    """Return the coefficient of a column.
+
+    Args:
+        name: as in the formula.
+        meaning: in a few words.
+        free: whether it may be negative.
+        normalised: whether the fitter divides the column by its geometric mean. That decouples a factor from its
+            exponent; a column that vanishes between the points, like a square around an optimum, is no power: False.
+    """
+    return Parameter(name, meaning, "linear", -np.inf if free else 0.0, np.inf, normalised=normalised)
 
 
 def nonlinear(
@@ -295,7 +305,8 @@ class Bound:
 
     The columns are divided by their geometric mean over the points (where they are not 0), whatever the non-linear
     parameters: a coefficient is then the size of its term in the middle of the data. A factor and its exponent, which
-    trade off over ten orders of magnitude, are decoupled by that, for any formula.
+    trade off over ten orders of magnitude, are decoupled by that, for any formula. Columns of parameters that are not
+    `normalised` stay as they are.
 
     Args:
         law: the law.
@@ -311,6 +322,7 @@ class Bound:
         self.inner = tuple(p for p in law.parameters if p.role == "nonlinear")
         self.fixed = {name: value for name, value in fixed.items() if name not in self.held}
         self._kept = np.array([name not in self.held for name in law.linear_names], dtype=bool)
+        self._normalised = np.array([law.parameter(name).normalised for name in self.names], dtype=bool)
 
     def raw(self, coordinates: Array) -> tuple[Array, Array]:
         """Return all columns (batch, n, m) and their slopes (batch, n, m, k) by the coordinates (batch, k)."""
@@ -336,7 +348,7 @@ class Bound:
         """Return the columns of the free coefficients and their slopes, divided by their size."""
         columns, slopes = self.raw(coordinates)
         columns, slopes = columns[:, :, self._kept], slopes[:, :, self._kept]
-        size, relative = _size(columns, slopes)
+        size, relative = _size(columns, slopes, self._normalised)
         columns = columns / size[:, None]
         slopes = slopes / size[:, None, :, None] - columns[..., None] * relative[:, None]
         return columns, slopes
@@ -382,7 +394,8 @@ class Bound:
         axes = [(self.fixed[p.name],) if p.name in self.fixed else p.starts for p in self.inner]
         axes = [tuple(float(p.inward(v)) for v in axis) for p, axis in zip(self.inner, axes, strict=True)]
         if np.prod([len(axis) for axis in axes], dtype=float) <= MAX_STARTS:
-            return np.array(list(itertools.product(*axes)), dtype=np.float64).reshape(-1, len(axes))
+            points = list(itertools.product(*axes))
+            return np.array(points, dtype=np.float64).reshape(len(points), len(axes))  # (1, 0) for a linear law
         low, high = (np.array([f(axis) for axis in axes]) for f in (min, max))
         return np.asarray(low + (high - low) * halton(MAX_STARTS, len(axes)))
 
@@ -398,16 +411,19 @@ class Bound:
             shape = (len(parameters[i : i + chunk]), self.num_points)
             columns = [np.broadcast_to(c, shape) for c in self.law.columns(self.x, inner)]
             kept = np.stack(columns, axis=2)[:, :, self._kept]
-            sizes.append(_size(kept.astype(np.float64), None)[0])
+            sizes.append(_size(kept.astype(np.float64), None, self._normalised)[0])
         scale = np.concatenate(sizes)
         values |= {name: parameters[:, j] / scale[:, j] for j, name in enumerate(self.names)}
         values |= {name: np.full(len(parameters), value) for name, value in self.held.items()}
         return {name: np.asarray(values[name]) for name in self.law.fitted_names}
 
 
-def _size(columns: Array, slopes: Array | None) -> tuple[Array, Array]:
-    """Return the geometric mean (batch, m) of the entries that are not 0, and its relative slopes (batch, m, k)."""
-    present = columns != 0
+def _size(columns: Array, slopes: Array | None, normalised: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """Return the geometric mean (batch, m) of the entries that are not 0, and its relative slopes (batch, m, k).
+
+    Of columns that are not `normalised` (m,): 1 and 0.
+    """
+    present = (columns != 0) & normalised
     count = np.maximum(present.sum(axis=1), 1)
     safe = np.where(present, columns, 1.0)
     size = np.exp(np.log(np.abs(safe)).sum(axis=1) / count)
