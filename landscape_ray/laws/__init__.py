@@ -25,9 +25,55 @@ from landscape_ray.laws.curves.curve import Curve, annealing_area
 from landscape_ray.laws.curves.curve_set import CurveSet
 from landscape_ray.laws.curves.prediction import predict_annealing
 from landscape_ray.laws.curves.validation import calibrate, leave_one_schedule_out, objective_sensitivity
+from landscape_ray.laws.scaling.axes import (
+    ACCURACY_LOGIT,
+    ACCURACY_PROBIT,
+    CONCEPT_FREQUENCY,
+    DATA_DIMENSION,
+    FINETUNING,
+)
+from landscape_ray.laws.scaling.broken import BROKEN_POWER
 from landscape_ray.laws.scaling.chinchilla import CHINCHILLA
+from landscape_ray.laws.scaling.kaplan import (
+    CRITICAL_BATCH,
+    KAPLAN_COMPUTE,
+    KAPLAN_DATA,
+    KAPLAN_SIZE,
+    KAPLAN_SIZE_DATA,
+    KAPLAN_SIZE_STEPS,
+)
+from landscape_ray.laws.scaling.overtraining import DOWNSTREAM_ERROR, OVERTRAINING, OVERTRAINING_COMPUTE
+from landscape_ray.laws.scaling.power import COMPUTE_FRONTIER, POWER, POWER_FLOOR
+from landscape_ray.laws.scaling.tokens import EFFECTIVE_TOKENS, REPETITION
+from landscape_ray.laws.scaling.trajectory import KAPLAN_TRAJECTORY
+from landscape_ray.laws.scaling.wallclock import TRAINING_TIME
 
-LAWS: dict[str, Law] = {law.name: law for law in (CHINCHILLA, ANNEALING)}
+LAWS: dict[str, Law] = {
+    "power": POWER,
+    "power_floor": POWER_FLOOR,
+    "broken_power": BROKEN_POWER,
+    "compute_frontier": COMPUTE_FRONTIER,
+    "kaplan_size": KAPLAN_SIZE,
+    "kaplan_data": KAPLAN_DATA,
+    "kaplan_compute": KAPLAN_COMPUTE,
+    "kaplan_size_data": KAPLAN_SIZE_DATA,
+    "kaplan_size_steps": KAPLAN_SIZE_STEPS,
+    "kaplan_trajectory": KAPLAN_TRAJECTORY,
+    "critical_batch": CRITICAL_BATCH,
+    "chinchilla": CHINCHILLA,
+    "overtraining": OVERTRAINING,
+    "overtraining_compute": OVERTRAINING_COMPUTE,
+    "downstream_error": DOWNSTREAM_ERROR,
+    "repetition": REPETITION,
+    "effective_tokens": EFFECTIVE_TOKENS,
+    "training_time": TRAINING_TIME,
+    "data_dimension": DATA_DIMENSION,
+    "finetuning": FINETUNING,
+    "concept_frequency": CONCEPT_FREQUENCY,
+    "accuracy_probit": ACCURACY_PROBIT,
+    "accuracy_logit": ACCURACY_LOGIT,
+    "annealing": ANNEALING,
+}
 """Laws by name; a user's own is named by its dotted path, `package.module:NAME`."""
 
 __all__ = [
