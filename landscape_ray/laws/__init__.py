@@ -46,7 +46,28 @@ from landscape_ray.laws.optima.sensitivity import Sensitivity, lr_sensitivity
 from landscape_ray.laws.optima.step_law import Recommendation, StepLaw, fit_step_law
 from landscape_ray.laws.optima.sweep import Sweep
 from landscape_ray.laws.optima.vertex import Optima, Optimum, group_optima
+from landscape_ray.laws.scaling.axes import (
+    ACCURACY_LOGIT,
+    ACCURACY_PROBIT,
+    CONCEPT_FREQUENCY,
+    DATA_DIMENSION,
+    FINETUNING,
+)
+from landscape_ray.laws.scaling.broken import BROKEN_POWER
 from landscape_ray.laws.scaling.chinchilla import CHINCHILLA
+from landscape_ray.laws.scaling.kaplan import (
+    CRITICAL_BATCH,
+    KAPLAN_COMPUTE,
+    KAPLAN_DATA,
+    KAPLAN_SIZE,
+    KAPLAN_SIZE_DATA,
+    KAPLAN_SIZE_STEPS,
+)
+from landscape_ray.laws.scaling.overtraining import DOWNSTREAM_ERROR, OVERTRAINING, OVERTRAINING_COMPUTE
+from landscape_ray.laws.scaling.power import COMPUTE_FRONTIER, POWER, POWER_FLOOR
+from landscape_ray.laws.scaling.tokens import EFFECTIVE_TOKENS, REPETITION
+from landscape_ray.laws.scaling.trajectory import KAPLAN_TRAJECTORY
+from landscape_ray.laws.scaling.wallclock import TRAINING_TIME
 from landscape_ray.laws.transfer.ladder import (
     TASK_ACCURACY,
     TASK_LOSS,
@@ -66,8 +87,30 @@ from landscape_ray.laws.transfer.loss_to_loss import (
 LAWS: dict[str, Law] = {
     law.name: law
     for law in (
+        # scaling: size, data, compute
+        POWER,
+        POWER_FLOOR,
+        BROKEN_POWER,
+        COMPUTE_FRONTIER,
+        KAPLAN_SIZE,
+        KAPLAN_DATA,
+        KAPLAN_COMPUTE,
+        KAPLAN_SIZE_DATA,
+        KAPLAN_SIZE_STEPS,
+        KAPLAN_TRAJECTORY,
+        CRITICAL_BATCH,
         CHINCHILLA,
-        ANNEALING,
+        OVERTRAINING,
+        OVERTRAINING_COMPUTE,
+        DOWNSTREAM_ERROR,
+        REPETITION,
+        EFFECTIVE_TOKENS,
+        TRAINING_TIME,
+        DATA_DIMENSION,
+        FINETUNING,
+        CONCEPT_FREQUENCY,
+        ACCURACY_PROBIT,
+        ACCURACY_LOGIT,
         # optima: learning rate and batch
         LR_POWER,
         BATCH_POWER,
@@ -86,6 +129,8 @@ LAWS: dict[str, Law] = {
         EXCESS_TO_EXCESS,
         TASK_LOSS,
         TASK_ACCURACY,
+        # curves: the schedule
+        ANNEALING,
     )
 }
 """Laws by name; a user's own is named by its dotted path, `package.module:NAME`."""

@@ -92,8 +92,9 @@ def solve(
     fix = dict(fix or {})
     for name, value in fix.items():
         parameter = law.parameter(name)
-        if not parameter.lower <= value <= parameter.upper:
-            raise UserError(f"{name} must be in [{parameter.lower:g}, {parameter.upper:g}], got {value:g}; change it")
+        if not parameter.allows(value):
+            bounds = "positive" if parameter.scale else f"in [{parameter.lower:g}, {parameter.upper:g}]"
+            raise UserError(f"{name} must be {bounds}, got {value:g}; change it")
     law = law.with_grid({name: value for name, value in fix.items() if name in law.grid_names})
     count = law.num_fitted(fix)
     y = np.asarray(data.response, dtype=np.float64)
@@ -208,6 +209,7 @@ def fit(
     status, reasons = judge(best | sizes, widths, value, certificate, identified)
     reasons += review.reasons
     status = "weak" if reasons and status == "certified" else status
+    derived, derived_intervals = _derived(law, best, dict(zip(names, samples.T, strict=True)), tail)
     chosen = solution.objective
     return FitResult(
         law=law.name,
@@ -232,6 +234,25 @@ def fit(
         samples=samples,
         fixed=fix,
         penalty=dict(penalty or {}),
+        derived=derived,
+        derived_intervals=derived_intervals,
+    )
+
+
+def _derived(
+    law: Law, best: Mapping[str, float], samples: Mapping[str, Array], tail: float
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Return the law's derived numbers and their intervals; what is not finite is left out."""
+    if law.derived is None:
+        return {}, {}
+    with np.errstate(all="ignore"):
+        values = {name: float(value) for name, value in law.derived(best).items()}
+        given = {name: best[name] for name in best if name not in samples}
+        drawn = law.derived({**given, **samples}) if len(next(iter(samples.values()))) else {}
+        ends = {name: np.quantile(np.asarray(value), [tail, 1 - tail]) for name, value in drawn.items()}
+    return (
+        {name: value for name, value in values.items() if np.isfinite(value)},
+        {name: (float(low), float(high)) for name, (low, high) in ends.items() if np.isfinite([low, high]).all()},
     )
 
 

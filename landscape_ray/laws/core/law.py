@@ -62,6 +62,7 @@ class Variable:
         meaning: in a few words.
         positive: whether values must be > 0.
         min_distinct: fewest different values that tell anything about the law.
+        below: values must be < this; 1 for a share.
     """
 
     name: str
@@ -69,6 +70,12 @@ class Variable:
     meaning: str = ""
     positive: bool = True
     min_distinct: int = 2
+    below: float = np.inf
+
+
+Scale: TypeAlias = Callable[[Any, Mapping[str, Any]], Any]
+"""From what `prepare` made and the non-linear parameters without a scale, each (batch, 1), to a multiplier of a shape
+that broadcasts to (batch, 1). Analytic, as :data:`Columns`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,6 +92,8 @@ class Parameter:
         starts: of a non-linear one, where the search begins.
         values: of a grid one, what is tried.
         normalised: of a linear one, whether the fitter divides its column by its geometric mean.
+        scale: of a non-linear one whose size hangs on the units of the data (a size at which something breaks): what
+            bounds and starts are multiples of, see :func:`nonlinear`.
     """
 
     name: str
@@ -96,6 +105,13 @@ class Parameter:
     starts: tuple[float, ...] = ()
     values: tuple[float, ...] = ()
     normalised: bool = True
+    scale: Scale | None = None
+
+    def allows(self, value: float) -> bool:
+        """Return whether a value is within the bounds; where they are multiples of a scale, whether its sign is."""
+        if self.scale is not None:
+            return (self.lower < 0 or value > 0) and bool(np.isfinite(value))
+        return self.lower <= value <= self.upper
 
     def inward(self, value: Any) -> Any:
         """Return the coordinate in which a non-linear parameter is searched."""
@@ -127,6 +143,7 @@ def nonlinear(
     *,
     log: bool = False,
     starts: Sequence[float] | int = 4,
+    scale: Scale | None = None,
 ) -> Parameter:
     """Return a parameter inside the columns, within [lower, upper].
 
@@ -138,13 +155,20 @@ def nonlinear(
         log: search its logarithm, for one whose order of magnitude is open.
         starts: where the search begins, or how many: then evenly inside the bounds, geometrically for `log` ones and
             others that are positive throughout.
+        scale: where the size of the parameter hangs on the units of the data, what `lower`, `upper` and `starts` are
+            multiples of, from the variables and the other non-linear parameters. The search is then the same in all
+            units, and a parameter that trades off with an exponent over orders of magnitude is decoupled from it.
+
+    >>> middle = lambda x, p: np.exp(np.log(x["N"]).mean())
+    >>> nonlinear("N0", "size of the break", 1e-3, 1e3, log=True, starts=(0.1, 10), scale=middle).starts
+    (0.1, 10)
     """
     if isinstance(starts, int):
         geometric = lower > 0
         a, b = (np.log(lower), np.log(upper)) if geometric else (lower, upper)
         points = a + (b - a) * (np.arange(starts) + 0.5) / starts
         starts = tuple(float(v) for v in (np.exp(points) if geometric else points))
-    return Parameter(name, meaning, "nonlinear", lower, upper, log=log, starts=tuple(starts))
+    return Parameter(name, meaning, "nonlinear", lower, upper, log=log, starts=tuple(starts), scale=scale)
 
 
 def grid(name: str, meaning: str, values: Sequence[float]) -> Parameter:
@@ -181,6 +205,7 @@ class Law:
         link: of laws whose response is a function of the sum, increasing: the sum of a response; the fit is then made
             to it. None for the response itself.
         unlink: the inverse of `link`.
+        derived: other numbers of interest as functions of the parameters, which come as numbers or arrays by name.
         review: looks at a finished fit: (data, what `prepare` made, parameters) -> :class:`Review`.
         guard: (fit, query, allow_extrapolation) -> warnings of a prediction; raises where the law is known to mislead.
         assumptions: what must hold for the law to be applied, sentences for the record.
@@ -199,6 +224,7 @@ class Law:
     slopes: Callable[[Any, Mapping[str, Any]], Sequence[Mapping[str, Any]]] | None = None
     link: Callable[[Any], Any] | None = None
     unlink: Callable[[Any], Any] | None = None
+    derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     review: Callable[[Any, Any, Mapping[str, float]], Review] | None = None
     guard: Callable[[Any, Any, bool], tuple[str, ...]] | None = None
     assumptions: tuple[str, ...] = ()
@@ -215,6 +241,11 @@ class Law:
             )
         if (self.link is None) != (self.unlink is None):
             raise UserError(f"law '{self.name}' must have both link and unlink or neither, got one; give the other")
+        if self.slopes is not None and any(parameter.scale is not None for parameter in self.parameters):
+            raise UserError(
+                f"law '{self.name}' must not have slopes together with a parameter with a scale, got both; leave the "
+                "slopes to the complex step"
+            )
 
     def _names(self, role: str) -> tuple[str, ...]:
         return tuple(parameter.name for parameter in self.parameters if parameter.role == role)
@@ -327,7 +358,8 @@ class Bound:
     def raw(self, coordinates: Array) -> tuple[Array, Array]:
         """Return all columns (batch, n, m) and their slopes (batch, n, m, k) by the coordinates (batch, k)."""
         law, shape = self.law, (len(coordinates), self.num_points)
-        values = {p.name: p.outward(coordinates[:, i, None]) for i, p in enumerate(self.inner)}
+        axes = [coordinates[:, i, None] for i in range(len(self.inner))]
+        values = self.values(axes)
         columns = np.stack([np.broadcast_to(c, shape) for c in law.columns(self.x, values)], axis=2).astype(np.float64)
         slopes = np.zeros((*columns.shape, len(self.inner)))
         if law.slopes is not None:
@@ -338,11 +370,23 @@ class Bound:
                         slopes[:, :, j, i] = by_name[p.name] * factor
             return columns, slopes
         for i, p in enumerate(self.inner):
-            moved = values | {p.name: p.outward(coordinates[:, i, None] + 1j * _STEP)}
+            if p.name in self.fixed:
+                continue
+            moved = self.values([axis + 1j * _STEP if k == i else axis for k, axis in enumerate(axes)])
             for j, column in enumerate(law.columns(self.x, moved)):
                 if np.iscomplexobj(column):
                     slopes[:, :, j, i] = np.broadcast_to(np.imag(column), shape) / _STEP
         return columns, slopes
+
+    def values(self, axes: Sequence[Any]) -> dict[str, Any]:
+        """Return the non-linear parameters by name for their coordinates, each (batch, 1), real or complex."""
+        values = {
+            p.name: np.full(axis.shape, self.fixed[p.name]) if p.name in self.fixed else p.outward(axis)
+            for p, axis in zip(self.inner, axes, strict=True)
+        }
+        scaled = {p.name: p.scale for p in self.inner if p.scale is not None and p.name not in self.fixed}
+        known = {name: value for name, value in values.items() if name not in scaled}
+        return values | {name: values[name] * scale(self.x, known) for name, scale in scaled.items()}
 
     def columns(self, coordinates: Array) -> tuple[Array, Array]:
         """Return the columns of the free coefficients and their slopes, divided by their size."""
@@ -366,14 +410,17 @@ class Bound:
             penalty: (centre, stiffness) by name of a non-linear parameter; the stiffness is per squared unit of its
                 coordinate, the logarithm for `log` ones.
         """
-        lower = np.array([p.inward(self.fixed.get(p.name, p.lower)) for p in self.inner], dtype=np.float64)
-        upper = np.array([p.inward(self.fixed.get(p.name, p.upper)) for p in self.inner], dtype=np.float64)
+        held = {p.name: 1.0 if p.scale is not None else self.fixed[p.name] for p in self.inner if p.name in self.fixed}
+        lower = np.array([p.inward(held.get(p.name, p.lower)) for p in self.inner], dtype=np.float64)
+        upper = np.array([p.inward(held.get(p.name, p.upper)) for p in self.inner], dtype=np.float64)
         free = np.array([self.law.parameter(name).lower < 0 for name in self.names], dtype=bool)
         centre = stiffness = None
         if penalty:
             for name in penalty:
-                if name not in self.law.nonlinear_names:
-                    raise UserError(f"penalty must be on a non-linear parameter, got '{name}'; fix it instead")
+                if name not in self.law.nonlinear_names or self.law.parameter(name).scale is not None:
+                    raise UserError(
+                        f"penalty must be on a non-linear parameter without a scale, got '{name}'; fix it instead"
+                    )
             centre = np.array([p.inward(penalty[p.name][0]) if p.name in penalty else 0.0 for p in self.inner])
             stiffness = np.array([penalty[p.name][1] if p.name in penalty else 0.0 for p in self.inner])
         return SeparableLaw(
@@ -381,7 +428,7 @@ class Bound:
             num_linear=len(self.names),
             lower=lower,
             upper=upper,
-            starts=self._starts(),
+            starts=self._starts(held),
             offset=self.offset if self.held else None,
             space=self.law.space,
             free=free,
@@ -389,13 +436,13 @@ class Bound:
             stiffness=stiffness,
         )
 
-    def _starts(self) -> Array:
+    def _starts(self, held: Mapping[str, float]) -> Array:
         """Return where searches begin (s, k): the grid of the parameters' starts, or a Halton sequence in its box."""
-        axes = [(self.fixed[p.name],) if p.name in self.fixed else p.starts for p in self.inner]
+        axes = [(held[p.name],) if p.name in held else p.starts for p in self.inner]
         axes = [tuple(float(p.inward(v)) for v in axis) for p, axis in zip(self.inner, axes, strict=True)]
         if np.prod([len(axis) for axis in axes], dtype=float) <= MAX_STARTS:
-            points = list(itertools.product(*axes))
-            return np.array(points, dtype=np.float64).reshape(len(points), len(axes))  # (1, 0) for a linear law
+            every = list(itertools.product(*axes))
+            return np.array(every, dtype=np.float64).reshape(len(every), len(axes))
         low, high = (np.array([f(axis) for axis in axes]) for f in (min, max))
         return np.asarray(low + (high - low) * halton(MAX_STARTS, len(axes)))
 
@@ -403,7 +450,8 @@ class Bound:
         """Return the fitter's parameters (batch, m + k) as arrays (batch,) by name, all in natural units."""
         count = len(self.names)
         coordinates = parameters[:, count:]
-        values = {p.name: p.outward(coordinates[:, i]) for i, p in enumerate(self.inner)}
+        inner_values = self.values([coordinates[:, i, None] for i in range(len(self.inner))])
+        values = {name: np.broadcast_to(v, (len(parameters), 1))[:, 0] for name, v in inner_values.items()}
         chunk = max(1, 2_000_000 // max(self.num_points * len(self._kept), 1))
         sizes = []
         for i in range(0, len(parameters), chunk):

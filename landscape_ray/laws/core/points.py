@@ -22,7 +22,7 @@ class Data(Protocol):
     """What a fit needs of its data; :class:`Points` and `CurveSet` are such."""
 
     @property
-    def response(self) -> Array:
+    def response(self) -> ArrayLike:
         """Observations (n,)."""
 
     @property
@@ -34,7 +34,7 @@ class Data(Protocol):
         """Name of every run."""
 
     @property
-    def weights(self) -> Array | None:
+    def weights(self) -> ArrayLike | None:
         """Weight of every point (n,), or None for 1."""
 
     def check(self, law: Law) -> tuple[str, ...]:
@@ -127,6 +127,11 @@ class Points:
             values = np.asarray(self.variables[variable.name])
             if variable.positive and not (values > 0).all():
                 raise UserError(f"{variable.name} must be > 0, got {values[~(values > 0)][0]:g}; drop these points")
+            if not (values < variable.below).all():
+                raise UserError(
+                    f"{variable.name} must be < {variable.below:g}, got {values.max():g}; drop these points, or give "
+                    "shares, not percentages"
+                )
             distinct = len(np.unique(values))
             if distinct < variable.min_distinct:
                 raise UserError(

@@ -57,12 +57,18 @@ def predict_points(
         raise UserError(f"variables must hold those of law '{law.name}', missing: {', '.join(missing)}; give them")
     for variable in law.variables:
         values = x[variable.name]
-        if not np.isfinite(values).all() or (variable.positive and not (values > 0).all()):
-            raise UserError(f"{variable.name} must be finite{' and > 0' if variable.positive else ''}, got {values}")
+        if (
+            not np.isfinite(values).all()
+            or (variable.positive and not (values > 0).all())
+            or not (values < variable.below).all()
+        ):
+            above = " and > 0" if variable.positive else ""
+            below = f" and < {variable.below:g}" if np.isfinite(variable.below) else ""
+            raise UserError(f"{variable.name} must be finite{above}{below}, got {values}; change it")
     warnings = [f"weak_fit: {'; '.join(fit.reasons)}"] if fit.status == "weak" else []
     if not len(fit.samples):
         warnings.append("no_bootstrap: the intervals leave out the uncertainty of the parameters")
-    warnings += _range_warnings(law, fit, x, allow_extrapolation)
+    warnings += range_warnings(law, fit, x, allow_extrapolation)
     if law.guard is not None:
         warnings += law.guard(fit, x, allow_extrapolation)
     x = {name: np.broadcast_to(v, np.broadcast_shapes(*(a.shape for a in x.values()))) for name, v in x.items()}
@@ -106,7 +112,12 @@ def check_usable(law: Law, fit: FitResult) -> None:
         raise UserError(f"fit must have found an optimum, got status 'failed' ({fit.reasons[0]}); fit other runs")
 
 
-def _range_warnings(law: Law, fit: FitResult, x: Mapping[str, Array], allow_extrapolation: bool) -> list[str]:
+def range_warnings(law: Law, fit: FitResult, x: Mapping[str, Array], allow_extrapolation: bool) -> list[str]:
+    """Return warnings for values more than 10 times outside the fitted range.
+
+    Raises:
+        UserError: more than 100 times outside, unless that is allowed.
+    """
     warnings = []
     for variable in law.variables:
         if variable.name not in fit.data.get("ranges", {}) or not variable.positive:

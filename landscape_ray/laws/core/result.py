@@ -42,6 +42,8 @@ class FitResult:
         num_misfits: number of errors behind it.
         fixed: parameters that were given, not fitted.
         penalty: (centre, stiffness) by name of a penalised parameter.
+        derived: other numbers that the law gives from its parameters.
+        derived_intervals: (low, high) of these, where there is a bootstrap.
         checklist: the record of how the fit was made and checked, see :mod:`landscape_ray.laws.trust.checklist`.
     """
 
@@ -62,6 +64,8 @@ class FitResult:
     num_misfits: int = 0
     fixed: dict[str, float] = dataclasses.field(default_factory=dict)
     penalty: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    derived: dict[str, float] = dataclasses.field(default_factory=dict)
+    derived_intervals: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     checklist: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -79,7 +83,8 @@ class FitResult:
         """
         try:
             content = json.loads(text)
-            content["intervals"] = {name: (low, high) for name, (low, high) in content["intervals"].items()}
+            for name in ("intervals", "derived_intervals"):
+                content[name] = {key: (low, high) for key, (low, high) in content.get(name, {}).items()}
             content["penalty"] = {name: (c, s) for name, (c, s) in content.get("penalty", {}).items()}
             for name in ("reasons", "warnings", "sample_names"):
                 content[name] = tuple(content[name])
@@ -101,6 +106,10 @@ class FitResult:
             text = f"  [{between[0]:.6g}, {between[1]:.6g}] at {self.confidence:.0%}" if between else ""
             text = "  given" if name in self.fixed else text
             lines.append(f"  {name:<6} {value:.6g}{text}")
+        for name, value in self.derived.items():
+            between = self.derived_intervals.get(name)
+            text = f"  [{between[0]:.6g}, {between[1]:.6g}]" if between else ""
+            lines.append(f"  {name:<6} {value:.6g}{text}  derived")
         lines.append(
             f"  rmse {self.residuals['rmse']:.2e} {self.objective['unit']}, largest {self.residuals['max_abs']:.2e}, "
             f"R2 {self.residuals['r2']:.5f}, {self.objective['name']} {self.objective['value']:.6g}"
