@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from landscape_ray.config import flatten
-from landscape_ray.records import RunSummary
+from landscape_ray.records import COLUMNS, RunSummary
 
 if TYPE_CHECKING:
     from landscape_ray.tracking.collect import Collected
@@ -100,14 +100,14 @@ class Run:
 
 def read_runs(collected: Collected) -> list[Run]:
     """Return every run of a collected sweep with its rows, in the order of the summaries."""
-    from landscape_ray.tracking.collect import run_columns  # pyarrow is needed here only
+    from landscape_ray.tracking.collect import columns_by_run  # pyarrow is needed here only
 
+    kinds = ("step", "eval", "variant", "probe", "event")
+    by_kind = {kind: columns_by_run(collected.records, kind) for kind in kinds}
+    empty = {c.name: np.empty(0, dtype=object if c.dtype == "string" else c.dtype) for c in COLUMNS}
     runs = []
     for summary in collected.runs:
-        rows = {
-            kind: run_columns(collected.records, summary.run_id, kind)
-            for kind in ("step", "eval", "variant", "probe", "event")
-        }
+        rows = {kind: by_kind[kind].get(summary.run_id, empty) for kind in kinds}
         rest: dict[str, Any] = {"summary": summary, "probes": rows["probe"], "events": rows["event"]}
         rest |= {"variants": rows["variant"]}
         steps, evals = _ordered(rows["step"]), _ordered(rows["eval"])
@@ -118,6 +118,8 @@ def read_runs(collected: Collected) -> list[Run]:
 def _ordered(columns: Columns) -> Columns:
     """Return rows sorted by step; of several with one step (a resume, a rolled-back member) the last one."""
     step = np.asarray(columns["step"], dtype=np.float64)
+    if (np.diff(step) > 0).all():
+        return columns
     _, index = np.unique(step[::-1], return_index=True)
     keep = len(step) - 1 - index
     return {key: column[keep] for key, column in columns.items()}

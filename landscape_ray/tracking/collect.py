@@ -8,12 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from landscape_ray.errors import UserError
-from landscape_ray.tracking.collected import Collected, run_columns
+from landscape_ray.tracking.collected import Collected, columns_by_run, run_columns
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.foreign import collect_csv
 from landscape_ray.tracking.parts import ARROW_SCHEMA, read_part
 
-__all__ = ["Collected", "collect", "collect_csv", "collect_mlflow", "run_columns"]
+__all__ = ["Collected", "collect", "collect_csv", "collect_mlflow", "columns_by_run", "run_columns"]
 
 
 def collect(path_or_folder: Path | str | SweepFolder) -> Collected:
