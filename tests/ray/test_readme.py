@@ -84,6 +84,12 @@ def test_the_three_jobs(sweep_text: Callable[..., str], tiny: dict[str, Any], tm
     (spaces / "width_transfer.toml").write_text(sweep_text("search", name="w", train=digits))
     full = digits | {"data": {"name": "images", "train_size": 8}}
     (spaces / "edge_gradient_descent.toml").write_text(sweep_text("search", name="edge", train=full))
+    sizes, tokens = [1e6 * 3**k for k in range(6)], [1e8 * 3**k for k in range(6)]
+    runs = [
+        (n / 1e6, d, 1.7 + 400 * n**-0.34 + 400 * d**-0.28 + 1e-3 * ((7 * i) % 5 - 2))
+        for i, (n, d) in enumerate((n, d) for n in sizes for d in tokens)
+    ]
+    (tmp_path / "runs.csv").write_text("params_m,tokens,loss\n" + "".join(f"{n!r},{d!r},{y!r}\n" for n, d, y in runs))
     address = ray.get_runtime_context().gcs_address
     setup, *jobs = blocks("bash")
     assert [line.split()[0] for line in setup.splitlines()] == ["scripts/quickstart", "scripts/test"]
@@ -95,7 +101,7 @@ def test_the_three_jobs(sweep_text: Callable[..., str], tiny: dict[str, Any], tm
         else:
             run(line.replace("ray-head:6379", address), tmp_path)
     assert {line.split()[1] for line in typed} == {
-        *("sweep", "resume", "check", "probe", "rank", "fit", "predict", "report", "ui")
+        *("sweep", "resume", "check", "probe", "rank", "fit", "predict", "recommend", "list", "report", "ui")
     }
     assert {path.stem for path in (tmp_path / "checks").glob("*.png")} == {
         "coordinate-check-standard",
@@ -109,6 +115,7 @@ def test_the_three_jobs(sweep_text: Callable[..., str], tiny: dict[str, Any], tm
     assert list(fits.glob("spectrum-*.png"))
     assert (tmp_path / "runs" / "third" / "fits" / "rank.png").exists()
     assert (tmp_path / "runs" / "first" / "report.html").stat().st_size > 1e5
+    assert (tmp_path / "fits" / "runs" / "chinchilla" / "page.html").stat().st_size > 1e5
 
     for code in blocks("python"):
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from landscape_ray.errors import UserError
-from landscape_ray.tracking.collect import collect, collect_csv, collect_mlflow, run_columns
+from landscape_ray.tracking.collect import collect, collect_csv, collect_mlflow, columns_by_run, run_columns
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.parts import ARROW_SCHEMA
 from landscape_ray.tracking.projector import Projector
@@ -258,3 +258,22 @@ def test_foreign_parameters_that_do_not_nest_are_kept_as_they_are() -> None:
 
     assert _config(run({"model.depth": "4", "seed": "0"})) == {"model": {"depth": 4}, "seed": 0}
     assert _config(run({"model": "gpt", "model.depth": "4"})) == {"model": "gpt", "model.depth": 4}
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_one_pass_gives_what_a_filter_for_each_run_gives(search_folder, shuffled):
+    collected = collect(search_folder.path)
+    table = collected.records
+    if shuffled:
+        table = table.take(np.random.default_rng(0).permutation(len(table)))
+    for kind in ("step", "eval", "probe", "event"):
+        by_run = columns_by_run(table, kind)
+        for run in collected.runs:
+            expected = run_columns(table, run.run_id, kind)
+            if run.run_id not in by_run:
+                assert len(expected["step"]) == 0
+                continue
+            for name, values in expected.items():
+                found = by_run[run.run_id][name]
+                assert found.dtype == values.dtype
+                np.testing.assert_array_equal(found, values)
