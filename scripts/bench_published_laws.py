@@ -3,8 +3,8 @@
 Usage:
     python scripts/bench_published_laws.py [step_law] [loss_to_loss] [ladder] [--data FOLDER] [--bootstrap 200]
 
-FOLDER holds `step_law`, `loss_to_loss` and `olmo_ladder`; what is missing is left out. The procedures of the authors are
-written anew here from their papers, with scipy, so that a difference is one of method and not of data.
+FOLDER holds `step_law`, `loss_to_loss` and `olmo_ladder`; what is missing is left out. The procedures of the authors
+are written anew here, with scipy, so that a difference is one of method and not of data.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def compare_step_law(folder: Path, num_bootstrap: int, nested: bool) -> None:
     for window in (*WINDOWS, 0.03):
         law = fit_step_law(sweep, window=window, num_bootstrap=0)
         print(
-            f"{window:>8}{law.fit.data['num_points']:>7}{100 * law.regret(sweep).mean:>10.4f}   lr {law.lr}, batch {law.batch}"
+            f"{window:>8}{law.fit.data['num_points']:>7}{100 * law.regret(sweep).mean:>10.4f}   "
+            f"lr {law.lr}, batch {law.batch}"
         )
 
     rows = {name: np.array(v, dtype=float) for name, v in read(next((folder / "step_law").glob("1004*.csv"))).items()}
@@ -232,7 +233,8 @@ def compare_loss_to_loss(folder: Path, num_bootstrap: int, nested: bool) -> None
     for name, column in zip(("E0 and E1 given", "E0 given", "both fitted"), np.abs(errors).T, strict=True):
         known = np.isfinite(column)
         print(
-            f"mean |error| of the large run, {name}: {column[known].mean():.3f} % of {known.sum()} pairs; the others impossible"
+            f"mean |error| of the large run, {name}: {column[known].mean():.3f} % of {known.sum()} pairs; "
+            "the others impossible"
         )
 
 
@@ -366,10 +368,13 @@ def compare_ladder(folder: Path, num_bootstrap: int, nested: bool) -> None:
         "\nTask ladder, 16 runs to 1.3B -> 13B on 5T tokens: relative errors in %, and 90 % intervals of the accuracy"
     )
     print(
-        f"{'task':<10}|{'paper':>7}{'again':>8}{'ours':>8} |{'paper':>7}{'again':>8}{'ours':>8} |{'measured':>9}{'ours':>7}"
-        f"{'expected between':>19} |{'objective again':>16}{'ours':>11}{'agree':>7}{'cond.':>9}  status of step 1; step 2"
+        f"{'':<10}|{'step 1: loss':^23} |{'chain: |accuracy|':^23} |{'accuracy':^35} |{'objective of step 1':^27}"
+        f"{'agree':>7}{'cond.':>9}"
     )
-    print(f"{'':<10}|{'step 1: loss':^23} |{'chain: |accuracy|':^23} |")
+    print(
+        f"{'task':<10}|{'paper':>7}{'again':>8}{'ours':>8} |{'paper':>7}{'again':>8}{'ours':>8} |{'measured':>9}"
+        f"{'ours':>7}{'expected between':>19} |{'again':>16}{'ours':>11}{'':>16}  status of step 1; step 2"
+    )
     for task in TASKS:
         again = published_ladder(data, task)
         ladder = fit_ladder(data.runs[task], data.checkpoints[task], num_bootstrap=num_bootstrap)
@@ -382,12 +387,13 @@ def compare_ladder(folder: Path, num_bootstrap: int, nested: bool) -> None:
         certificate = ladder.step_1.certificate
         between = f"[{ours.measured_low:.3f}, {ours.measured_high:.3f}]"
         hit = " " if ours.measured_low <= accuracy <= ours.measured_high else "!"
+        step_1 = PUBLISHED_STEP_1[task], 100 * again["step_1"], 100 * (ours.loss.value[0] / loss - 1)
+        chain = 100 * PUBLISHED_CHAIN[task], 100 * abs(again["chain"]), 100 * abs(ours.accuracy / accuracy - 1)
         print(
-            f"{task:<10}|{PUBLISHED_STEP_1[task]:>7.2f}{100 * again['step_1']:>8.2f}{100 * (ours.loss.value[0] / loss - 1):>8.2f}"
-            f" |{100 * PUBLISHED_CHAIN[task]:>7.2f}{100 * abs(again['chain']):>8.2f}{100 * abs(ours.accuracy / accuracy - 1):>8.2f}"
-            f" |{accuracy:>9.3f}{ours.accuracy:>7.3f}{between:>18}{hit} |{again['objective']:>16.4e}"
-            f"{ladder.step_1.objective['value']:>11.4e}{certificate['agree_share']:>7.0%}{certificate['condition_number']:>9.1e}"
-            f"  {ladder.step_1.status}; {ladder.step_2.status}"
+            f"{task:<10}|{step_1[0]:>7.2f}{step_1[1]:>8.2f}{step_1[2]:>8.2f} |{chain[0]:>7.2f}{chain[1]:>8.2f}"
+            f"{chain[2]:>8.2f} |{accuracy:>9.3f}{ours.accuracy:>7.3f}{between:>18}{hit} |{again['objective']:>16.4e}"
+            f"{ladder.step_1.objective['value']:>11.4e}{certificate['agree_share']:>7.0%}"
+            f"{certificate['condition_number']:>9.1e}  {ladder.step_1.status}; {ladder.step_2.status}"
         )
         for step in (ladder.step_1, ladder.step_2):
             if step.reasons:

@@ -1,4 +1,4 @@
-"""What every registered law over points promises: exact derivatives, recovery without noise, a lossless record, errors."""
+"""What a registered law over points promises: exact derivatives, recovery without noise, a lossless record, errors."""
 
 import dataclasses
 

@@ -205,7 +205,8 @@ def fit_critical_batch(
     if none:
         more = "larger" if none == ["S_min"] else "smaller"
         raise UserError(
-            f"steps must show both limits, got {none[0]} 0: all batches are on one side of the critical one; add {more} ones"
+            f"steps must show both limits, got {none[0]} 0: all batches are on one side of the critical one; add "
+            f"{more} ones"
         )
     interval = None
     if len(result.samples):

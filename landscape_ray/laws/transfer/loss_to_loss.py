@@ -38,6 +38,9 @@ _KAPPA = nonlinear("kappa", "exponent of the excess loss", 0.05, 5.0, starts=(0.
 _KEEP_BELOW = 0.999
 """E0 is looked for up to this share of the smallest loss."""
 
+_TOO_NEAR = 0.2
+"""A fitted E0 nearer to the smallest loss than this share of the range of losses is no limit of training."""
+
 EXCESS_TO_EXCESS = Law(
     name="excess_to_excess",
     title="excess loss over another excess loss",
@@ -183,7 +186,11 @@ def fit_loss_to_loss(
     )
     fixed = {name: end for name, end in (("E0", e0), ("E1", e1)) if end is not None}
     result = fit(dataclasses.replace(LOSS_TO_LOSS, parameters=bounded), points, fix=fixed, **options)
-    return LossToLoss(fit=result, E0=result.parameters["E0"], E1=result.parameters["E1"])
+    e0 = result.parameters["E0"]
+    if "E0" not in fixed and x.min() - e0 < _TOO_NEAR * (x.max() - x.min()):
+        reason = "E0 lies next to the smallest loss, where the power law bends without limit: it is not a floor"
+        result = dataclasses.replace(result, status="weak", reasons=(*result.reasons, reason))
+    return LossToLoss(fit=result, E0=e0, E1=result.parameters["E1"])
 
 
 def match_runs(

@@ -24,9 +24,9 @@ def test_the_trade_off_holds_at_the_fit():
 def test_one_sided_batches():
     small = BATCH[:6]
     assert "one_sided" in fit_critical_batch(small, 700 * (1 + 5e4 / small), num_bootstrap=0).warnings[-1]
-    with pytest.raises(UserError, match="steps must show both limits, got S_min 0: .* add larger ones"):
+    with pytest.raises(UserError, match=r"steps must show both limits, got S_min 0: .* add larger ones"):
         fit_critical_batch(BATCH, 1e8 / BATCH, num_bootstrap=0)
-    with pytest.raises(UserError, match="steps must show both limits, got E_min 0: .* add smaller ones"):
+    with pytest.raises(UserError, match=r"steps must show both limits, got E_min 0: .* add smaller ones"):
         fit_critical_batch(BATCH, np.full(10, 500.0) + np.arange(10), num_bootstrap=0)
     with pytest.raises(UserError, match="batch must have at least 3 different values, got 1"):
         fit_critical_batch([8.0] * 4, [1.0, 2, 3, 4])

@@ -44,15 +44,21 @@ def test_ours_has_less_regret_on_runs_it_has_not_seen(sweep, by):
 
 @pytest.mark.slow
 def test_the_exponents_beside_the_published_bootstrap(sweep, published):
-    """By the authors' assumptions (batch by D only) all three exponents' intervals meet those of the 1,000 rows."""
+    """Intervals of lr over N and of batch over D meet those of the 1,000 released rows.
+
+    That of lr over D lies lower (.17 to .27 against .27 to .35), and the best batch falls with N, which the published
+    form leaves out: both are findings about the released runs, from which the authors' own procedure does not return
+    their constants either.
+    """
     rows = SCRIPT["read"](next((published / "step_law").glob("1004*.csv")))
-    ours = fit_step_law(sweep, batch_by_size=False, num_bootstrap=100, confidence=0.95)
+    ours = fit_step_law(sweep, num_bootstrap=100, confidence=0.95)
     pairs = {
         "lr_coefN": [-end for end in ours.lr.intervals["by_size"]],
-        "lr_coefD": ours.lr.intervals["by_horizon"],
         "bs_coefD": ours.batch.intervals["by_horizon"],
     }
     for name, ends in pairs.items():
         low, high = np.quantile(np.array(rows[name], dtype=float), [0.025, 0.975])
         assert min(ends) < high, name
         assert max(ends) > low, name
+    assert ours.lr.by_horizon < np.quantile(np.array(rows["lr_coefD"], dtype=float), 0.025)
+    assert ours.batch.intervals["by_size"][0] > 0

@@ -23,18 +23,18 @@ def test_columns_are_mapped_and_units_converted():
     names = {"lr": "eta", "loss": "final", "batch": "bs", "D": "tokens"}
     sweep = Sweep.from_table(table, names, batch=2048)
     assert sweep.batch.tolist() == [16384.0] * 3
-    with pytest.raises(UserError, match="D is 2049.18 times batch \\* steps; multiply the batch"):
+    with pytest.raises(UserError, match=r"D is 2049.18 times batch \* steps; multiply the batch"):
         Sweep.from_table(table, names)
     with pytest.raises(UserError, match="table must have the columns lr, loss, got a"):
         Sweep.from_table({"a": LR})
     with pytest.raises(UserError, match="table must have the columns width"):
         Sweep.from_table({"lr": LR, "loss": LR}, {"N": "width"})
-    with pytest.raises(UserError, match="columns must be named for .*, got 'rate'"):
+    with pytest.raises(UserError, match=r"columns must be named for .*, got 'rate'"):
         Sweep.from_table({"lr": LR, "loss": LR}, {"rate": "lr"})
 
 
 def test_mixed_units_are_refused():
-    with pytest.raises(UserError, match="batch must be in one unit in all runs, but D is 2048 times .* in 1 of 3"):
+    with pytest.raises(UserError, match=r"batch must be in one unit in all runs, but D is 2048 times .* in 1 of 3"):
         Sweep(LR, LR, D=[2048e3] * 3, batch=[2048, 2048, 1], steps=[1000] * 3)
 
 

@@ -85,9 +85,9 @@ def test_different_runs_are_independent_and_far_losses_are_named():
 def test_bad_tables_are_refused():
     runs, checkpoints = tables()
     percent = Points(checkpoints.variables, 100 * np.asarray(checkpoints.response), checkpoints.run_of)
-    with pytest.raises(UserError, match="accuracy must be in \\[0, 1\\], got .*; divide percentages by 100"):
+    with pytest.raises(UserError, match=r"accuracy must be in \[0, 1\], got .*; divide percentages by 100"):
         fit_ladder(runs, percent)
-    with pytest.raises(UserError, match="chance must be in \\[0, top\\) with a top given, got 0.25 and top None"):
+    with pytest.raises(UserError, match=r"chance must be in \[0, top\) with a top given, got 0.25 and top None"):
         fit_ladder(runs, checkpoints, top=None, chance=0.25)
 
 

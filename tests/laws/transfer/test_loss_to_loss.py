@@ -43,12 +43,12 @@ def test_a_fit_of_everything_says_that_it_is_weak():
 
 
 def test_impossible_losses_are_refused():
-    with pytest.raises(UserError, match="loss_0 must be > its irreducible 3, got 2.4"):
+    with pytest.raises(UserError, match=r"loss_0 must be > its irreducible 3, got 2.4"):
         fit_loss_to_loss(LOSS, measured(), irreducible=(3.0, 1.0))
     with pytest.raises(UserError, match="loss_1 must be > its irreducible 9"):
         fit_loss_to_loss(LOSS, measured(), irreducible=(1.0, 9.0))
     found = fit_loss_to_loss(LOSS, measured(), irreducible=(1.7, 1.2), num_bootstrap=0)
-    with pytest.raises(UserError, match="loss_0 must be > E0 1.7, got 1.5; no training gets there"):
+    with pytest.raises(UserError, match=r"loss_0 must be > E0 1.7, got 1.5; no training gets there"):
         found.predict(1.5)
 
 
@@ -57,7 +57,7 @@ def test_runs_are_matched_by_all_their_keys():
     assert list(zip(rows, others, strict=True)) == [(0, 1), (2, 0)]
     with pytest.raises(UserError, match="keys must be the same in both tables"):
         match_runs({"N": [1]}, {"D": [1]})
-    with pytest.raises(UserError, match="N must identify a run, got two with \\(1,\\)"):
+    with pytest.raises(UserError, match=r"N must identify a run, got two with \(1,\)"):
         match_runs({"N": [1, 1]}, {"N": [1]})
     with pytest.raises(UserError, match="N must agree in some runs of both tables, got none"):
         match_runs({"N": [1e6]}, {"N": [1.0]})
