@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[np.float64]
 
+MAX_COMPUTE_MISMATCH = 0.02
+"""C and 6 N D may differ by this much, relative, before that is worth a warning."""
+
 
 class Data(Protocol):
     """What a fit needs of its data; :class:`Points` and `CurveSet` are such."""
@@ -146,7 +149,29 @@ class Points:
             warnings.append(
                 f"duplicates: {repeated} points repeat another one to the last digit; is a run there twice?"
             )
-        return tuple(warnings)
+        return (*warnings, *self._compute_warnings())
+
+    def _compute_warnings(self) -> tuple[str, ...]:
+        """Return what size, tokens and compute say about each other, where the table has all three."""
+        if not {"N", "D", "C"} <= set(self.variables):
+            return ()
+        n, d, c = (np.asarray(self.variables[name]) for name in ("N", "D", "C"))
+        if not ((n > 0) & (d > 0) & (c > 0)).all():
+            return ()
+        ratio = c / (6 * n * d)
+        middle = float(np.median(ratio))
+        off = np.abs(ratio - 1) > MAX_COMPUTE_MISMATCH
+        if not off.any():
+            return ()
+        if (np.abs(ratio / middle - 1) > MAX_COMPUTE_MISMATCH).any():
+            return (
+                f"mixed_counts: C / (6 N D) varies from {ratio.min():.4g} to {ratio.max():.4g}; are embeddings counted "
+                "in some runs and not in others, or are units mixed?",
+            )
+        return (
+            f"compute_mismatch: C is {middle:.4g} times 6 N D throughout; is N, D or C in another unit, or counted "
+            "otherwise?",
+        )
 
     def summary(self) -> dict[str, Any]:
         """Return runs, number of points, range of every variable and the SHA-256 of the table."""

@@ -169,7 +169,7 @@ def compute_frontier(
     budgets = np.atleast_1d(np.asarray(flops, dtype=np.float64))
     if not (np.isfinite(budgets).all() and (budgets > 0).all()):
         raise UserError(f"flops must be finite and > 0, got {budgets}; give training FLOPs")
-    if not (fit.parameters["A"] > 0 and fit.parameters["B"] > 0):
+    if not (fit.parameters["A"] > 0 and fit.parameters["B"] > 0) or {"A", "B"} & set(fit.certificate["bounds_hit"]):
         raise UserError(
             f"fit must have A > 0 and B > 0 for a best size to exist, got A {fit.parameters['A']:g} and "
             f"B {fit.parameters['B']:g}; fit runs that vary in both size and tokens"

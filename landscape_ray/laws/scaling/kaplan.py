@@ -9,7 +9,8 @@ Legend: N parameters without embeddings, D training tokens, C training FLOPs (C_
 optimizer steps, B batch in tokens, L loss (nats per token). S_min is the number of steps that would do at a batch far
 above the critical one.
 
-The fitter sees (Nc / N)^aN as A N^-aN; Nc = A^(1 / aN) is derived, with its interval.
+The fitter sees (Nc / N)^aN as A N^-aN, and L(N, D) as A [N^-g + q / D]^aD with g = aN / aD; Nc, Dc, Sc and Cc are
+derived, with their intervals.
 
 References:
     Kaplan et al. 2020, arXiv 2001.08361; McCandlish et al. 2018, arXiv 1812.06162 (critical batch).
@@ -99,33 +100,34 @@ def minimal_compute(flops: Any, batch: Any, critical: Any) -> Any:
 
 
 def _size_data(x: Any, p: Mapping[str, Any]) -> tuple[Any, ...]:
-    capacity = -p["aN"] / p["aD"] * np.log(x["N"])
+    capacity = -p["g"] * np.log(x["N"])
     return (np.exp(p["aD"] * log_sum(capacity, np.log(p["q"]) - np.log(x["D"]))),)
 
 
 def _middle_tokens(x: Any, p: Mapping[str, Any]) -> Any:
     """Return the q at which both terms are equal in the middle of the data."""
-    return np.exp(np.log(x["D"]).mean() - p["aN"] / p["aD"] * np.log(x["N"]).mean())
+    return np.exp(np.log(x["D"]).mean() - p["g"] * np.log(x["N"]).mean())
 
 
 def _size_data_constants(p: Mapping[str, Any]) -> dict[str, Any]:
-    nc = p["A"] ** (1 / p["aN"])
-    return {"Nc": nc, "Dc": p["q"] * nc ** (p["aN"] / p["aD"])}
+    size = p["g"] * p["aD"]
+    nc = p["A"] ** (1 / size)
+    return {"aN": size, "Nc": nc, "Dc": p["q"] * nc ** p["g"]}
 
 
 KAPLAN_SIZE_DATA = Law(
     name="kaplan_size_data",
     title="loss over size and data, with overfitting",
-    formula="L = A [N^(-aN / aD) + q / D]^aD",
+    formula="L = A [N^-g + q / D]^aD",
     reference=REFERENCE,
     variables=(SIZE, TOKENS),
     parameters=(
         linear("A", "factor, Nc^aN"),
-        nonlinear("aN", "exponent of the size", 0.01, 2.0, starts=4),
+        nonlinear("g", "exponent of the data that a size needs, aN / aD", 0.05, 10.0, starts=(0.3, 0.7, 1.5, 3.0)),
         nonlinear("aD", "exponent of the data", 0.01, 2.0, starts=4),
         nonlinear(
             "q",
-            "tokens that a size needs, D = q N^(aN / aD), for data to cost as much as size does",
+            "D = q N^g are the tokens at which few data cost as much as a small size",
             1e-6,
             1e6,
             log=True,

@@ -87,15 +87,15 @@ def repetition_law(base: Mapping[str, float] | None = None) -> Law:
     return Law(
         name="repetition" if base is None else "repetition_excess",
         title="loss over size, tokens and unique tokens",
-        formula=f"L = E + A {'N' if base is None else 'N_eff(N, U)'}^-alpha + B D_eff(D, U)^-beta",
+        formula=f"L = E + A {'N' if base is None else 'N_eff(N, U; RN)'}^-alpha + B D_eff(D, U; RD)^-beta",
         reference=REPETITION_REFERENCE,
         variables=(PARAMETERS, TOKENS, UNIQUE),
         parameters=(
             linear("E", "loss that no size and no data removes"),
             linear("A", "factor of the size"),
-            nonlinear("alpha", "exponent of the size", 0.01, 3.0, starts=4),
+            nonlinear("alpha", "exponent of the size", 0.01, 3.0, starts=3),
             linear("B", "factor of the data"),
-            nonlinear("beta", "exponent of the data", 0.01, 3.0, starts=4),
+            nonlinear("beta", "exponent of the data", 0.01, 3.0, starts=3),
             nonlinear("RD", "repetitions after which data are worth little", 0.1, 1e4, log=True, starts=(3.0, 30.0)),
             *(
                 (nonlinear("RN", "excess sizes after which parameters do", 0.1, 1e4, log=True, starts=(3.0, 30.0)),)
@@ -145,9 +145,9 @@ def effective_tokens_law(features: Sequence[str], name: str = "effective_tokens"
         parameters=(
             linear("E", "loss that no size and no data removes"),
             linear("A", "factor of the size"),
-            nonlinear("alpha", "exponent of the size", 0.01, 3.0, starts=4),
+            nonlinear("alpha", "exponent of the size", 0.01, 3.0, starts=2),
             linear("B", "factor of the data"),
-            nonlinear("beta", "exponent of the data", 0.01, 3.0, starts=4),
+            nonlinear("beta", "exponent of the data", 0.01, 3.0, starts=2),
             *(
                 nonlinear(f"c_{f}", f"log worth of a token per {f}", -10.0, 10.0, starts=(-0.5, 0.5), scale=spread(f))
                 for f in features

@@ -141,7 +141,7 @@ KAPLAN_TRAJECTORY = Law(
             1e-4,
             1e4,
             log=True,
-            starts=(0.1, 1.0),
+            starts=(0.3,),
             scale=lambda x, p: np.exp(p["aS"] * _middle(x, "S") - p["aN"] * _middle(x, "N")),
         ),
         nonlinear(
@@ -153,7 +153,7 @@ KAPLAN_TRAJECTORY = Law(
             starts=(0.1, 3.0),
             scale=lambda x, p: np.exp(_middle(x, "B") - p["aN"] / p["aB"] * _middle(x, "N")),
         ),
-        nonlinear("aB", "exponent of the critical batch", 0.05, 2.0, starts=(0.15, 0.4)),
+        nonlinear("aB", "exponent of the critical batch", 0.05, 2.0, starts=(0.25,)),
     ),
     columns=_columns,
     derived=_constants,
