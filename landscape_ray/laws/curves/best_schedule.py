@@ -39,6 +39,9 @@ SHAPES: dict[str, Callable[[Array], Array]] = {
 _CORNERS = 16
 """Corners of a curved cooldown, and of a free schedule."""
 
+_RULED_OUT = 100.0
+"""Added to the loss, in nats, of a schedule outside the fitted range."""
+
 _BLOCKING = ("annealing_area", "zero_lr", "horizon")
 """Warnings of a prediction that rule a schedule out."""
 
@@ -169,6 +172,7 @@ class _Search:
         self.peak = float(fit.data["peak_lr"])
         self.batch = None if like.batch_size is None else float(like.batch_size[-1])
         self.num_params = like.num_params
+        self.bare = dataclasses.replace(fit, samples=fit.samples[:0], misfit=None)
 
     def curve(self, points: Points) -> Curve:
         rates = table_rates(points, self.peak, self.num_steps)
@@ -178,17 +182,14 @@ class _Search:
     def losses(self, tables: Sequence[Points]) -> tuple[Array, Array]:
         return final_losses(self.law, self.fit, [self.curve(points) for points in tables])
 
-    def loss(self, points: Points) -> float:
-        return float(final_losses(self.law, dataclasses.replace(self.fit, samples=self.fit.samples[:0]), [self.curve(points)])[0][0])
-
-    def is_inside(self, points: Points) -> bool:
-        """Whether the law would predict the schedule without a warning that rules it out."""
-        bare = dataclasses.replace(self.fit, samples=self.fit.samples[:0])
+    def score(self, points: Points) -> float:
+        """Return the final loss; more by a penalty where the law would warn in a way that rules the schedule out."""
         curve = self.curve(points)
         found = predict_curve(
-            bare, curve.lr, curve.step, self.warmup, batch_size=self.batch, num_params=self.num_params, law=self.law
+            self.bare, curve.lr, curve.step, self.warmup, batch_size=self.batch, num_params=self.num_params, law=self.law
         )
-        return not any(warning.partition(":")[0] in _BLOCKING for warning in found.warnings)
+        blocked = any(warning.partition(":")[0] in _BLOCKING for warning in found.warnings)
+        return float(found.loss_nats[0]) + (_RULED_OUT if blocked else 0.0)
 
     def corners(self, progress: Array, heights: Array) -> Points:
         """Return the table of heights at progress after the warm-up, both (m,), with the warm-up before it."""
@@ -218,13 +219,12 @@ def _best_wsd(search: _Search, floor: float) -> tuple[Points, str]:
     for shape in SHAPES:
         grid = np.linspace(0.05, 1.0, 20)
         for final in finals:
-            rows = [(search.loss(table(shape, f, final)), f) for f in grid]
-            for loss, fraction in sorted(rows)[:3]:
-                points = table(shape, fraction, final)
-                if (best is None or loss < best[0]) and search.is_inside(points):
-                    words = f"wsd, {shape} cooldown over the last {fraction:.0%} after the warm-up, to {final:.3g} of the peak"
-                    best = (loss, points, words)
-    if best is None:
+            loss, fraction = min((search.score(table(shape, f, final)), float(f)) for f in grid)
+            if best is None or loss < best[0]:
+                share = f"the last {fraction:.0%} after the warm-up"
+                words = f"wsd, {shape} cooldown over {share}, to {final:.3g} of the peak"
+                best = (loss, table(shape, fraction, final), words)
+    if best is None or best[0] >= _RULED_OUT:
         raise UserError("num_steps must leave a schedule inside the fitted range, got none; fit runs of this horizon")
     return best[1], best[2]
 
@@ -247,11 +247,11 @@ def _best_free(search: _Search, floor: float) -> tuple[Points, str]:
     z0 = np.log(np.maximum(fall, 1e-3))
 
     def objective(z: Array) -> float:
-        return search.loss(table(z)) + (0.0 if search.is_inside(table(z)) else 1e-2)
+        return search.score(table(z))
 
     found = minimize(objective, z0, method="L-BFGS-B", options={"maxiter": 30, "maxfun": 1200, "eps": 1e-4})
     points = table(found.x)
-    if not search.is_inside(points) or search.loss(points) > search.loss(start_points):
+    if search.score(points) > search.score(start_points):
         return start_points, "free corners did no better than the best wsd schedule, which is this one"
     return points, f"{_CORNERS} corners that never rise, to {points[-1][1]:.3g} of the peak"
 

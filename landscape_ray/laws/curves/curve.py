@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -47,7 +47,8 @@ class Curve:
     warmup_steps: int = 0
     batch_size: Array | None = None
     num_params: float | None = None
-    _areas: dict[float, Array] = field(default_factory=dict, init=False, repr=False)
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    """What laws have derived from the schedule, kept for the next fit."""
 
     def __post_init__(self) -> None:
         lr, step = check_schedule(f"run '{self.run_id}'", self.lr, self.step, self.warmup_steps)
@@ -87,9 +88,9 @@ class Curve:
 
     def s2(self, decay: float) -> Array:
         """Return S2 after every update, shape (S,); kept for the next call with the same decay."""
-        if decay not in self._areas:
-            self._areas[decay] = annealing_area(self.schedule(), decay)
-        return self._areas[decay]
+        if decay not in self.memo:
+            self.memo[decay] = annealing_area(self.schedule(), decay)
+        return np.asarray(self.memo[decay])
 
 
 def check_schedule(owner: str, lr: ArrayLike, step: ArrayLike, warmup_steps: int) -> tuple[Array, Steps]:

@@ -28,7 +28,9 @@ class CurveSet:
         skip_steps: losses up to this step are not fitted, in addition to those in the warm-up: the laws describe the
             course after the initial transient.
         with_warmup: keep the points in the warm-up, to predict them.
-        late_weight: points weigh like step ** late_weight, with mean 1; in [0, 4].
+        late_weight: points weigh like step ** late_weight, in [0, 4].
+        equal_runs: every run weighs the same, however many points it has: runs are what is independent.
+        count_once: points that runs share, because one branched off another, are fitted with the first of them only.
 
     Raises:
         UserError: no curves, two of one name, or a late_weight out of range.
@@ -38,6 +40,8 @@ class CurveSet:
     skip_steps: int = 0
     with_warmup: bool = False
     late_weight: float = 0.0
+    equal_runs: bool = False
+    count_once: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "curves", tuple(self.curves))
@@ -53,6 +57,8 @@ class CurveSet:
             raise UserError(f"curves must have distinct run_ids, got '{twice}' twice; rename or drop one")
         first = [self.skip_steps if self.with_warmup else max(c.warmup_steps, self.skip_steps) for c in self.curves]
         kept = tuple(curve.step > skipped for curve, skipped in zip(self.curves, first, strict=True))
+        if self.count_once:
+            kept = tuple(keep & ~shared for keep, shared in zip(kept, self.shared, strict=True))
         object.__setattr__(self, "_kept", kept)
 
     @property
@@ -61,6 +67,17 @@ class CurveSet:
         kept: tuple[NDArray[np.bool_], ...] = self._kept  # type: ignore[attr-defined]
         pairs = [(curve, curve.step[keep]) for curve, keep in zip(self.curves, kept, strict=True)]
         return [(curve, step) for curve, step in pairs if len(step)]
+
+    @property
+    def shared(self) -> list[NDArray[np.bool_]]:
+        """For every curve, which of its points (k,) are also points of an earlier one: same step, same loss."""
+        seen: set[tuple[int, float]] = set()
+        found = []
+        for curve in self.curves:
+            points = list(zip(curve.step.tolist(), curve.loss_nats.tolist(), strict=True))
+            found.append(np.array([point in seen for point in points], dtype=bool))
+            seen.update(points)
+        return found
 
     @property
     def response(self) -> Array:
@@ -82,9 +99,12 @@ class CurveSet:
     @property
     def weights(self) -> Array | None:
         """Weight of every point (n,), with mean 1; None where all weigh the same."""
-        if self.late_weight == 0:
+        if self.late_weight == 0 and not self.equal_runs:
             return None
-        raw = np.concatenate([step for _, step in self.fitted]).astype(np.float64) ** self.late_weight
+        parts = [step.astype(np.float64) ** self.late_weight for _, step in self.fitted]
+        if self.equal_runs:
+            parts = [part / part.sum() for part in parts]
+        raw = np.concatenate(parts)
         return np.asarray(raw / raw.mean())
 
     @property
@@ -132,6 +152,10 @@ class CurveSet:
                 f"lr_rises: the learning rate of {', '.join(odd)} rises, or starts below the peak, after the declared "
                 "warm-up; declare warmup_steps, the law is not validated for re-warming"
             )
+        shared = {c.run_id: int(s.sum()) for c, s in zip(self.curves, self.shared, strict=True) if s.sum() > 1}
+        if shared and not self.count_once:
+            listing = ", ".join(f"{name} ({count} points)" for name, count in shared.items())
+            warnings.append(f"shared_points: {listing}: the same losses as another run's, which therefore count twice")
         return tuple(warnings)
 
     def _check_fields(self, law: Law, asked: set[str]) -> None:
@@ -165,6 +189,8 @@ class CurveSet:
             "num_points_dropped": sum(len(curve.step) for curve in self.curves) - count,
             "skip_steps": self.skip_steps,
             "late_weight": self.late_weight,
+            "equal_runs": self.equal_runs,
+            "count_once": self.count_once,
             "peak_lr": self.peak_lr,
             "peak_range": [min(curve.peak_lr for curve in self.curves), self.peak_lr],
             "horizon": max(int(curve.step[-1]) for curve in self.curves),

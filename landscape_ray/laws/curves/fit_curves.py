@@ -27,6 +27,8 @@ def fit_curves(
     huber_delta: float = 1e-3,
     skip_steps: int = 0,
     late_weight: float = 0.0,
+    equal_runs: bool = False,
+    count_once: bool = False,
     fix: Mapping[str, float] | None = None,
     penalty: Penalty | None = None,
     num_bootstrap: int = 200,
@@ -43,6 +45,8 @@ def fit_curves(
         skip_steps: losses up to this step are not fitted, in addition to those in the warm-up.
         late_weight: points weigh like step ** late_weight: laws of power form are asymptotic, and what they miss in the
             beginning should not bend them later. 0 for equal weights.
+        equal_runs: every run weighs the same, however many points it has.
+        count_once: points that two runs share, because one branched off the other, count once.
         fix: values of parameters that are given, not fitted.
         penalty: (centre, stiffness) by name of a parameter, see :func:`landscape_ray.laws.core.fit.solve`.
         num_bootstrap: number of bootstrap samples, 0 for none.
@@ -52,7 +56,7 @@ def fit_curves(
     Raises:
         UserError: curves that the law cannot be fitted to, or an option out of range.
     """
-    if law is ANNEALING and not (late_weight or fix or penalty):
+    if law is ANNEALING and not (late_weight or equal_runs or count_once or fix or penalty):
         options = {} if decay is None else {"decay": decay}
         return fit_annealing(
             curves,
@@ -69,7 +73,7 @@ def fit_curves(
         law = law.with_grid({"decay": np.atleast_1d(np.asarray(decay, dtype=np.float64)).tolist()})
     return fit(
         law,
-        CurveSet(curves, skip_steps, late_weight=late_weight),
+        CurveSet(curves, skip_steps, late_weight=late_weight, equal_runs=equal_runs, count_once=count_once),
         objective=Objective.of("huber", huber_delta),
         fix=fix,
         penalty=penalty,
