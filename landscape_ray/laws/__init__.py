@@ -21,10 +21,17 @@ from landscape_ray.laws.core.points import Points
 from landscape_ray.laws.core.predict import predict_points
 from landscape_ray.laws.core.result import FitResult, Forecast, PointPrediction, Prediction, table
 from landscape_ray.laws.curves.annealing import ANNEALING, fit_annealing
+from landscape_ray.laws.curves.best_schedule import BestSchedule, best_schedule
 from landscape_ray.laws.curves.curve import Curve, annealing_area
 from landscape_ray.laws.curves.curve_set import CurveSet
-from landscape_ray.laws.curves.prediction import predict_annealing
+from landscape_ray.laws.curves.fit_curves import fit_curves
+from landscape_ray.laws.curves.prediction import predict_annealing, predict_curve
+from landscape_ray.laws.curves.sized import ANNEALING_SIZED
 from landscape_ray.laws.curves.validation import calibrate, leave_one_schedule_out, objective_sensitivity
+from landscape_ray.laws.memory.convex import CONVEX, ConvexBound, convex_bound, transfer_peak
+from landscape_ray.laws.memory.functional import FUNCTIONAL
+from landscape_ray.laws.memory.multi_power import MULTI_POWER
+from landscape_ray.laws.memory.regularised import fit_multi_power
 from landscape_ray.laws.optima.batch import (
     CRITICAL_BATCH_LOSS,
     CRITICAL_BATCH_TOKENS,
@@ -131,12 +138,18 @@ LAWS: dict[str, Law] = {
         TASK_ACCURACY,
         # curves: the schedule
         ANNEALING,
+        ANNEALING_SIZED,
+        MULTI_POWER,
+        FUNCTIONAL,
+        CONVEX,
     )
 }
 """Laws by name; a user's own is named by its dotted path, `package.module:NAME`."""
 
 __all__ = [
     "LAWS",
+    "BestSchedule",
+    "ConvexBound",
     "CriticalBatch",
     "Curve",
     "CurveSet",
@@ -160,13 +173,17 @@ __all__ = [
     "Sweep",
     "Variable",
     "annealing_area",
+    "best_schedule",
     "calibrate",
+    "convex_bound",
     "fit",
     "fit_annealing",
     "fit_critical_batch",
+    "fit_curves",
     "fit_ladder",
     "fit_largest_stable_lr",
     "fit_loss_to_loss",
+    "fit_multi_power",
     "fit_optima",
     "fit_step_law",
     "grid",
@@ -179,10 +196,12 @@ __all__ = [
     "nonlinear",
     "objective_sensitivity",
     "predict_annealing",
+    "predict_curve",
     "predict_points",
     "regret",
     "smooth_checkpoints",
     "stable_edge",
     "steps_to_loss",
     "table",
+    "transfer_peak",
 ]

@@ -69,7 +69,7 @@ def _array(column: pa.ChunkedArray) -> np.ndarray:
     """Return a column as an array; text that is missing everywhere, as most is, takes no memory."""
     if pa.types.is_string(column.type) and column.null_count == len(column):
         return np.broadcast_to(np.array([None], dtype=object), (len(column),))
-    return column.combine_chunks().to_numpy(zero_copy_only=False)
+    return np.asarray(column.combine_chunks().to_numpy(zero_copy_only=False))
 
 
 def summarize(table: pa.Table, run_id: str, extra: dict[str, Any]) -> RunSummary:

@@ -32,18 +32,10 @@ from landscape_ray.laws.curves.curve_set import CurveSet
 
 Array: TypeAlias = NDArray[np.float64]
 
-NAMES = ("L0", "A", "alpha", "C")
-
 _NUM_STARTS = 24
 
 
-def annealing_loss(parameters: Array, s1: Array, s2: Array) -> Array:
-    """Return L for parameters (..., 4) in the order of NAMES."""
-    l0, a, alpha, c = (parameters[..., i] for i in range(4))
-    return np.asarray(l0 + a * s1**-alpha - c * s2)
-
-
-def _prepare(data: CurveSet, grid_values: Mapping[str, float]) -> dict[str, Array]:
+def prepare_areas(data: CurveSet, grid_values: Mapping[str, float]) -> dict[str, Array]:
     """Return S1 and S2 at the points."""
     curves = [curve for curve, _ in data.fitted]
     return {
@@ -52,7 +44,8 @@ def _prepare(data: CurveSet, grid_values: Mapping[str, float]) -> dict[str, Arra
     }
 
 
-def _review(data: CurveSet, x: Mapping[str, Array], parameters: Mapping[str, float]) -> Review:
+def review_areas(data: CurveSet, x: Mapping[str, Array], parameters: Mapping[str, float]) -> Review:
+    """Return what the areas say of a fit: whether any loss comes after a decay, and the fitted ranges."""
     del parameters
     identified = bool((x["S2"] != 0).any())
     reasons = (*(("one_schedule",) if data.one_schedule else ()), *(() if identified else ("C_not_identified",)))
@@ -64,7 +57,7 @@ def _review(data: CurveSet, x: Mapping[str, Array], parameters: Mapping[str, flo
         data={
             "s1_range": [float(x["S1"].min()), float(x["S1"].max())],
             "s2_range": [float(x["S2"].min()), float(x["S2"].max())],
-            "C_identified": identified,
+            "decay_identified": identified,
         },
     )
 
@@ -84,8 +77,8 @@ ANNEALING = Law(
     ),
     columns=lambda x, p: (1.0, np.exp(-p["alpha"] * np.log(x["S1"])), -x["S2"]),
     slopes=lambda x, p: ({}, {"alpha": -np.log(x["S1"]) * np.exp(-p["alpha"] * np.log(x["S1"]))}, {}),
-    prepare=_prepare,
-    review=_review,
+    prepare=prepare_areas,
+    review=review_areas,
     assumptions=(
         "all runs share one peak learning rate, model, data and batch",
         "the warm-up counts with the peak learning rate",

@@ -7,9 +7,10 @@ Legend: eta learning rate, lambda (`decay`) forgetting factor of the annealing m
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,8 +31,10 @@ class Curve:
         step: (k,) updates completed when each loss was measured, increasing, 1 <= step <= S. The loss at step s has
             seen lr[0] ... lr[s - 1].
         loss_nats: (k,) held-out loss in nats per token, positive.
-        warmup_steps: updates of warm-up, 0 <= warmup_steps < S. The laws count them with the peak learning rate, and
-            losses measured inside the warm-up are not fitted.
+        warmup_steps: updates of warm-up, 0 <= warmup_steps < S. Losses measured inside it are not fitted.
+        batch_size: (S,) of every update, or one number, > 0, in any unit that all runs share; None where it is not
+            known. Only laws that trade it against the rate ask for it.
+        num_params: parameters of the model; None where it is not known. Only laws across sizes ask for it.
 
     Raises:
         UserError: a field is out of range; the message names the run.
@@ -42,7 +45,10 @@ class Curve:
     step: Steps
     loss_nats: Array
     warmup_steps: int = 0
-    _areas: dict[float, Array] = field(default_factory=dict, init=False, repr=False)
+    batch_size: Array | None = None
+    num_params: float | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    """What laws have derived from the schedule, kept for the next fit."""
 
     def __post_init__(self) -> None:
         lr, step = check_schedule(f"run '{self.run_id}'", self.lr, self.step, self.warmup_steps)
@@ -59,6 +65,11 @@ class Curve:
                 "it diverged"
             )
         loss.setflags(write=False)
+        object.__setattr__(self, "batch_size", check_batch_size(f"run '{self.run_id}'", self.batch_size, len(lr)))
+        if self.num_params is not None and not (math.isfinite(self.num_params) and self.num_params > 0):
+            raise UserError(
+                f"run '{self.run_id}': num_params must be finite and > 0, got {self.num_params}; count the parameters"
+            )
         for name, value in (("lr", lr), ("step", step), ("loss_nats", loss)):
             object.__setattr__(self, name, value)
 
@@ -77,9 +88,9 @@ class Curve:
 
     def s2(self, decay: float) -> Array:
         """Return S2 after every update, shape (S,); kept for the next call with the same decay."""
-        if decay not in self._areas:
-            self._areas[decay] = annealing_area(self.schedule(), decay)
-        return self._areas[decay]
+        if decay not in self.memo:
+            self.memo[decay] = annealing_area(self.schedule(), decay)
+        return np.asarray(self.memo[decay])
 
 
 def check_schedule(owner: str, lr: ArrayLike, step: ArrayLike, warmup_steps: int) -> tuple[Array, Steps]:
@@ -123,6 +134,25 @@ def check_schedule(owner: str, lr: ArrayLike, step: ArrayLike, warmup_steps: int
     rates.setflags(write=False)
     steps.setflags(write=False)
     return rates, steps
+
+
+def check_batch_size(owner: str, batch_size: ArrayLike | None, num_steps: int) -> Array | None:
+    """Return the batch size (S,) of every update, read-only, once it has been found sound.
+
+    Raises:
+        UserError: wrong shape, or values that are not finite and positive.
+    """
+    if batch_size is None:
+        return None
+    sizes = np.array(batch_size, dtype=np.float64)
+    if sizes.shape not in ((), (num_steps,)) or not (np.isfinite(sizes) & (sizes > 0)).all():
+        raise UserError(
+            f"{owner}: batch_size must be a number > 0, or one for each of {num_steps} updates, got "
+            f"{sizes if sizes.size < 4 else f'shape {sizes.shape}'}; give what was trained with"
+        )
+    sizes = np.broadcast_to(sizes, num_steps).copy()
+    sizes.setflags(write=False)
+    return sizes
 
 
 def count_warmup_at_peak(lr: Array, warmup_steps: int) -> Array:
@@ -174,4 +204,8 @@ def data_hash(curves: Sequence[Curve]) -> str:
         digest.update(f"{curve.run_id}\0{curve.warmup_steps}\0{len(curve.lr)}\0{len(curve.step)}\0".encode())
         for array in (curve.lr, curve.step, curve.loss_nats):
             digest.update(array.tobytes())
+        if curve.batch_size is not None:
+            digest.update(curve.batch_size.tobytes())
+        if curve.num_params is not None:
+            digest.update(f"N{curve.num_params!r}".encode())
     return digest.hexdigest()

@@ -27,23 +27,38 @@ class CurveSet:
         curves: at least one, with distinct names.
         skip_steps: losses up to this step are not fitted, in addition to those in the warm-up: the laws describe the
             course after the initial transient.
+        with_warmup: keep the points in the warm-up, to predict them.
+        late_weight: points weigh like step ** late_weight, in [0, 4].
+        equal_runs: every run weighs the same, however many points it has: runs are what is independent.
+        count_once: points that runs share, because one branched off another, are fitted with the first of them only.
 
     Raises:
-        UserError: no curves, or two of one name.
+        UserError: no curves, two of one name, or a late_weight out of range.
     """
 
     curves: Sequence[Curve]
     skip_steps: int = 0
+    with_warmup: bool = False
+    late_weight: float = 0.0
+    equal_runs: bool = False
+    count_once: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "curves", tuple(self.curves))
         if not self.curves:
             raise UserError("curves must hold at least one curve, got none; pass the runs to fit")
+        if not 0 <= self.late_weight <= 4:
+            raise UserError(
+                f"late_weight must be in [0, 4], got {self.late_weight}; 0 is none, 1 weighs points like their step"
+            )
         names = [curve.run_id for curve in self.curves]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"curves must have distinct run_ids, got '{twice}' twice; rename or drop one")
-        kept = tuple(curve.step > max(curve.warmup_steps, self.skip_steps) for curve in self.curves)
+        first = [self.skip_steps if self.with_warmup else max(c.warmup_steps, self.skip_steps) for c in self.curves]
+        kept = tuple(curve.step > skipped for curve, skipped in zip(self.curves, first, strict=True))
+        if self.count_once:
+            kept = tuple(keep & ~shared for keep, shared in zip(kept, self.shared, strict=True))
         object.__setattr__(self, "_kept", kept)
 
     @property
@@ -52,6 +67,17 @@ class CurveSet:
         kept: tuple[NDArray[np.bool_], ...] = self._kept  # type: ignore[attr-defined]
         pairs = [(curve, curve.step[keep]) for curve, keep in zip(self.curves, kept, strict=True)]
         return [(curve, step) for curve, step in pairs if len(step)]
+
+    @property
+    def shared(self) -> list[NDArray[np.bool_]]:
+        """For every curve, which of its points (k,) are also points of an earlier one: same step, same loss."""
+        seen: set[tuple[int, float]] = set()
+        found = []
+        for curve in self.curves:
+            points = list(zip(curve.step.tolist(), curve.loss_nats.tolist(), strict=True))
+            found.append(np.array([point in seen for point in points], dtype=bool))
+            seen.update(points)
+        return found
 
     @property
     def response(self) -> Array:
@@ -71,9 +97,15 @@ class CurveSet:
         return tuple(curve.run_id for curve, _ in self.fitted)
 
     @property
-    def weights(self) -> None:
-        """All points weigh the same."""
-        return None
+    def weights(self) -> Array | None:
+        """Weight of every point (n,), with mean 1; None where all weigh the same."""
+        if self.late_weight == 0 and not self.equal_runs:
+            return None
+        parts = [step.astype(np.float64) ** self.late_weight for _, step in self.fitted]
+        if self.equal_runs:
+            parts = [part / part.sum() for part in parts]
+        raw = np.concatenate(parts)
+        return np.asarray(raw / raw.mean())
 
     @property
     def peak_lr(self) -> float:
@@ -97,8 +129,10 @@ class CurveSet:
                 f"curves must have more than {count} points after the warm-up, got {len(self.response)}; "
                 "evaluate more often or lower skip_steps"
             )
+        asked = {variable.name for variable in law.variables}
+        self._check_fields(law, asked)
         peaks = {curve.run_id: curve.peak_lr for curve in self.curves}
-        if max(peaks.values()) > min(peaks.values()) * (1 + PEAK_TOLERANCE):
+        if "eta" not in asked and max(peaks.values()) > min(peaks.values()) * (1 + PEAK_TOLERANCE):
             listing = ", ".join(f"{name}: {peak:g}" for name, peak in peaks.items())
             raise UserError(
                 f"curves must share one peak learning rate, got {listing}; fit each peak on its own, the law does not "
@@ -118,7 +152,26 @@ class CurveSet:
                 f"lr_rises: the learning rate of {', '.join(odd)} rises, or starts below the peak, after the declared "
                 "warm-up; declare warmup_steps, the law is not validated for re-warming"
             )
+        shared = {c.run_id: int(s.sum()) for c, s in zip(self.curves, self.shared, strict=True) if s.sum() > 1}
+        if shared and not self.count_once:
+            listing = ", ".join(f"{name} ({count} points)" for name, count in shared.items())
+            warnings.append(f"shared_points: {listing}: the same losses as another run's, which therefore count twice")
         return tuple(warnings)
+
+    def _check_fields(self, law: Law, asked: set[str]) -> None:
+        for name, field, example in (("N", "num_params", "124e6"), ("b", "batch_size", "256")):
+            missing = [curve.run_id for curve in self.curves if getattr(curve, field) is None]
+            if name in asked and missing:
+                raise UserError(
+                    f"curves must have {field} for law '{law.name}', missing for {', '.join(missing)}; pass "
+                    f"Curve(..., {field}={example})"
+                )
+        sizes = {curve.num_params for curve in self.curves if curve.num_params is not None}
+        if "N" not in asked and len(sizes) > 1:
+            raise UserError(
+                f"curves must be of one model size for law '{law.name}', got num_params "
+                f"{', '.join(f'{size:g}' for size in sorted(sizes))}; fit each size on its own, or a law with N"
+            )
 
     @property
     def one_schedule(self) -> bool:
@@ -129,12 +182,20 @@ class CurveSet:
     def summary(self) -> dict[str, Any]:
         """Return what was fitted."""
         count = len(self.response)
+        area = self.at_points([curve.s1() for curve, _ in self.fitted])
         return {
             "runs": [curve.run_id for curve in self.curves],
             "num_points": count,
             "num_points_dropped": sum(len(curve.step) for curve in self.curves) - count,
             "skip_steps": self.skip_steps,
+            "late_weight": self.late_weight,
+            "equal_runs": self.equal_runs,
+            "count_once": self.count_once,
             "peak_lr": self.peak_lr,
+            "peak_range": [min(curve.peak_lr for curve in self.curves), self.peak_lr],
             "horizon": max(int(curve.step[-1]) for curve in self.curves),
+            "lowest_ratio": min(float(curve.lr[curve.warmup_steps : step[-1]].min()) for curve, step in self.fitted)
+            / self.peak_lr,
+            "area_range": [float(end(areas)) for end, areas in ((np.min, area), (np.max, area))],
             "sha256": data_hash(self.curves),
         }

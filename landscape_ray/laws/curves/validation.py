@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from landscape_ray.errors import UserError
+from landscape_ray.laws.core.law import Law
 from landscape_ray.laws.core.result import FitResult, Forecast
-from landscape_ray.laws.curves.annealing import NAMES, fit_annealing
+from landscape_ray.laws.curves.annealing import ANNEALING
 from landscape_ray.laws.curves.curve import Curve, follows
-from landscape_ray.laws.curves.prediction import predict_annealing
+from landscape_ray.laws.curves.fit_curves import LAD_DELTA, fit_curves
+from landscape_ray.laws.curves.prediction import predict_curve
 
-LAD_DELTA = 1e-6
-"""A Huber threshold so far below any residual of a loss curve that the fit is one of least absolute deviations."""
+Fitter: TypeAlias = Callable[..., FitResult]
+"""Fits a law to curves: called with the curves and options, `num_bootstrap` among them."""
 
 
 def calibrate(fit: FitResult, forecasts: Sequence[Forecast]) -> FitResult:
@@ -37,7 +40,14 @@ def calibrate(fit: FitResult, forecasts: Sequence[Forecast]) -> FitResult:
     return dataclasses.replace(fit, misfit=float(np.sqrt(np.mean(errors**2))), num_misfits=len(errors))
 
 
-def leave_one_schedule_out(curves: Sequence[Curve], *, calibrated: bool = False, **options: Any) -> list[Forecast]:
+def leave_one_schedule_out(
+    curves: Sequence[Curve],
+    *,
+    law: Law = ANNEALING,
+    fitter: Fitter | None = None,
+    calibrated: bool = False,
+    **options: Any,
+) -> list[Forecast]:
     """Return a forecast of every curve by a fit to the curves that have not seen its schedule.
 
     Left out with a curve are all curves that made its whole schedule: repeats with another seed, and runs that went on
@@ -45,10 +55,12 @@ def leave_one_schedule_out(curves: Sequence[Curve], *, calibrated: bool = False,
 
     Args:
         curves: runs with one peak learning rate and at least two schedules.
+        law: which law.
+        fitter: how it is fitted; None for :func:`landscape_ray.laws.fit_curves`.
         calibrated: measure the misfit of every fit, by leaving schedules out of its own curves in turn, and let the
             intervals hold it: n (n - 1) further fits. The forecast of a curve still sees nothing of the curve. Where
             fewer than three schedules are left, nothing can be measured, and the interval stays as it is.
-        **options: passed to :func:`landscape_ray.laws.fit_annealing`.
+        **options: passed to the fitter.
 
     Returns:
         One forecast a curve, in the order given.
@@ -56,6 +68,7 @@ def leave_one_schedule_out(curves: Sequence[Curve], *, calibrated: bool = False,
     Raises:
         UserError: a curve has no other schedule to be predicted from.
     """
+    fitter = fitter or partial(fit_curves, law)
     fits: dict[tuple[int, ...], FitResult] = {}
     forecasts = []
     for curve in curves:
@@ -67,22 +80,32 @@ def leave_one_schedule_out(curves: Sequence[Curve], *, calibrated: bool = False,
             )
         if seen not in fits:
             known = [curves[number] for number in seen]
-            fits[seen] = fit_annealing(known, **options)
+            fits[seen] = fitter(known, **options)
             if calibrated and all(sum(not follows(b, a) for b in known) >= 2 for a in known):
-                inner = leave_one_schedule_out(known, **{**options, "num_bootstrap": 0})
+                quick = {**options, "num_bootstrap": 0}
+                inner = leave_one_schedule_out(known, law=law, fitter=fitter, **quick)
                 fits[seen] = calibrate(fits[seen], inner)
-        forecasts.append(_forecast(fits[seen], curve, options.get("skip_steps", 0)))
+        forecasts.append(_forecast(law, fits[seen], curve, options.get("skip_steps", 0)))
     return forecasts
 
 
-def _forecast(fit: FitResult, curve: Curve, skip_steps: int) -> Forecast:
+def _forecast(law: Law, fit: FitResult, curve: Curve, skip_steps: int) -> Forecast:
     kept = curve.step > max(curve.warmup_steps, skip_steps)
     if not kept.any():
         raise UserError(
             f"run '{curve.run_id}' must have losses after the warm-up, got none; drop the run or lower skip_steps"
         )
     # A decay that the fit knows nothing about is part of the answer here: the forecast carries the warning.
-    prediction = predict_annealing(fit, curve.lr, curve.step[kept], curve.warmup_steps, allow_extrapolation=True)
+    prediction = predict_curve(
+        fit,
+        curve.lr,
+        curve.step[kept],
+        curve.warmup_steps,
+        batch_size=curve.batch_size,
+        num_params=curve.num_params,
+        law=law,
+        allow_extrapolation=True,
+    )
     observed = curve.loss_nats[kept]
     final, expected = float(observed[-1]), float(prediction.loss_nats[-1])
     return Forecast(
@@ -99,7 +122,9 @@ def _forecast(fit: FitResult, curve: Curve, skip_steps: int) -> Forecast:
     )
 
 
-def objective_sensitivity(curves: Sequence[Curve], **options: Any) -> dict[str, dict[str, float]]:
+def objective_sensitivity(
+    curves: Sequence[Curve], *, law: Law = ANNEALING, fitter: Fitter | None = None, **options: Any
+) -> dict[str, dict[str, float]]:
     """Return the parameters under other objectives: Huber as asked, least absolute deviations, least squares.
 
     All on the log loss. How far the rows differ is how much of the result is a choice; print with
@@ -107,16 +132,18 @@ def objective_sensitivity(curves: Sequence[Curve], **options: Any) -> dict[str, 
 
     Args:
         curves: the runs.
-        **options: passed to :func:`landscape_ray.laws.fit_annealing`; `num_bootstrap` is 0 here.
+        law: which law.
+        fitter: how it is fitted; None for :func:`landscape_ray.laws.fit_curves`.
+        **options: passed to the fitter; `num_bootstrap` is 0 here.
 
     Returns:
         Parameters by name for each of "huber", "least_absolute" and "least_squares".
     """
+    fitter = fitter or partial(fit_curves, law)
     asked = options.pop("huber_delta", 1e-3)
     options["num_bootstrap"] = 0
     objectives = {"huber": asked, "least_absolute": LAD_DELTA, "least_squares": math.inf}
     rows = {}
     for name, delta in objectives.items():
-        fit = fit_annealing(curves, huber_delta=delta, **options)
-        rows[name] = {key: fit.parameters[key] for key in (*NAMES, "decay")}
+        rows[name] = dict(fitter(curves, huber_delta=delta, **options).parameters)
     return rows
