@@ -1,8 +1,9 @@
-"""The law of annealing on a sweep: which runs may share one law, the fit, and how well it forecasts what it never saw.
+"""A law of loss curves on a sweep: which runs may share it, the fit, and how well it forecasts what it never saw.
 
-The momentum law compares schedules of one peak learning rate only, so the runs of a sweep are first divided into
-groups of equal peak learning rate and equal setting. The law is fitted on the largest group; then each schedule in
-turn is left out, the law is fitted on the others, and its forecast is compared with what was measured.
+These laws compare schedules of one peak learning rate only, so the runs of a sweep are first divided into groups of
+equal peak learning rate and equal setting. The law, the momentum law unless another one is named, is fitted on the
+largest group; then each schedule in turn is left out, the law is fitted on the others, and its forecast is compared
+with what was measured.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from landscape_ray.laws import (
     Curve,
     FitResult,
     Forecast,
+    Law,
     Prediction,
     calibrate,
-    fit_annealing,
+    fit_curves,
     leave_one_schedule_out,
 )
+from landscape_ray.laws.curves.annealing import ANNEALING
 from landscape_ray.text import listing, lr, plural
 
 if TYPE_CHECKING:
@@ -49,7 +52,7 @@ HOLDOUT_RULE = (
 MAX_CALIBRATED = 12
 """Curves up to which the misfit of the law is measured anew for every forecast; its cost grows with their square."""
 
-FILE_NAME = "annealing.json"
+FILE_NAME = "{law}.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -85,6 +88,14 @@ class SweepFit:
     forecasts: tuple[Forecast, ...]
     headline: str
     """Run whose schedule is the headline forecast, chosen by `rule`."""
+    num_steps: int
+    """Updates of the longest run."""
+    warmup_steps: int
+    """Updates of warm-up, the most usual."""
+    best_run: str
+    """The run of the fit with the lowest final loss."""
+    best_loss_nats: float
+    loss_unit: str = "nats/token"
     rule: str = HOLDOUT_RULE
 
     @property
@@ -97,7 +108,7 @@ class SweepFit:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         data["fit"] = json.loads(self.fit.to_json())
         data["forecasts"] = [_plain(dataclasses.asdict(one)) for one in self.forecasts]
-        return json.dumps({"kind": "annealing", **data}, indent=1)
+        return json.dumps({"kind": "curves", **data}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> SweepFit:
@@ -173,17 +184,20 @@ def annealing_curves(collected: Collected, *, loss: Literal["eval", "train"] = "
 def fit_sweep(
     folder: SweepFolder | Path | str,
     *,
+    law: Law = ANNEALING,
     decays: Sequence[float] | None = None,
     skip_steps: int | None = None,
     num_bootstrap: int = 200,
     confidence: float = 0.9,
     save: bool = True,
 ) -> SweepFit:
-    """Return the annealing law of a sweep with its forecasts of held-out schedules, saved as `fits/annealing.json`.
+    """Return a law of a sweep with its forecasts of held-out schedules, saved as `fits/<law>.json`.
 
     Args:
         folder: a sweep.
-        decays: momentum values to try, in (0, 1); None for :data:`DECAYS` up to the longest run.
+        law: of loss curves.
+        decays: momentum values to try, in (0, 1), for laws that have them; None for :data:`DECAYS` up to the longest
+            run.
         skip_steps: losses up to this step are left out, as the law describes the course after the initial transient;
             None for a tenth of the longest run, fixed before any error is known.
         num_bootstrap: resamples behind every interval.
@@ -197,20 +211,47 @@ def fit_sweep(
     from landscape_ray.tracking.folder import SweepFolder
 
     opened = folder if isinstance(folder, SweepFolder) else SweepFolder.open(Path(folder))
-    collected = collect(opened.path)
+    result = fit_collected(
+        collect(opened.path),
+        law=law,
+        decays=decays,
+        skip_steps=skip_steps,
+        num_bootstrap=num_bootstrap,
+        confidence=confidence,
+    )
+    if save:
+        write_atomic(Path(opened.fits_path) / FILE_NAME.format(law=law.name), result.to_json())
+    return result
+
+
+def fit_collected(
+    collected: Collected,
+    *,
+    law: Law = ANNEALING,
+    decays: Sequence[float] | None = None,
+    skip_steps: int | None = None,
+    num_bootstrap: int = 200,
+    confidence: float = 0.9,
+) -> SweepFit:
+    """Return a law of collected runs, wherever they come from; see :func:`fit_sweep`."""
     found = annealing_curves(collected)
     group = found.groups[0]
     horizon = max(len(curve.lr) for curve in group.curves)
     grid = tuple(decays) if decays is not None else decay_grid(horizon)
+    grid = grid if "decay" in law.grid_names else ()
     options: dict[str, Any] = {
-        "decay": grid,
+        **({"decay": grid} if grid else {}),
         "skip_steps": horizon // 10 if skip_steps is None else skip_steps,
         "num_bootstrap": num_bootstrap,
         "confidence": confidence,
     }
-    forecasts = leave_one_schedule_out(group.curves, calibrated=len(group.curves) <= MAX_CALIBRATED, **options)
-    result = SweepFit(
-        fit=calibrate(fit_annealing(group.curves, **options), forecasts),
+    calibrated = len(group.curves) <= MAX_CALIBRATED
+    forecasts = leave_one_schedule_out(group.curves, calibrated=calibrated, law=law, **options)
+    units = {run.run_id: run.loss_unit for run in collected.runs}
+    best = min(group.curves, key=lambda curve: float(curve.loss_nats[-1]))
+    warmups = [curve.warmup_steps for curve in group.curves]
+    return SweepFit(
+        fit=calibrate(fit_curves(law, group.curves, **options), forecasts),
         peak_lr=group.peak_lr,
         run_ids=tuple(curve.run_id for curve in group.curves),
         shapes=group.shapes,
@@ -218,14 +259,16 @@ def fit_sweep(
         decays=grid,
         forecasts=tuple(forecasts),
         headline=headline_run(group),
+        num_steps=horizon,
+        warmup_steps=max(set(warmups), key=warmups.count),
+        best_run=best.run_id,
+        best_loss_nats=float(best.loss_nats[-1]),
+        loss_unit=units.get(best.run_id, "nats/token"),
     )
-    if save:
-        write_atomic(Path(opened.fits_path) / FILE_NAME, result.to_json())
-    return result
 
 
-def load_fit(folder: SweepFolder | Path | str) -> SweepFit | None:
-    """Return the saved fit of a sweep, None when there is none.
+def load_fit(folder: SweepFolder | Path | str, law: str = ANNEALING.name) -> SweepFit | None:
+    """Return the saved fit of a law to a sweep, None when there is none.
 
     Raises:
         UserError: there is a file, but it cannot be read.
@@ -233,7 +276,7 @@ def load_fit(folder: SweepFolder | Path | str) -> SweepFit | None:
     from landscape_ray.tracking.folder import SweepFolder
 
     opened = folder if isinstance(folder, SweepFolder) else SweepFolder.open(Path(folder))
-    path = Path(opened.fits_path) / FILE_NAME
+    path = Path(opened.fits_path) / FILE_NAME.format(law=law)
     return SweepFit.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from landscape_ray.analysis.annealing import SweepFit
-from landscape_ray.errors import UserError
-from landscape_ray.laws import Prediction, predict_annealing
+from landscape_ray.laws import Prediction, predict_curve
 from landscape_ray.schedules import Schedule
 from landscape_ray.text import loss, lr
-
-if TYPE_CHECKING:
-    from landscape_ray.tracking.folder import SweepFolder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +49,6 @@ class ScheduleForecast:
 
 
 def forecast_schedule(
-    folder: SweepFolder,
     fitted: SweepFit,
     *,
     schedule: str,
@@ -65,38 +60,28 @@ def forecast_schedule(
     """Return the loss that a sweep's law expects at the end of a schedule.
 
     Args:
-        folder: the sweep.
         fitted: its law.
         schedule: name of the schedule.
         num_steps: updates; None for as many as the fitted runs have.
-        peak_lr: None for the peak of the fitted runs; another one is refused, the law doesn't compare peaks.
+        peak_lr: None for the peak of the fitted runs; another one is refused, these laws don't compare peaks.
         warmup_steps: None for those of the fitted runs.
         **shape: further fields of `Schedule`.
 
     Raises:
-        UserError: a field out of its range, another peak, or the fitted runs are gone.
+        UserError: a field out of its range, or another peak.
     """
-    summaries = {trial.trial_id: trial.summary() for trial in folder.trials()}
-    runs = [summary for run_id in fitted.run_ids if (summary := summaries.get(run_id)) is not None]
-    if not runs:
-        raise UserError(
-            f"sweep '{folder.path.name}' lacks the runs that its law was fitted to; run `landscape-ray fit`"
-        )
-    usual = runs[0].config
     planned = Schedule(
         name=schedule,
         peak=fitted.peak_lr if peak_lr is None else peak_lr,
-        num_steps=num_steps or int(usual["num_steps"]),
-        warmup_steps=int(usual["schedule"]["warmup_steps"]) if warmup_steps is None else warmup_steps,
+        num_steps=num_steps or fitted.num_steps,
+        warmup_steps=fitted.warmup_steps if warmup_steps is None else warmup_steps,
         **shape,
     )
-    prediction = predict_annealing(fitted.fit, planned.values(), [planned.num_steps], planned.warmup_steps)
-    best = min(runs, key=lambda run: run.final_loss_nats)
     return ScheduleForecast(
         schedule=planned,
-        prediction=prediction,
+        prediction=predict_curve(fitted.fit, planned.values(), [planned.num_steps], planned.warmup_steps),
         held_out_errors=tuple(one.relative_error for one in fitted.forecasts),
-        best_run=best.run_id,
-        best_loss_nats=best.final_loss_nats,
-        loss_unit=best.loss_unit,
+        best_run=fitted.best_run,
+        best_loss_nats=fitted.best_loss_nats,
+        loss_unit=fitted.loss_unit,
     )

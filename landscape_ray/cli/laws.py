@@ -7,13 +7,12 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from landscape_ray.cli.shared import (
     DEFAULT_RESULTS,
-    OneSweep,
     Results,
     new_console,
     open_all,
@@ -25,7 +24,9 @@ from landscape_ray.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from landscape_ray.analysis.annealing import SweepFit
     from landscape_ray.analysis.table import RunTable
+    from landscape_ray.tracking.folder import SweepFolder
 
 FILES = (".csv", ".gz", ".parquet", ".tsv")
 """Endings of foreign tables."""
@@ -87,13 +88,16 @@ def fit(
     ] = None,
 ) -> None:
     """Fit a law to a sweep, an MLflow experiment or a table, and test it on what it has not seen."""
+    from landscape_ray.analysis.scaling import find_law, fit_table, save
+
     console = new_console()
-    if law in (None, "annealing") and not column and not where and not experiment and not _is_file(sources):
-        _fit_annealing(sources, results, num_bootstrap, console)
-        return
-    if law is None:
+    if law is None and (column or where or experiment or _is_file(sources)):
         raise UserError("--law must name a law for a table or an experiment; `landscape-ray list --laws` shows them")
-    from landscape_ray.analysis.scaling import fit_table, save
+    law = law or "annealing"
+    if find_law(law).of == "curves":
+        given = _Curves(sources, experiment, tracking_uri, column, where, results, out)
+        _fit_curves(given, law, num_bootstrap, confidence, console)
+        return
     from landscape_ray.laws import Objective
     from landscape_ray.reports.fit_page import write_page
     from landscape_ray.reports.law_tables import scaling_tables
@@ -126,6 +130,7 @@ def predict(
         str | None, typer.Argument(metavar="[FIT]", help="A fit's folder, or a sweep; default: the newest sweep.")
     ] = None,
     values: Set = None,
+    law: Annotated[str, typer.Option("--law", help="Law of a sweep's curves.")] = "annealing",
     schedule: Annotated[str, typer.Option(help="constant | linear | cosine | wsd")] = "wsd",
     num_steps: Annotated[int | None, typer.Option(min=1, help="Updates; default: as in the fitted runs.")] = None,
     peak_lr: Annotated[float | None, typer.Option(min=0, help="Default: the peak that the law was fitted at.")] = None,
@@ -152,23 +157,23 @@ def predict(
             "cooldown_fraction": cooldown_fraction,
             "cooldown_shape": cooldown_shape,
         }
-        _predict_schedule(source, results, schedule, shape, console)
+        _predict_schedule(source, law, results, schedule, shape, console)
         return
     from landscape_ray.analysis.scaling import load, query
     from landscape_ray.laws import predict_points
     from landscape_ray.text import number
 
     found = load(path)
-    law = found.law
-    x = query(law, _numbers("--set", values))
-    expected = predict_points(law, found.fit, {k: [v] for k, v in x.items()}, allow_extrapolation=extrapolate)
+    fitted = found.law
+    x = query(fitted, _numbers("--set", values))
+    expected = predict_points(fitted, found.fit, {k: [v] for k, v in x.items()}, allow_extrapolation=extrapolate)
     at = ", ".join(f"{name} = {number(value)}" for name, value in x.items())
     ends = [number(float(end[0]), 5) for end in (expected.value, expected.low, expected.high)]
     measured = [number(float(end[0]), 5) for end in (expected.measured_low, expected.measured_high)]
     level = f"{expected.confidence:.0%}"
     console.print(
-        f"{law.response.meaning or law.response.name} at {at}: [bold]{ends[0]}[/bold] {law.response.unit}, {level} "
-        f"interval {ends[1]} to {ends[2]}; a measured one {measured[0]} to {measured[1]}",
+        f"{fitted.response.meaning or fitted.response.name} at {at}: [bold]{ends[0]}[/bold] {fitted.response.unit}, "
+        f"{level} interval {ends[1]} to {ends[2]}; a measured one {measured[0]} to {measured[1]}",
         highlight=False,
         soft_wrap=True,
     )
@@ -176,26 +181,36 @@ def predict(
 
 
 def recommend(
-    source: Annotated[str, typer.Argument(metavar="FIT", help="Folder of a fit of a law over N and D.")],
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="[FIT]", help="Folder of a fit over N and D, or a sweep: then the best schedule."),
+    ] = None,
     flops: Annotated[float | None, typer.Option(help="Budget of training FLOPs.")] = None,
     hours: Annotated[float | None, typer.Option(help="Budget of time, with --flops-per-second.")] = None,
     flops_per_second: Annotated[
         float | None, typer.Option(help="Training speed of all devices; default: as the fitted runs had it.")
     ] = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens that there are.")] = None,
+    law: Annotated[str, typer.Option("--law", help="Law of a sweep's curves.")] = "annealing",
+    num_steps: Annotated[int | None, typer.Option(min=2, help="Updates of the schedule; default: as fitted.")] = None,
+    family: Annotated[str, typer.Option("--family", help="wsd | free: what schedules to choose from.")] = "wsd",
     extrapolate: Extrapolate = False,
     results: Results = DEFAULT_RESULTS,
 ) -> None:
-    """Say how large a model to train on how many tokens for a budget, with intervals, regret, and the next run."""
+    """Say what to train for a budget: size and tokens with intervals and regret; of a sweep, the best schedule."""
     from landscape_ray.analysis.recommend import recommend_size
     from landscape_ray.analysis.scaling import load
     from landscape_ray.reports.law_tables import recommendation_text
 
     path = _fit_path(source, results)
     if path is None:
-        raise UserError(
-            f"recommend needs a fit over N and D, got '{source}'; `landscape-ray fit {source} --law chinchilla`"
-        )
+        if flops or hours or tokens:
+            raise UserError(
+                f"a budget needs a fit over N and D, got '{source or 'newest sweep'}'; make one with "
+                "`landscape-ray fit SOURCE --law chinchilla`"
+            )
+        _recommend_schedule(source, law, num_steps, family, results)
+        return
     found = recommend_size(
         load(path),
         flops=flops,
@@ -209,32 +224,99 @@ def recommend(
     _warn(console, found.allocation.warnings)
 
 
-def _fit_annealing(sources: list[str] | None, results: Path, num_bootstrap: int, console: Console) -> None:
-    from landscape_ray.analysis.annealing import fit_sweep
-    from landscape_ray.reports.terminal import fit_tables
+class _Curves(NamedTuple):
+    """Where loss curves come from, as the options say."""
 
-    for folder in open_all(sources, results):
-        with console.status(f"fitting {folder.path.name} ..."):
-            result = fit_sweep(folder, num_bootstrap=num_bootstrap)
-        console.print(fit_tables(folder.path.name, result))
-        console.print(f"saved in {shown(folder.fits_path)}", highlight=False, soft_wrap=True)
+    sources: list[str] | None
+    experiment: str | None
+    tracking_uri: str | None
+    column: list[str] | None
+    where: list[str] | None
+    results: Path
+    out: Path | None
+
+
+def _fit_curves(given: _Curves, law: str, num_bootstrap: int, confidence: float, console: Console) -> None:
+    """Fit a law of loss curves to each sweep, or to the curves of an experiment or a file."""
+    from landscape_ray.analysis.annealing import FILE_NAME, fit_collected, fit_sweep
+    from landscape_ray.analysis.scaling import find_law
+    from landscape_ray.files import write_atomic
+    from landscape_ray.reports.terminal import fit_tables
+    from landscape_ray.tracking.collect import collect_csv, collect_mlflow
+    from landscape_ray.tracking.uris import resolve_tracking_uri
+
+    chosen = find_law(law)
+    options: dict[str, Any] = {"law": chosen, "num_bootstrap": num_bootstrap, "confidence": confidence}
+    if given.where:
+        raise UserError("--where is for laws of tables; take the runs out of the file of curves")
+    if given.experiment is None and not _is_file(given.sources):
+        if given.column:
+            raise UserError("--column is for files; a sweep's columns are known: leave it out")
+        for folder in open_all(given.sources, given.results):
+            with console.status(f"fitting {folder.path.name} ..."):
+                result = fit_sweep(folder, **options)
+            console.print(fit_tables(folder.path.name, result))
+            console.print(f"saved in {shown(folder.fits_path)}", highlight=False, soft_wrap=True)
+        return
+    if given.experiment is not None:
+        uri = resolve_tracking_uri(given.tracking_uri, given.results, None)
+        name, collected = given.experiment, collect_mlflow(uri, given.experiment)
+        target = given.out if given.out is not None else given.results / "fits" / name
+    else:
+        assert given.sources is not None
+        path = Path(given.sources[0])
+        name, collected = path.name, collect_csv(path, _mapping(given.column) or None)
+        target = given.out if given.out is not None else Path("fits") / path.name.split(".")[0]
+    with console.status(f"fitting {name} ..."):
+        result = fit_collected(collected, **options)
+    write_atomic(target / FILE_NAME.format(law=chosen.name), result.to_json())
+    console.print(fit_tables(name, result))
+    console.print(f"saved in {shown(target)}", highlight=False, soft_wrap=True)
 
 
 def _predict_schedule(
-    sweep: OneSweep, results: Path, schedule: str, shape: Mapping[str, Any], console: Console
+    sweep: str | None, law: str, results: Path, schedule: str, shape: Mapping[str, Any], console: Console
 ) -> None:
-    from landscape_ray.analysis.annealing import load_fit
     from landscape_ray.analysis.forecast import forecast_schedule
 
-    folder = open_sweep(sweep, results)
-    fitted = load_fit(folder)
-    if fitted is None:
-        raise UserError(
-            f"sweep '{folder.path.name}' has no fitted law; run `landscape-ray fit {folder.path.name}` first"
-        )
-    forecast = forecast_schedule(folder, fitted, schedule=schedule, **shape)
+    forecast = forecast_schedule(_curve_fit(sweep, law, results)[1], schedule=schedule, **shape)
     console.print(forecast.sentence, highlight=False, soft_wrap=True)
     _warn(console, forecast.warnings)
+
+
+def _recommend_schedule(sweep: str | None, law: str, num_steps: int | None, family: str, results: Path) -> None:
+    """Print the schedule that a sweep's law considers best, as TOML for the next sweep file."""
+    from landscape_ray.analysis.annealing import annealing_curves
+    from landscape_ray.laws import best_schedule
+    from landscape_ray.reports.law_tables import schedule_text
+    from landscape_ray.tracking.collect import collect
+
+    folder, fitted = _curve_fit(sweep, law, results)
+    curves = [c for c in annealing_curves(collect(folder.path)).groups[0].curves if c.run_id in fitted.run_ids]
+    best = best_schedule(
+        fitted.fit,
+        curves,
+        num_steps or fitted.num_steps,
+        warmup_steps=fitted.warmup_steps,
+        family=family,  # type: ignore[arg-type]  # checked there
+    )
+    console = new_console()
+    console.print(schedule_text(best, fitted), highlight=False, markup=False, soft_wrap=True)
+    _warn(console, best.warnings)
+
+
+def _curve_fit(sweep: str | None, law: str, results: Path) -> tuple[SweepFolder, SweepFit]:
+    """Return a sweep and the law of its curves."""
+    from landscape_ray.analysis.annealing import load_fit
+
+    folder = open_sweep(sweep, results)
+    fitted = load_fit(folder, law)
+    if fitted is None:
+        named = "" if law == "annealing" else f" --law {law}"
+        raise UserError(
+            f"sweep '{folder.path.name}' has no fitted law; run `landscape-ray fit {folder.path.name}{named}` first"
+        )
+    return folder, fitted
 
 
 def _table(

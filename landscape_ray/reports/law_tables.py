@@ -6,12 +6,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from landscape_ray.analysis.annealing import SweepFit
 from landscape_ray.analysis.recommend import Recommendation
 from landscape_ray.analysis.scaling import ScalingFit
-from landscape_ray.laws import LAWS
+from landscape_ray.laws import LAWS, BestSchedule
 from landscape_ray.laws.decisions import Quantity
 from landscape_ray.reports.terminal import STATUS_STYLE, columns, left_out_text
-from landscape_ray.text import duration, number, percent
+from landscape_ray.text import duration, lr, number, percent
 
 
 def scaling_tables(found: ScalingFit) -> RenderableType:
@@ -65,6 +66,22 @@ def recommendation_text(found: Recommendation) -> str:
             for run in found.next_runs
         ]
     return "\n".join(lines)
+
+
+def schedule_text(best: BestSchedule, fitted: SweepFit) -> str:
+    """Return a schedule chosen by a law: what is expected of it, and the TOML that trains it."""
+    end = best.prediction
+    low, value, high = (number(float(part[-1]), 5) for part in (end.low, end.loss_nats, end.high))
+    return "\n".join(
+        [
+            f"# {best.description}; peak LR {lr(best.peak_lr)}, {best.num_steps} updates",
+            f"# expected: {value} {fitted.loss_unit}, {end.confidence:.0%} interval {low} to {high}",
+            f"# gain over the best fitted schedule ({best.compared_with}): {number(best.gain_nats, 2)} "
+            f"({number(best.gain_low, 2)} to {number(best.gain_high, 2)})",
+            "# put this into the sweep file:",
+            best.toml(),
+        ]
+    )
 
 
 def law_table() -> Table:

@@ -25,7 +25,7 @@ def fit_tables(name: str, result: SweepFit) -> RenderableType:
     """Return a law as two tables: its parameters, and its forecasts of schedules that it did not see."""
     fit = result.fit
     headline = Text.assemble(
-        (f"annealing law of {name}: ", "bold"),
+        (f"{fit.law} law of {name}: ", "bold"),
         (fit.status, STATUS_STYLE[fit.status]),
         f", {fit.data['num_points']} points of {len(result.run_ids)} runs at peak LR {lr(result.peak_lr)}, "
         f"rmse {fit.residuals['rmse']:.4f} nats",

@@ -47,7 +47,7 @@ def test_the_fit_is_printed_with_every_forecast(fitted: SweepFit) -> None:
 
 
 def test_a_forecast_is_the_laws_and_says_how_far_to_trust_it(search_folder: SweepFolder, fitted: SweepFit) -> None:
-    forecast = forecast_schedule(search_folder, fitted, schedule="wsd", cooldown_fraction=0.4)
+    forecast = forecast_schedule(fitted, schedule="wsd", cooldown_fraction=0.4)
     summary = search_folder.trial(fitted.run_ids[0]).summary()
     assert summary is not None
     steps, warmup = summary.config["num_steps"], summary.config["schedule"]["warmup_steps"]
@@ -60,19 +60,18 @@ def test_a_forecast_is_the_laws_and_says_how_far_to_trust_it(search_folder: Swee
     assert f"{worst:.1%} at worst" in forecast.sentence
 
 
-def test_another_peak_or_an_impossible_shape_is_refused(search_folder: SweepFolder, fitted: SweepFit) -> None:
+def test_another_peak_or_an_impossible_shape_is_refused(fitted: SweepFit) -> None:
     with pytest.raises(UserError, match="peak"):
-        forecast_schedule(search_folder, fitted, schedule="wsd", peak_lr=fitted.peak_lr * 2)
+        forecast_schedule(fitted, schedule="wsd", peak_lr=fitted.peak_lr * 2)
     with pytest.raises(UserError, match="known"):
-        forecast_schedule(search_folder, fitted, schedule="wsdd")
+        forecast_schedule(fitted, schedule="wsdd")
     with pytest.raises(UserError, match="cooldown_fraction"):
-        forecast_schedule(search_folder, fitted, schedule="wsd", cooldown_fraction=1.5)
+        forecast_schedule(fitted, schedule="wsd", cooldown_fraction=1.5)
 
 
-def test_a_fit_without_its_runs_is_refused(fabricate: ModuleType, fitted: SweepFit, tmp_path: Path) -> None:
-    empty = SweepFolder.create(tmp_path / "empty", spec_text="", meta={})
-    with pytest.raises(UserError, match="lacks the runs that its law was fitted to; run `landscape-ray fit`"):
-        forecast_schedule(empty, fitted, schedule="wsd")
+def test_a_saved_fit_needs_its_runs_no_more(fitted: SweepFit) -> None:
+    alone = SweepFit.from_json(fitted.to_json())
+    assert forecast_schedule(alone, schedule="wsd").sentence == forecast_schedule(fitted, schedule="wsd").sentence
 
 
 def row_of(folder: SweepFolder, *others: SweepFolder) -> str:

@@ -196,6 +196,7 @@ class Law:
         columns: see :data:`Columns`; one entry a linear parameter, in order.
         response: what it predicts.
         space: whether residuals are those of the logarithm (a positive response whose noise is relative) or raw.
+        of: what it is fitted to: a table of points, or whole loss curves (a `CurveSet`).
         title: in a few words.
         reference: authors, year, arXiv id.
         prepare: makes from the data (see :class:`landscape_ray.laws.core.points.Data`) and the values of the grid
@@ -218,6 +219,7 @@ class Law:
     columns: Columns
     response: Variable = LOSS
     space: Space = "log"
+    of: Literal["points", "curves"] = "points"
     title: str = ""
     reference: str = ""
     prepare: Callable[[Any, Mapping[str, float]], Any] | None = None

@@ -64,6 +64,7 @@ def review_areas(data: CurveSet, x: Mapping[str, Array], parameters: Mapping[str
 
 ANNEALING = Law(
     name="annealing",
+    of="curves",
     title="loss curve by the learning-rate schedule, momentum form",
     formula="L(s) = L0 + A S1(s)^-alpha - C S2(s)",
     reference="Tissue, Wang and Wang 2024, arXiv 2408.11029",

@@ -59,6 +59,7 @@ def _review(data: CurveSet, x: Mapping[str, Array], parameters: Mapping[str, flo
 
 ANNEALING_SIZED = Law(
     name="annealing_sized",
+    of="curves",
     title="loss curve by the learning-rate schedule and the model size, momentum form",
     formula="L(s, N) = L0 + A S1(s)^-alpha + B N^-beta - C N^gamma S2(s)",
     reference="Tissue, Wang and Wang 2024, arXiv 2408.11029",

@@ -128,6 +128,7 @@ def _prepare(data: CurveSet, grid_values: Mapping[str, float]) -> dict[str, Arra
 
 CONVEX = Law(
     name="convex",
+    of="curves",
     title="loss curve by the bound of convex optimisation; for comparison, not for forecasts",
     formula="L = L0 + A / (2 sum eta) + B (noise terms of the bound)",
     reference="Schaipp et al. 2025, arXiv 2501.18965",

@@ -90,6 +90,7 @@ def _review(data: CurveSet, x: Mapping[str, Any], parameters: Mapping[str, float
 
 FUNCTIONAL = Law(
     name="functional",
+    of="curves",
     title="loss curve by the schedules of learning rate and batch size, functional form",
     formula="L = L0 + A t^-s + B sum_i (eta_i^2 / b_i) (1 + c (t - t_i))^-delta",
     reference="Li et al. 2025, arXiv 2509.19189",

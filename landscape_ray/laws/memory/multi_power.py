@@ -110,6 +110,7 @@ def _review(data: CurveSet, x: Mapping[str, Any], parameters: Mapping[str, float
 
 MULTI_POWER = Law(
     name="multi_power",
+    of="curves",
     title="loss curve by the learning-rate schedule, multi-power form",
     formula="L(t) = L0 + A S(t)^-alpha - B sum_k (eta_{k-1} - eta_k) (1 - (1 + C r_k^-gamma S_k(t) / eta_max)^-beta)",
     reference="Luo et al. 2025, arXiv 2503.12811",
