@@ -382,7 +382,8 @@ class Bound:
         axes = [(self.fixed[p.name],) if p.name in self.fixed else p.starts for p in self.inner]
         axes = [tuple(float(p.inward(v)) for v in axis) for p, axis in zip(self.inner, axes, strict=True)]
         if np.prod([len(axis) for axis in axes], dtype=float) <= MAX_STARTS:
-            return np.array(list(itertools.product(*axes)), dtype=np.float64).reshape(-1, len(axes))
+            points = list(itertools.product(*axes))  # one empty point for a law without such parameters
+            return np.array(points, dtype=np.float64).reshape(len(points), len(axes))
         low, high = (np.array([f(axis) for axis in axes]) for f in (min, max))
         return np.asarray(low + (high - low) * halton(MAX_STARTS, len(axes)))
 

@@ -1,5 +1,6 @@
-"""The functional scaling law: signal learnt in intrinsic time, plus the noise of every update as far as it is not yet
-forgotten. Of the laws here the only one that weighs the learning rate against the batch size.
+"""The functional scaling law: signal learnt in intrinsic time, plus the noise that is not yet forgotten.
+
+Of the laws here it is the only one that weighs the learning rate against the batch size.
 
     L = L0 + A t^-s + B sum_i (eta_i^2 / b_i) K(t - t_i),    K(u) = (1 + c u)^-delta
 
@@ -73,7 +74,10 @@ def _slopes(x: Mapping[str, Any], p: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 def _review(data: CurveSet, x: Mapping[str, Any], parameters: Mapping[str, float]) -> Review:
     del x, parameters
-    noise = [curve.lr[: step[-1]] / (1.0 if curve.batch_size is None else curve.batch_size[: step[-1]]) for curve, step in data.fitted]
+    noise = [
+        curve.lr[: step[-1]] / (1.0 if curve.batch_size is None else curve.batch_size[: step[-1]])
+        for curve, step in data.fitted
+    ]
     after = [ratio[curve.warmup_steps :] for ratio, (curve, _) in zip(noise, data.fitted, strict=True)]
     varies = max(float(r.max()) for r in after) > 1.01 * min(float(r.min()) for r in after)
     warning = "noise_not_identified: eta / b never changes in the fitted runs, so what noise costs cannot be told"

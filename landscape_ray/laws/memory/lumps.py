@@ -60,8 +60,8 @@ class Lumps:
         """Return the lumps of the points of several curves."""
         counts = np.cumsum([0, *(len(part.weight) for part in parts)])
         first = np.concatenate([part.first + start for part, start in zip(parts, counts[:-1], strict=True)])
-        arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in ("weight", "q", "age"))
-        return cls(*arrays, first.astype(np.int64))
+        weight, q, age = (np.concatenate([getattr(part, name) for part in parts]) for name in ("weight", "q", "age"))
+        return cls(weight, q, age, first.astype(np.int64))
 
 
 def lump(weight: Array, q: Array, place: Array, step: Index, now: Array) -> Lumps:
@@ -121,7 +121,9 @@ def lump(weight: Array, q: Array, place: Array, step: Index, now: Array) -> Lump
 def _interpolation(size: int) -> tuple[Index, Array]:
     """Return ORDER of `size` places, dense at the ends, and the matrix (size, ORDER) that interpolates from them."""
     nodes = np.round((size - 1) * 0.5 * (1 - np.cos(np.pi * (np.arange(ORDER) + 0.5) / ORDER))).astype(np.int64)
-    nodes = np.unique(nodes) if len(np.unique(nodes)) == ORDER else np.round(np.linspace(0, size - 1, ORDER)).astype(int)
+    nodes = (
+        np.unique(nodes) if len(np.unique(nodes)) == ORDER else np.round(np.linspace(0, size - 1, ORDER)).astype(int)
+    )
     place, x = np.arange(size)[:, None] / size, nodes / size
     apart = x[:, None] - x + np.eye(ORDER)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -134,4 +136,7 @@ def _interpolation(size: int) -> tuple[Index, Array]:
 def _is_smooth(q: Array, area: Array, nodes: Index, matrix: Array) -> bool:
     missed = np.abs(matrix @ q[nodes] - q).max()
     span = area[-1] - area[0]
-    return bool(missed <= SMOOTHNESS and np.abs(matrix @ (area[nodes] - area[0]) + area[0] - area).max() <= SMOOTHNESS * max(span, 1e-300))
+    return bool(
+        missed <= SMOOTHNESS
+        and np.abs(matrix @ (area[nodes] - area[0]) + area[0] - area).max() <= SMOOTHNESS * max(span, 1e-300)
+    )
