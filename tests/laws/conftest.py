@@ -100,6 +100,30 @@ def multi_power_curves(published):
     return load
 
 
+@pytest.fixture(scope="session")
+def authors_curves(published):
+    """Returns the nine curves of a size as the authors' program takes them.
+
+    Their warm-up rises from 0 to the peak in 2,160 updates, and the loss at step s has seen update s too. Points in the
+    warm-up are left out here, so that curves whose warm-up counts (`warmup_counts`) hold the same points.
+    """
+
+    def load(size, warmup_counts=False):
+        curves = {}
+        for path in sorted((published / "multi_power_law" / size).glob("*.csv")):
+            with open(path, newline="") as file:
+                rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+            lr = _multi_power_schedule(path.stem).copy()
+            lr[:2160] = np.linspace(0, 3e-4, 2160)
+            step, loss = (np.array(column) for column in zip(*rows, strict=True))
+            kept = (step < len(lr)) & (step + 1 > 2160)
+            warmup = 0 if warmup_counts else 2160
+            curves[path.stem] = Curve(path.stem, lr, step[kept] + 1, loss[kept], warmup)
+        return curves
+
+    return load
+
+
 def _multi_power_schedule(name):
     kind, _, rest = name.partition("_")
     peak, end = 3e-4, 3e-5

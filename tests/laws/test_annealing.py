@@ -261,6 +261,22 @@ def test_intervals_cover_the_truth(synthetic):
     assert min(covered.values()) >= 28, covered
 
 
+@pytest.mark.acceptance
+@pytest.mark.slow
+def test_intervals_cover_the_truth_as_often_as_they_say(synthetic):
+    """95 % intervals on 200 data sets: the share over all parameters lies in [92 %, 98 %]."""
+    covered = dict.fromkeys(PARAMETERS, 0)
+    for seed in range(200):
+        curves = synthetic.curves("constant", "cosine", "wsd_30", noise=1e-3, seed=seed)
+        fit = fit_annealing(curves, decay=synthetic.decay, num_bootstrap=400, confidence=0.95)
+        for name in PARAMETERS:
+            low, high = fit.intervals[name]
+            covered[name] += low <= synthetic.truth[name] <= high
+    share = {name: count / 200 for name, count in covered.items()}
+    print(share)
+    assert all(0.92 <= value <= 0.98 for value in share.values()), share
+
+
 def test_more_noise_gives_wider_intervals(synthetic):
     widths = []
     for noise in (1e-4, 1e-3):

@@ -87,7 +87,7 @@ class BestSchedule:
 def table_rates(points: Points, peak_lr: float, num_steps: int) -> Array:
     """Return the learning rate (num_steps,) of a table: straight lines between its corners, at step / num_steps."""
     progress, heights = np.array(points, dtype=np.float64).T
-    return peak_lr * np.clip(np.interp(np.arange(num_steps) / num_steps, progress, heights), 0.0, 1.0)
+    return np.asarray(peak_lr * np.clip(np.interp(np.arange(num_steps) / num_steps, progress, heights), 0.0, 1.0))
 
 
 def best_schedule(
@@ -114,6 +114,8 @@ def best_schedule(
     Raises:
         UserError: out of the fitted range, or a fit that knows of no decay.
     """
+    if not curves:
+        raise UserError("curves must hold the fitted runs, got none; pass them to compare with")
     law = law or law_of(fit)
     lowest = float(fit.data["lowest_ratio"])
     if not 0 <= warmup_steps < num_steps - 1:
@@ -130,9 +132,9 @@ def best_schedule(
     floor = lowest if final_ratio is None else final_ratio
     if not lowest <= floor <= 1:
         raise UserError(
-            f"final_ratio must be in [{lowest:g}, 1], the lowest that was fitted, got {floor:g}; fit a run that goes lower"
+            f"final_ratio must be in [{lowest:g}, 1], the lowest that was fitted, got {floor:g}; fit a run that goes "
+            "lower"
         )
-    # A rate of zero at the last update is no idle step, but the height at progress 1 belongs to the update after it.
     search = _Search(law, fit, curves[0], num_steps, warmup_steps)
     points, words = (_best_wsd if family == "wsd" else _best_free)(search, floor)
     names, known = _fitted_schedules(curves, num_steps, warmup_steps)
@@ -262,8 +264,6 @@ def _best_free(search: _Search, floor: float) -> tuple[Points, str]:
 
 def _fitted_schedules(curves: Sequence[Curve], num_steps: int, warmup_steps: int) -> tuple[list[str], list[Points]]:
     """Return names and tables of the fitted schedules after their warm-up, stretched to the horizon asked for."""
-    if not curves:
-        raise UserError("curves must hold the fitted runs, got none; pass them to compare with")
     names, tables = [], []
     for curve in curves:
         body = curve.lr[curve.warmup_steps : curve.step[-1]] / curve.peak_lr

@@ -81,6 +81,8 @@ def predict_curve(
     if law is None:
         law = law_of(fit)
     check_usable(law, fit)
+    if law.prepare is None:
+        raise UserError(f"law '{law.name}' must be one of loss curves, got one of points; use predict_points")
     rates, steps = check_schedule("prediction", lr, step, warmup_steps)
     query = Curve("prediction", rates, steps, np.ones(len(steps)), warmup_steps, batch_size, num_params)  # type: ignore[arg-type]
     warnings = _guard(law, fit, query, allow_extrapolation)
@@ -115,6 +117,11 @@ def final_losses(law: Law, fit: FitResult, curves: Sequence[Curve]) -> tuple[Arr
 
 
 def law_of(fit: FitResult) -> Law:
+    """Return the listed law of a fit.
+
+    Raises:
+        UserError: the fit is of no listed law.
+    """
     from landscape_ray.laws import LAWS  # the registry imports this module
 
     if fit.law not in LAWS:
@@ -123,11 +130,9 @@ def law_of(fit: FitResult) -> Law:
 
 
 def _prepared(law: Law, fit: FitResult, curves: Sequence[Curve]) -> Any:
-    if law.prepare is None:
-        raise UserError(f"law '{law.name}' must be one of loss curves, got one of points; use predict_points")
     named = [dataclasses.replace(curve, run_id=str(number)) for number, curve in enumerate(curves)]
     data = CurveSet(named, with_warmup=True)
-    return law.prepare(data, {name: fit.parameters[name] for name in law.grid_names})
+    return law.prepare(data, {name: fit.parameters[name] for name in law.grid_names})  # type: ignore[misc]  # checked
 
 
 def _parts(law: Law, fit: FitResult, query: Curve, num_levels: int) -> Iterator[tuple[slice, Any]]:

@@ -1,5 +1,6 @@
-"""The functional scaling law: signal learnt in intrinsic time, plus the noise of every update as far as it is not yet
-forgotten. Of the laws here the only one that weighs the learning rate against the batch size.
+"""The functional scaling law: signal learnt in intrinsic time, plus the noise that is not yet forgotten.
+
+Of the laws here it is the only one that weighs the learning rate against the batch size.
 
     L = L0 + A t^-s + B sum_i (eta_i^2 / b_i) K(t - t_i),    K(u) = (1 + c u)^-delta
 

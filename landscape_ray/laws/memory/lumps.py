@@ -60,8 +60,8 @@ class Lumps:
         """Return the lumps of the points of several curves."""
         counts = np.cumsum([0, *(len(part.weight) for part in parts)])
         first = np.concatenate([part.first + start for part, start in zip(parts, counts[:-1], strict=True)])
-        arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in ("weight", "q", "age"))
-        return cls(*arrays, first.astype(np.int64))
+        weight, q, age = (np.concatenate([getattr(part, name) for part in parts]) for name in ("weight", "q", "age"))
+        return cls(weight, q, age, first.astype(np.int64))
 
 
 def lump(weight: Array, q: Array, place: Array, step: Index, now: Array) -> Lumps:

@@ -3,12 +3,13 @@
     L(t) = L0 + A S(t)^-alpha - B sum_k (eta_{k-1} - eta_k) G_k(t)
     G_k(t) = 1 - (1 + C (eta_k / eta_max)^-gamma S_k(t) / eta_max)^-beta
 
-Legend: L loss (nats per token) after t updates; eta_k learning rate of update k, eta_max the peak; S(t) its sum, the warm-up counted as
-it was; S_k(t) its sum since update k, that included; L0, A, alpha, B, C, beta, gamma fitted. The sum runs over the
-changes after the warm-up, as the paper writes it. The authors' program counts the rises of the warm-up too, which
-moves L0 by about B times the peak, and bends the curves of constant rate where beta is small: that is the law of a
-curve whose `warmup_steps` is 0, and what their published parameters are for. Rates in G count in units of the peak, so
-that 1 / C is a number of updates whatever the peak: the paper's C is C eta_max^(gamma - 1).
+Legend: L loss (nats per token) after t updates; eta_k learning rate of update k, eta_max the peak; S(t) its sum, the
+warm-up counted as it was; S_k(t) its sum since update k, that included; L0, A, alpha, B, C, beta, gamma fitted.
+
+The sum runs over the changes after the warm-up, as the paper writes it. The authors' program counts the rises of the
+warm-up too, which moves L0 by about B times the peak, and bends the curves of constant rate where beta is small: that
+is the law of a curve whose `warmup_steps` is 0, and what their published parameters are for. Rates in G count in units
+of the peak, so that 1 / C is a number of updates whatever the peak: the paper's C is C eta_max^(gamma - 1).
 
 Three curves do not determine (B, C, beta, gamma): very different values fit them alike and predict other schedules
 differently. :func:`landscape_ray.laws.memory.regularised.fit_multi_power` is the fit to use.
@@ -37,8 +38,9 @@ _LOWEST = 1e-60
 
 
 def changes(lr: Array, warmup_steps: int, step: NDArray[np.int64]) -> Lumps:
-    """Return the changes of the rate before each of the points: drop, log of the new rate and area since, both in units of
-    the peak.
+    """Return the changes of the rate before each of the points: drop, log of the new rate, and area since.
+
+    The latter two are in units of the peak.
 
     Args:
         lr: (S,) learning rate.
@@ -54,7 +56,8 @@ def changes(lr: Array, warmup_steps: int, step: NDArray[np.int64]) -> Lumps:
     return lump(drop, log_rate, np.append(0.0, area[:-1]), step, area[step - 1])
 
 
-def _prepare(data: CurveSet, grid_values: Mapping[str, float]) -> dict[str, Any]:
+def prepare_changes(data: CurveSet, grid_values: Mapping[str, float]) -> dict[str, Any]:
+    """Return log S and the changes at the points."""
     del grid_values
     return {
         "log_S": np.log(data.at_points([np.cumsum(curve.lr) for curve, _ in data.fitted])),
@@ -129,7 +132,7 @@ MULTI_POWER = Law(
     ),
     columns=_columns,
     slopes=_slopes,
-    prepare=_prepare,
+    prepare=prepare_changes,
     review=_review,
     assumptions=("all runs share one peak learning rate, model, data and batch",),
 )

@@ -24,21 +24,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from landscape_ray.errors import UserError
 from landscape_ray.laws.core.fit import Penalty, solve
+from landscape_ray.laws.core.law import Law
 from landscape_ray.laws.core.objective import Objective
 from landscape_ray.laws.core.result import FitResult
 from landscape_ray.laws.curves.curve import Curve, follows
 from landscape_ray.laws.curves.curve_set import CurveSet
 from landscape_ray.laws.curves.fit_curves import fit_curves
-from landscape_ray.laws.memory.multi_power import MULTI_POWER
-
-Array: TypeAlias = NDArray[np.float64]
+from landscape_ray.laws.memory.multi_power import MULTI_POWER, prepare_changes
 
 CENTRE = {"alpha": 0.5, "C": 0.01, "beta": 0.5, "gamma": 0.5}
 WIDTH = {"alpha": 0.25, "C": 1.5, "beta": 0.5, "gamma": 0.25}
@@ -97,18 +94,16 @@ def fit_multi_power(
     if len(tried) > 1:
         usable = [group for group in (curves, *companions) if _num_left_out(group) >= 2]
         if usable:
-            scores = [
-                float(
-                    np.mean(
-                        [_unseen_error(group, value, centre, objective, skip_steps, late_weight) for group in usable]
-                    )
-                )
+            parts = [
+                [_unseen_error(group, value, centre, objective, skip_steps, late_weight) for group in usable]
                 for value in tried
             ]
+            scores = [float(np.mean(part)) for part in parts]
             errors = {repr(value): score for value, score in zip(tried, scores, strict=True)}
             chosen = tried[int(np.argmin(scores))]
+    fixed, penalty = _held(centre, chosen, len(CurveSet(curves, skip_steps, count_once=True).response))
     found = fit_curves(
-        _near(centre),
+        _near(centre, spread=1.5),
         curves,
         huber_delta=huber_delta,
         skip_steps=skip_steps,
@@ -118,7 +113,8 @@ def fit_multi_power(
         num_bootstrap=num_bootstrap,
         confidence=confidence,
         seed=seed,
-        **_held(centre, chosen, sum(len(_fitted(curve, skip_steps)) for curve in curves)),
+        fix=fixed,
+        penalty=penalty,
     )
     record = {
         "centre": centre,
@@ -133,9 +129,14 @@ def fit_multi_power(
     return dataclasses.replace(found, certificate={**found.certificate, "regularisation": record}, warnings=warnings)
 
 
-def _near(centre: Mapping[str, float]):  # type: ignore[no-untyped-def]
-    """Return the law with searches that begin at the centre: the penalty leaves one basin."""
+def _near(centre: Mapping[str, float], spread: float = 1.0) -> Law:
+    """Return the law with searches that begin at the centre, or with C and gamma apart by a factor from it.
+
+    The penalty leaves one basin; that it does is what the agreement of several starts shows.
+    """
     starts = {name: (value,) for name, value in centre.items()}
+    if spread > 1:
+        starts |= {name: (centre[name] / spread, centre[name] * spread) for name in ("C", "gamma")}
     return dataclasses.replace(
         MULTI_POWER,
         parameters=tuple(
@@ -144,10 +145,11 @@ def _near(centre: Mapping[str, float]):  # type: ignore[no-untyped-def]
     )
 
 
-def _held(centre: Mapping[str, float], strength: float, num_points: int) -> dict[str, Mapping[str, float] | Penalty]:
+def _held(centre: Mapping[str, float], strength: float, num_points: int) -> tuple[dict[str, float], Penalty]:
+    """Return what is fixed, and what is penalised."""
     if math.isinf(strength):
-        return {"fix": dict(centre)}
-    return {"penalty": {name: (centre[name], strength * num_points / WIDTH[name] ** 2) for name in centre}}
+        return dict(centre), {}
+    return {}, {name: (centre[name], strength * num_points / WIDTH[name] ** 2) for name in centre}
 
 
 def _unseen_error(
@@ -165,11 +167,11 @@ def _unseen_error(
         if not seen:
             continue
         data = CurveSet(_reduced(seen, skip_steps), skip_steps, late_weight=late_weight, equal_runs=True)
-        held = _held(centre, strength, len(data.response))
-        solution, _ = solve(law, data, objective=objective, **held)  # type: ignore[arg-type]
+        fixed, penalty = _held(centre, strength, len(data.response))
+        solution, _ = solve(law, data, objective=objective, fix=fixed, penalty=penalty)
         left_out = CurveSet([_thin(curve, skip_steps)], skip_steps)
         best = {name: float(value[0]) for name, value in solution.natural(solution.best).items()}
-        predicted = law.predict(law.prepare(left_out, {}), best)  # type: ignore[misc]
+        predicted = law.predict(prepare_changes(left_out, {}), best)
         errors.append(float(np.mean(np.abs(predicted / left_out.response - 1))))
     return float(np.mean(errors))
 
@@ -186,10 +188,6 @@ def _reduced(curves: Sequence[Curve], skip_steps: int) -> list[Curve]:
 
 def _num_left_out(curves: Sequence[Curve]) -> int:
     return sum(any(not follows(other, curve) for other in curves) for curve in curves)
-
-
-def _fitted(curve: Curve, skip_steps: int) -> NDArray[np.int64]:
-    return curve.step[curve.step > max(curve.warmup_steps, skip_steps)]
 
 
 def _thin(curve: Curve, skip_steps: int) -> Curve:
