@@ -1,8 +1,25 @@
-"""Shared by all tests: a small real corpus, tiny configurations, one Ray session."""
+"""Shared by all tests: a small real corpus, tiny configurations, an MLflow store; how the tests are shared out.
 
+What authors of tests need to know:
+
+- A run of many files is shared out to one worker process a core (pytest-xdist); a single file, `-k`, `-s`, `--pdb` and
+  `-n 0` run in this process. A file stays in one worker, in its order: what is dear is made once, by a fixture of its
+  module. A fixture of the session is made once a worker. The files in SHARED stay together: they share one Ray.
+- A worker has neighbours: no fixed port (bind to 0), no file outside `tmp_path`, and no limit on seconds that a machine
+  three times as slow would break; wait for a condition, with a generous bound. Seconds that are measured and asserted
+  belong behind the mark `slow`.
+- Parameters and their ids must be equal in every worker: no order of a set, no address, no time.
+- Whoever starts a process ends it on every way out, Ctrl-C included: a `with` or a fixture that yields.
+- Dear are: an interpreter with PyTorch (2 s), the command line with Ray (10 s), each trial that Ray runs at the same
+  time (4 s, its interpreter), an exploit on Ray (1 s), a new MLflow store (2 s; copy `store_template`).
+"""
+
+import contextlib
 import importlib.util
 import json
 import os
+import sqlite3
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +38,52 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.pop("RAY_ADDRESS", None)  # tests never join a cluster that happens to run here
 os.environ.pop("MLFLOW_TRACKING_URI", None)
+# Dozens of interpreters are started here, and they and the workers read the same files: compile each once.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+MANY_FILES = 25
+"""From so many Python files on, workers gain more than their own start, an import of PyTorch, takes."""
+MOST_WORKERS = 8
+"""Each takes about a gigabyte, and with that many the longest file decides."""
+SHARED = {"tests/ray/test_readme.py": "one Ray session", "tests/ray/test_sweep.py": "one Ray session"}
+"""Files that stay in one worker, under the name of what they share."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Choose the number of workers where the command line does not."""
+    option = config.option
+    if not hasattr(option, "numprocesses") or option.numprocesses is not None or hasattr(config, "workerinput"):
+        return  # no pytest-xdist, or -n is given, or this is a worker
+    here = option.usepdb or option.trace or option.collectonly or option.capture == "no"
+    if here or option.keyword or option.lf or getattr(option, "stepwise", False):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    many = sum(len(list(Path(argument).rglob("*.py"))) for argument in config.args) >= MANY_FILES
+    option.numprocesses = min(cores, MOST_WORKERS) if cores > 1 and many else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share out whole files, in their order, which begins with the longest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return SHARED.get(file, file)
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a worker, begin with Ray: the longest piece, during which the other workers do the rest."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith("tests/ray/"))
+
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -32,6 +94,18 @@ def published_data() -> Path:
     if not DATA.is_dir():
         pytest.skip("published data is not here")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def store_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store with its tables: making one takes two seconds, copying it none."""
+    from landscape_ray.tracking.server import open_client
+
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    open_client(f"sqlite:///{path}").search_experiments(max_results=1)
+    with contextlib.closing(sqlite3.connect(path)) as connection:  # everything into the one file that is copied
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return path
 
 
 TINY: dict[str, Any] = {

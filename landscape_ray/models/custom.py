@@ -84,6 +84,7 @@ class ForeignNetwork(Network):
     def __init__(self, signature: Signature, generator: torch.Generator, called: str) -> None:
         """Build the module; `called` is its name in error messages."""
         super().__init__(signature)
+        _leave_out_of_compilation()
         self.called = called
         self._noise = 0
         with _seeded(generator.initial_seed(), torch.device("cpu")):
@@ -97,8 +98,6 @@ class ForeignNetwork(Network):
     def build(self) -> nn.Module:
         """Return the module, initialised from the global generator."""
 
-    # torch.compile takes what draws random numbers, not what seeds them
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the outputs for a batch of inputs; see the signature for the shapes."""
         if not self.training:
@@ -179,6 +178,17 @@ class ForeignNetwork(Network):
         """Return a copy without values. A copy, because modules may keep tensors that they make in a forward pass."""
         tensors = [*self.parameters(), *self.buffers()]
         return copy.deepcopy(self, {id(tensor): tensor.to("meta") for tensor in tensors})
+
+
+def _leave_out_of_compilation() -> None:
+    """Mark `ForeignNetwork.__call__`, once: torch.compile takes what draws random numbers, not what seeds them.
+
+    Done by the first network that is built instead of by a decorator, which would import the compiler here: half as
+    long again as PyTorch itself, in every process that only reads a sweep file.
+    """
+    if not hasattr(ForeignNetwork.__call__, "_torchdynamo_disable"):
+        disable: Any = torch.compiler.disable
+        ForeignNetwork.__call__ = disable(ForeignNetwork.__call__, recursive=False)  # type: ignore[method-assign]
 
 
 class CustomNetwork(ForeignNetwork):

@@ -38,6 +38,7 @@ MAX_TAG_CHARACTERS = 8000
 _MAX_PARAM_BYTES = 500_000  # half of the 1 MB that a request may have
 
 _CHECK_SECONDS = 5.0
+_CHECK_FILE_SECONDS = 60.0  # nothing can hang there, but on a machine that is busy training MLflow loads slowly
 _BAD_KEY_CHARACTERS = re.compile(r"[^\w.\-/ :]")
 
 # MLflow reads these at every request, from the environment only; hence one user of them at a time.
@@ -76,7 +77,7 @@ def open_client(tracking_uri: str) -> MlflowClient:
 
 
 def check_server(tracking_uri: str) -> None:
-    """Raise unless runs can be written to this address; bounded to about six seconds.
+    """Raise unless runs can be written to this address; bounded to about six seconds, a minute for a local file.
 
     Raises:
         UserError: unsupported or masked address, no answer, no MLflow server, no access, or no folder to write to.
@@ -99,7 +100,7 @@ def check_server(tracking_uri: str) -> None:
             f"tracking_uri must begin with http://, https:// or sqlite:///, got {shown}; for another store run "
             "`mlflow server --backend-store-uri ...` and give its http address"
         )
-    problem = _ask(tracking_uri)
+    problem = _ask(tracking_uri, _CHECK_SECONDS if database is None else _CHECK_FILE_SECONDS)
     if problem:
         raise UserError(
             f"the MLflow store {shown} does not answer: {problem}; start it, correct the tracking URI (credentials "
@@ -117,13 +118,13 @@ def _check_writable(folder: Path) -> None:
         raise UserError(f"tracking_uri must lie in a folder that can be written, got {folder}; choose another place")
 
 
-def _ask(tracking_uri: str) -> str:
+def _ask(tracking_uri: str, seconds: float) -> str:
     """Return why the store does not answer one small question, "" when it does."""
-    outcome = [f"nothing within {_CHECK_SECONDS:.0f} seconds"]
+    outcome = [f"nothing within {seconds:.0f} seconds"]
 
     def ask() -> None:
         try:
-            with bounded_http(_CHECK_SECONDS - 1):
+            with bounded_http(seconds - 1):
                 open_client(tracking_uri).search_experiments(max_results=1)
             outcome[0] = ""
         except Exception as error:
@@ -132,7 +133,7 @@ def _ask(tracking_uri: str) -> str:
     # In a thread, because looking up a host name has no time limit of its own.
     thread = threading.Thread(target=ask, daemon=True, name="landscape_ray-check")
     thread.start()
-    thread.join(_CHECK_SECONDS)
+    thread.join(seconds)
     return outcome[0]
 
 

@@ -1,5 +1,6 @@
 """The driver is killed, or interrupted, in the middle of a sweep; another goes on. Nothing is lost, nothing doubled."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,22 @@ STEPS = 120
 PATIENCE_SECONDS = 150.0
 
 
-def launch(here: Path, *arguments: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def launch(here: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Start the command line in a group of its own, where a signal meets nobody else; it does not outlive the test."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, "-m", "landscape_ray.cli", *arguments]
-    return subprocess.Popen(
+    driver = subprocess.Popen(
         command, cwd=here, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
+    try:
+        yield driver
+    finally:
+        driver.kill()  # its Ray notices
+        driver.wait()
+        if driver.stdout is not None:
+            driver.stdout.close()
 
 
 def summaries(path: Path) -> dict[str, RunSummary]:
@@ -45,7 +55,6 @@ def wait_until(driver: subprocess.Popen[str], path: Path, ready: Callable[[dict[
         if ready(summaries(path)):
             return
         time.sleep(0.05)
-    driver.kill()
     pytest.fail(f"not ready within {PATIENCE_SECONDS} s: {summaries(path)}")
 
 
@@ -89,17 +98,17 @@ def some_done_some_not(found: dict[str, RunSummary]) -> bool:
 
 @pytest.mark.acceptance
 def test_kill_9_in_the_middle_of_a_search(sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "s.toml").write_text(sweep_text(train={**tiny, "num_steps": STEPS, "batch_size": 32}))
+    train = {**tiny, "num_steps": STEPS, "batch_size": 32}
+    (tmp_path / "s.toml").write_text(sweep_text(train=train, resources={"cpus_per_trial": 1}))
     path = tmp_path / "runs" / "killed"
-    driver = launch(tmp_path, "sweep", "s.toml", "--name", "killed")
-    wait_until(driver, path, some_done_some_not)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
+    with launch(tmp_path, "sweep", "s.toml", "--name", "killed") as driver:
+        wait_until(driver, path, some_done_some_not)
+        os.kill(driver.pid, signal.SIGKILL)
     before = summaries(path)
     assert any(s.status == "running" for s in before.values())
 
-    second = launch(tmp_path, "resume")  # needs no name: the newest unfinished sweep
-    out = finish(second)
+    with launch(tmp_path, "resume") as second:  # needs no name: the newest unfinished sweep
+        out = finish(second)
     assert second.returncode == 0, out
     assert "resuming killed" in out
     check_whole(path, 5, fixed_schedules=True)
@@ -114,16 +123,15 @@ def test_kill_9_in_the_middle_of_a_search(sweep_text: Callable[..., str], tiny: 
 def test_kill_9_in_the_middle_of_a_population(
     sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path, synchronous: bool
 ) -> None:
-    population = {"num_members": 4, "interval_steps": 10, "synchronous": synchronous}
+    population = {"num_members": 4, "interval_steps": 20, "synchronous": synchronous}
     train = {**tiny, "num_steps": STEPS, "batch_size": 32}
     (tmp_path / "p.toml").write_text(sweep_text("population", train=train, population=population))
     path = tmp_path / "runs" / "killed"
-    driver = launch(tmp_path, "sweep", "p.toml", "--name", "killed")
-    wait_until(driver, path, lambda found: len(found) == 4 and all(s.step >= 20 for s in found.values()))
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    second = launch(tmp_path, "resume", "killed")
-    out = finish(second)
+    with launch(tmp_path, "sweep", "p.toml", "--name", "killed") as driver:
+        wait_until(driver, path, lambda found: len(found) == 4 and all(s.step >= 40 for s in found.values()))
+        os.kill(driver.pid, signal.SIGKILL)
+    with launch(tmp_path, "resume", "killed") as second:
+        out = finish(second)
     assert second.returncode == 0, out
     check_whole(path, 4, fixed_schedules=False)
     rows = collect(path).records.to_pylist()
@@ -141,12 +149,13 @@ def test_kill_9_in_the_middle_of_a_population(
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(
     sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path, number: signal.Signals
 ) -> None:
-    (tmp_path / "s.toml").write_text(sweep_text(train={**tiny, "num_steps": 20_000, "batch_size": 32}))
+    train = {**tiny, "num_steps": 20_000, "batch_size": 32}
+    (tmp_path / "s.toml").write_text(sweep_text(train=train, resources={"cpus_per_trial": 1}))
     path = tmp_path / "runs" / "stopped"
-    driver = launch(tmp_path, "sweep", "s.toml", "--name", "stopped")
-    wait_until(driver, path, lambda found: any(s.step >= 10 for s in found.values()))
-    os.kill(driver.pid, number)
-    out = finish(driver)
+    with launch(tmp_path, "sweep", "s.toml", "--name", "stopped") as driver:
+        wait_until(driver, path, lambda found: any(s.step >= 10 for s in found.values()))
+        os.kill(driver.pid, number)
+        out = finish(driver)
     assert driver.returncode == 130, out
     assert "to go on: landscape-ray resume stopped" in out
     assert "Traceback" not in out

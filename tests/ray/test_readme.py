@@ -1,5 +1,6 @@
 """What README tells a reader to type, typed: in its order, on sweeps that are as small as the tests' own."""
 
+import itertools
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from landscape_ray.cli import main
 from landscape_ray.config import parse
 from landscape_ray.data import DATASETS
 from landscape_ray.models import MODELS
@@ -32,11 +34,33 @@ def blocks(language: str) -> list[str]:
     return [text for name, text in BLOCKS if name == language]
 
 
-def run(line: str, here: Path) -> str:
-    command = [sys.executable, "-m", "landscape_ray.cli", *shlex.split(line)[1:]]
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+def run(lines: list[str], here: Path) -> str:
+    """Type lines into one fresh interpreter, one after the other; return what they print."""
+    calls = [shlex.split(line) for line in lines]
+    code = f"""
+import sys
+from landscape_ray.cli import main
+for sys.argv in {calls!r}:
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code:
+            sys.exit(f"{{sys.argv}} ended with {{ended.code}}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
     return done.stdout
+
+
+def sweep(lines: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Type lines into this interpreter, whose Ray they use."""
+    with monkeypatch.context() as patch:
+        patch.chdir(here)
+        for line in lines:
+            patch.setattr(sys, "argv", shlex.split(line))
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert ended.value.code == 0, line
 
 
 def serve(line: str, here: Path, port: int) -> None:
@@ -68,15 +92,22 @@ def free_port() -> int:
 
 
 @pytest.mark.acceptance
-@pytest.mark.usefixtures("ray_session")
-def test_the_three_jobs(sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session", "ready_store")
+def test_the_three_jobs(
+    sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sweeps run beside the tests' own Ray, where README starts one, and what follows them in one interpreter."""
     import ray
 
     spaces = tmp_path / "search_spaces"
     spaces.mkdir()
     train = {**tiny, "num_steps": 60}
-    for name, kind in (("quickstart", "search"), ("quickstart_population", "population")):
-        (spaces / f"{name}.toml").write_text(sweep_text(kind, name=name, train=train))
+    population = {"num_members": 4, "interval_steps": 20}
+    (spaces / "quickstart.toml").write_text(sweep_text(name="quickstart", train=train))
+    (spaces / "quickstart_population.toml").write_text(
+        sweep_text("population", name="quickstart_population", train=train, population=population)
+    )
     digits = {"num_steps": 20, "data": {"name": "images"}, "model": {"name": "mlp", "width": 8}}
     digits |= {"eval": {"every_steps": 20, "num_batches": 2}, "batch_size": 8}
     digits |= {"probes": {"sharpness": {"every_steps": 5, "batch_size": 8}}, "optimizer": {"name": "sgd"}}
@@ -94,12 +125,16 @@ def test_the_three_jobs(sweep_text: Callable[..., str], tiny: dict[str, Any], tm
     setup, *jobs = blocks("bash")
     assert [line.split()[0] for line in setup.splitlines()] == ["scripts/quickstart", "scripts/test"]
     typed = [line for job in jobs for line in job.splitlines()]
-    for line in typed:
-        assert line.startswith("landscape-ray "), line
-        if line.split()[1] == "ui":
-            serve(line, tmp_path, free_port())
+    assert all(line.startswith("landscape-ray ") for line in typed)
+    where = {"sweep": "here", "resume": "here", "ui": "served"}
+    for place, lines in itertools.groupby(typed, key=lambda line: where.get(line.split()[1], "fresh")):
+        if place == "here":
+            sweep([line.replace("ray-head:6379", address) for line in lines], tmp_path, monkeypatch)
+        elif place == "served":
+            for line in lines:
+                serve(line, tmp_path, free_port())
         else:
-            run(line.replace("ray-head:6379", address), tmp_path)
+            run(list(lines), tmp_path)
     assert {line.split()[1] for line in typed} == {
         *("sweep", "resume", "check", "probe", "rank", "fit", "predict", "recommend", "list", "report", "ui")
     }

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def start(text: str, path: Path, name: str = "sweep") -> SweepFolder:
-    return new_sweep(parse(SweepSpec, tomllib.loads(text), "file"), text, path, name, None)
+    return new_sweep(parse(SweepSpec, tomllib.loads(text), "file"), text, path / "runs", name, None)
 
 
 def drive(folder: SweepFolder) -> tuple[Outcome, str]:
@@ -88,6 +88,7 @@ def study_of(folder: SweepFolder) -> optuna.Study:
 
 @pytest.mark.acceptance
 def test_a_search_runs_tracks_and_ends(sweep_text: SweepText, tmp_path: Path) -> None:
+    """From nothing: here the MLflow store is made too."""
     folder = start(sweep_text(), tmp_path)
     outcome, shown = drive(folder)
     assert outcome.status == "finished"
@@ -112,19 +113,20 @@ def test_a_search_runs_tracks_and_ends(sweep_text: SweepText, tmp_path: Path) ->
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("synchronous", [False, True])
+@pytest.mark.usefixtures("ready_store")
 def test_a_population_trains_copies_and_mutates(
     tiny: dict[str, Any], sweep_text: SweepText, tmp_path: Path, synchronous: bool
 ) -> None:
     text = sweep_text(
         "population",
-        train={**tiny, "num_steps": 40},
+        train={**tiny, "num_steps": 30},
         population={"num_members": 4, "interval_steps": 10, "quantile_fraction": 0.5, "synchronous": synchronous},
         commit_steps=5,
     )
     folder = start(text, tmp_path)
     outcome, _ = drive(folder)
     assert outcome.counts == {"finished": 4}
-    check_records(folder, 4, 40)
+    check_records(folder, 4, 30)
     check_mlflow(folder, 4)
     rows = collect(folder.path).records.to_pylist()
     exploits = [row for row in rows if row["event"] == "exploit"]
@@ -141,6 +143,7 @@ def test_a_population_trains_copies_and_mutates(
         assert 1e-3 <= after["lr"] <= 1e-1
 
 
+@pytest.mark.usefixtures("ready_store")
 def test_a_failed_trial_is_reported_and_tried_again(sweep_text: SweepText, tmp_path: Path) -> None:
     text = sweep_text(resources={"cpus_per_trial": 1, "max_failures": 0})
     folder = start(text, tmp_path)
@@ -172,10 +175,11 @@ def test_a_trial_that_fits_no_node_is_refused(sweep_text: SweepText, tmp_path: P
 
 
 @pytest.mark.acceptance
+@pytest.mark.usefixtures("ready_store")
 def test_a_sweep_attaches_to_a_cluster_by_its_address(sweep_text: SweepText, tmp_path: Path) -> None:
     import ray
 
-    (tmp_path / "s.toml").write_text(sweep_text())
+    (tmp_path / "s.toml").write_text(sweep_text(resources={"cpus_per_trial": 1}))
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "landscape_ray.cli", "sweep", "s.toml", "--name", "there", "--address", address]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
@@ -195,6 +199,7 @@ COHORT_TRAIN: dict[str, Any] = {
 
 
 @pytest.mark.acceptance
+@pytest.mark.usefixtures("ready_store")
 def test_one_ray_trial_holds_a_cohort(sweep_text: SweepText, tmp_path: Path) -> None:
     """Five trials in cohorts of three: each is told to the study and tracked as if it had been alone."""
     folder = start(sweep_text("search", train=COHORT_TRAIN, cohort={"num_members": 3}), tmp_path)

@@ -22,18 +22,6 @@ from landscape_ray.tracking.parts import PartWriter
 SPEC = 'name = "quick"\n[train.model]\nname = "gpt"\ndepth = 2\n[search.lr]\nlow = 1e-4\nhigh = 1e-1\n'
 
 
-@pytest.fixture(scope="session")
-def store_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow store with its tables: making one takes two seconds, copying it none."""
-    from landscape_ray.tracking.server import open_client
-
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    open_client(f"sqlite:///{path}").search_experiments(max_results=1)
-    with contextlib.closing(sqlite3.connect(path)) as connection:  # everything into the one file that is copied
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return path
-
-
 @pytest.fixture
 def results(tmp_path: Path, store_template: Path) -> Path:
     path = tmp_path / "my results"  # a space, because users have them
