@@ -63,8 +63,8 @@ FIRST_ROWS = 8
 """Vectors that there is room for at first."""
 
 ROUNDING = 10
-"""What a step leaves over is nothing below so many machine epsilons of the operator's norm. Products with dense matrices
-of 5 to 400 rows in float64 leave one to six in an exhausted space, by the machine's order of sums."""
+"""What a step leaves over is nothing below so many machine epsilons of the operator's norm. Products with dense
+matrices of 5 to 400 rows in float64 leave one to six in an exhausted space, by the machine's order of sums."""
 
 
 class Krylov:

@@ -25,7 +25,7 @@ Products: TypeAlias = Literal["exact", "finite_difference", "auto"]
 """How products with the Hessian are computed; see :func:`trace`."""
 
 MAX_DIFFERENCE = 0.02
-"""Of a product by finite differences from the exact one, relative: 0.003 is usual on smooth networks, 1 on ReLU."""
+"""Of a product by finite differences from the exact one, relative: 0.003 is usual, 1 across kinks that are not held."""
 
 
 def trace(
@@ -48,8 +48,8 @@ def trace(
 
     Routes to a product with the Hessian:
         exact: second derivatives; 2.3 gradients on one micro-batch, 3.5 on several.
-        finite_difference: one gradient, for networks without kinks; the first is checked by a finer central difference,
-            two gradients, and `converged` is false where the two differ by more than 2 percent.
+        finite_difference: one gradient; the first is checked by a finer central difference, two gradients, and
+            `converged` is false where the two differ by more than 2 percent.
         auto: finite differences, if the first is within 2 percent of the exact product; else exact ones.
         How far the sample of the check was off is part of the standard error.
 
