@@ -116,7 +116,7 @@ def sgd_figure(
         x=Axis(label="learning rate times trace of the Hessian"),
         panels=(
             Panel(
-                y=Axis(label=f"mean |w|² after {num_steps} updates, of 1", scale="log"),
+                y=Axis(label=f"mean |w|² after {num_steps} updates (1 before)", scale="log"),
                 series=(
                     series("line", x, theory, name="theory", color="muted"),
                     series(
@@ -153,12 +153,13 @@ def width_figure(panels: Mapping[str, tuple[Sequence[int], ArrayLike, NDArray[np
         label = NAMES.get(name, name)
         out.append(Panel(y=Axis(label=f"{label}: sharpness λ", scale="log", limits=limits), series=tuple(drawn)))
         same = "coincides over widths" if abs(slope) < TRANSFERS else "changes with width"
-        told.append(f"{label}: sharpness {same} (width to the power {slope:+.2f})")
+        told.append(f"{label}: sharpness {same} (width to the power {text.signed(slope, 2)})")
     widths = next(iter(panels.values()))[0]
+    said = "; ".join(told) + "."
     return Figure(
         key="sharpness-widths",
         title=f"Sharpness along training at widths {min(widths)} to {max(widths)}",
-        takeaway="; ".join(told) + ".",
+        takeaway=said[0].upper() + said[1:],
         x=STEP,
         panels=tuple(out),
         note=(

@@ -218,6 +218,8 @@ class SpectralDensityConfig(ProbeTable):
     """See eigenvalues."""
     min_gap: float = Field(default=0.25, gt=0, lt=1)
     """Gap that parts outliers from the bulk, relative to their distance from the median."""
+    route: Literal["exact", "finite_difference", "auto"] = "exact"
+    """How Hessian-vector products are computed; auto: finite differences where a check with an exact one agrees."""
 
 
 class TraceConfig(ProbeTable):
