@@ -244,7 +244,7 @@ def tracking(run: Run, quick: bool) -> None:
     """Print what following the largest eigenvalue costs; the first measurement, cold for all, is not counted."""
     probes = {
         f"ours, {route}, residual {tol:g}": SharpnessProbe([run.probe_batch], route=route, tol=tol)
-        for route in (("exact", "auto") if run.kind == "gpt" else ("exact",))
+        for route in ("exact", "auto")
         for tol in (0.1, 0.05)
     }
     methods: dict[str, Solve] = {name: tracked(probe) for name, probe in probes.items()}
@@ -280,7 +280,7 @@ def share(run: Run, quick: bool) -> None:
     """Print the part of the training time that tracking takes, with each probe batch and route."""
     inputs, targets = run.probe_batch
     batches = {part: (inputs[: len(inputs) // part], targets[: len(targets) // part]) for part in PARTS}
-    routes = ("exact", "auto", "finite_difference") if run.kind == "gpt" else ("exact",)
+    routes = ("exact", "auto", "finite_difference")
     probes = {
         (part, route, tol): SharpnessProbe([batches[part]], route=route, tol=tol)  # type: ignore[arg-type]
         for part in PARTS

@@ -138,6 +138,7 @@ def edge(
     out: Figures = Path("checks"),
 ) -> None:
     """Edge of stability: does the curvature rise to the threshold of the optimizer, and stay there?"""
+    from landscape_ray.reports.stability import formula_of
     from landscape_ray.reports.stability_studies import edge_figure
     from landscape_ray.sweep.spec import read_spec
     from landscape_ray.training.stability_studies import follow_edge
@@ -148,9 +149,19 @@ def edge(
         with counting(console, name, config.num_steps) as progress:
             found = follow_edge(config, progress=progress)
         values = dataclasses.asdict(found)
-        state = values.pop("state")
-        figure = edge_figure(name, **values, ratio=state["ratio"], state=state["state"])
-        save_study(figure, {k: v for k, v in values.items() if k != "losses"} | state, out, console)
+        state, losses = values.pop("state"), values.pop("losses")
+        figure = edge_figure(
+            name,
+            probe=found.probe,
+            formula=formula_of(config.optimizer.model_dump()) or found.optimizer,
+            steps=found.steps,
+            curvature=found.curvature,
+            thresholds=found.thresholds,
+            losses=losses,
+            ratio=state["ratio"],
+            state=state["state"],
+        )
+        save_study(figure, values | state, out, console)
 
 
 @check.command(name="sgd-stability")

@@ -82,11 +82,7 @@ def limit_of_stability(run: Run, measured: Collection[str]) -> Limit:
     shown = OPTIMIZERS.get(name, name) + (" with SAM" if config.get("sam") else "")
     standard = _table(config, "model").get("parametrisation", "standard") == "standard"
     plain, preconditioned = (probe in measured for probe in CURVATURES)
-    formula = {
-        "sgd": "(2 + 2β)/((1 + 2β) LR)" if optimizer.get("nesterov") else "(2 + 2β)/LR",
-        "adamw": "(2 + 2β₁)/((1 − β₁) LR)",
-        "schedule_free_adamw": "2/((1 − β₁) LR)",
-    }.get(name)
+    formula = formula_of(optimizer, moving=True)
     of_sharpness = name == "sgd" and standard and plain
     holds = formula is not None and not config.get("sam") and (of_sharpness or preconditioned)
     steps, lr, beta = (np.asarray(run.steps[key], dtype=np.float64) for key in ("step", "lr", "momentum"))
@@ -101,6 +97,24 @@ def limit_of_stability(run: Run, measured: Collection[str]) -> Limit:
     sharp = of_sharpness or (plain and not holds)
     probe = CURVATURES[0] if sharp or not preconditioned else CURVATURES[1]
     return Limit(probe=probe, formula=formula, optimizer=shown, holds=holds, steps=steps, values=values)
+
+
+def formula_of(optimizer: Mapping[str, Any], *, moving: bool = False) -> str | None:
+    """Return the limit of an optimizer as it is written on a page; None where none is known.
+
+    Args:
+        optimizer: its table.
+        moving: whether the momentum may be another one than there.
+
+    >>> formula_of({"name": "sgd", "momentum": 0.9}), formula_of({"name": "sgd", "momentum": 0.0})
+    ('(2 + 2β)/LR', '2/LR')
+    """
+    plain = optimizer.get("momentum") == 0 and not moving
+    return {
+        "sgd": YARDSTICK if plain else "(2 + 2β)/((1 + 2β) LR)" if optimizer.get("nesterov") else "(2 + 2β)/LR",
+        "adamw": "(2 + 2β₁)/((1 − β₁) LR)",
+        "schedule_free_adamw": "2/((1 − β₁) LR)",
+    }.get(str(optimizer.get("name", "")))
 
 
 def _table(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,11 +20,15 @@ TRANSFERS = 0.15
 """A slope of log sharpness over log width below this, either way, counts as none."""
 
 
+MAX_MARKS = 60
+"""Measurements of which each has a mark of its own."""
+
+
 def edge_figure(
     name: str,
     *,
     probe: str,
-    optimizer: str,
+    formula: str,
     steps: ArrayLike,
     curvature: ArrayLike,
     thresholds: ArrayLike,
@@ -36,7 +41,7 @@ def edge_figure(
     Args:
         name: of the run.
         probe: what was measured.
-        optimizer: whose threshold.
+        formula: of the threshold, as it is written.
         steps: of the measurements.
         curvature: at these steps.
         thresholds: at these steps.
@@ -46,36 +51,43 @@ def edge_figure(
     """
     x, y, limit, loss = (np.asarray(a, dtype=np.float64) for a in (steps, curvature, thresholds, losses))
     label = CURVATURE_LABELS.get(probe, probe)
-    where = {"at the edge": "hovers at", "below": "stays below", "above": "stays above"}[state]
-    rises = np.mean(np.diff(loss[len(loss) // 2 :]) > 0) if len(loss) > 2 else 0.0
-    reach = 1.15 * max(float(y.max()), float(np.median(limit)))
-    low = 0.9 * min(float(y.min()), float(np.median(limit)))
+    does = "hovers" if state == "at the edge" else "stays"
+    constant = float(np.ptp(limit)) <= 1e-9 * float(limit.max())
+    entry = f"{formula} = {text.number(float(limit[-1]))}" if constant else f"{formula} of the same step"
+    late = loss[len(loss) // 2 :]
+    rises = float(np.mean(np.diff(late) > 0)) if len(late) > 1 else 0.0
+    top = max(float(y.max()), float(np.median(limit)))
+    low = min(float(y.min()), float(np.median(limit)))
     positive = loss > 0
-    said = (
-        f"In the second half of the run {label} {where} the threshold of {optimizer} ({ratio:.0%} of it); "
-        f"the loss rises in {text.percent(float(rises))} of these updates."
-    )
+    drawn = [series("line", x, y, name=label, color="c0", hover=label)]
+    if len(x) <= MAX_MARKS:
+        drawn.append(series("points", x, y, name=label, color="c0", size=5, hover=label))
     return Figure(
         key=f"edge-{name}",
         title="Edge of stability: " + name.replace("-", " "),
-        takeaway=said[0].upper() + said[1:],
-        x=STEP,
+        takeaway=(
+            f"In the second half of the run the {label} {does} at {text.percent(ratio, 3)} of the limit {entry}; "
+            f"the loss rises in {text.percent(rises)} of these updates."
+        ),
+        x=dataclasses.replace(STEP, limits=(0.0, 1.02 * len(loss))),
         panels=(
             Panel(
-                y=Axis(label=label, limits=(max(low, 0.0), reach)),
-                series=(
-                    series("line", x, y, name=label, color="c0"),
-                    series("points", x, y, name=label, color="c0", size=4, hover=label),
-                    series("line", x, limit, name=f"threshold of {optimizer}", color="text", dash="dash"),
-                ),
+                y=Axis(label=label, limits=(0.0 if low < 0.4 * top else 0.9 * low, 1.12 * top)),
+                series=(*drawn, series("line", x, limit, name=entry, color="text", dash="dash")),
                 share=2.0,
             ),
             Panel(
                 y=Axis(label="training loss", scale="log"),
                 series=(
-                    series("line", np.arange(1, len(loss) + 1)[positive], loss[positive], name="loss", color="c1"),
+                    series(
+                        "line", np.arange(1, len(loss) + 1)[positive], loss[positive], name="training loss", color="c1"
+                    ),
                 ),
             ),
+        ),
+        note=(
+            "Dashed: the curvature above which the optimizer diverges on a quadratic (Cohen et al. 2021, arXiv "
+            "2103.00065; 2022, arXiv 2207.14484)."
         ),
     )
 
@@ -104,7 +116,7 @@ def sgd_figure(
         x=Axis(label="learning rate times trace of the Hessian"),
         panels=(
             Panel(
-                y=Axis(label=f"mean |w|² after {num_steps} updates, of 1", scale="log"),
+                y=Axis(label=f"mean |w|² after {num_steps} updates (1 before)", scale="log"),
                 series=(
                     series("line", x, theory, name="theory", color="muted"),
                     series(
@@ -141,12 +153,13 @@ def width_figure(panels: Mapping[str, tuple[Sequence[int], ArrayLike, NDArray[np
         label = NAMES.get(name, name)
         out.append(Panel(y=Axis(label=f"{label}: sharpness λ", scale="log", limits=limits), series=tuple(drawn)))
         same = "coincides over widths" if abs(slope) < TRANSFERS else "changes with width"
-        told.append(f"{label}: sharpness {same} (width to the power {slope:+.2f})")
+        told.append(f"{label}: sharpness {same} (width to the power {text.signed(slope, 2)})")
     widths = next(iter(panels.values()))[0]
+    said = "; ".join(told) + "."
     return Figure(
         key="sharpness-widths",
         title=f"Sharpness along training at widths {min(widths)} to {max(widths)}",
-        takeaway="; ".join(told) + ".",
+        takeaway=said[0].upper() + said[1:],
         x=STEP,
         panels=tuple(out),
         note=(

@@ -10,7 +10,8 @@ from typing import Any
 from landscape_ray.config import parse
 from landscape_ray.errors import UserError
 from landscape_ray.probes import PROBES, Estimate, Host, Probe
-from landscape_ray.probes.spectrum.density import SpectralDensity, spectral_density
+from landscape_ray.probes.spectrum.density import spectral_density
+from landscape_ray.probes.spectrum.quadrature import SpectralDensity
 from landscape_ray.training.loop import update
 from landscape_ray.training.probing import (
     ProbesConfig,
@@ -115,7 +116,7 @@ def inspect(
             progress("spectral density")
         batches = probe_batches(state.data, state.device, state.config.seed, batch_size, num_batches or 1)
         state.optimizer.eval()
-        found = spectral_density(state.module, state.objective, batches, seed=state.config.seed)
+        found = spectral_density(state.module, state.objective, batches, route="auto", seed=state.config.seed)
     return Inspection(
         step=state.step,
         num_params=sum(parameter.numel() for parameter in state.optimizer.parameters),

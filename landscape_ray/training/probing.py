@@ -78,7 +78,7 @@ class PreconditionedSharpnessConfig(ProbeTable):
     """Lanczos stops when the residual is below this share of the eigenvalue."""
     max_matvecs: int = Field(default=40, ge=1, le=1000)
     route: Literal["exact", "finite_difference"] = "exact"
-    """How Hessian-vector products are computed; finite differences are for networks without kinks."""
+    """How Hessian-vector products are computed: by second derivatives, or by differences of gradients, cheaper."""
 
 
 class LayerSharpnessConfig(ProbeTable):
@@ -218,6 +218,8 @@ class SpectralDensityConfig(ProbeTable):
     """See eigenvalues."""
     min_gap: float = Field(default=0.25, gt=0, lt=1)
     """Gap that parts outliers from the bulk, relative to their distance from the median."""
+    route: Literal["exact", "finite_difference", "auto"] = "exact"
+    """How Hessian-vector products are computed; auto: finite differences where a check with an exact one agrees."""
 
 
 class TraceConfig(ProbeTable):

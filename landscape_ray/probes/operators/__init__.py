@@ -1,7 +1,8 @@
 """Symmetric matrices over the weights, known by their products with vectors.
 
 operator.py        CurvatureOperator: what the solvers of `spectrum` take
-hessian.py         the Hessian, exactly and by differences of gradients
+hessian.py         the Hessian, exactly and by differences of gradients; kinks.py: what makes those see no kink
+checked.py         differences where one of them agrees with an exact product
 gauss_newton.py    the generalised Gauss-Newton matrix; jacobian.py: products with the Jacobian of the outputs
 fisher.py          the Fisher matrix by sampled labels, and the empirical one
 transforms.py      D A D: preconditioned, and scaled by the weights

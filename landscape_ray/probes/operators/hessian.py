@@ -10,6 +10,7 @@ from torch import Tensor
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.fixed_loss import FixedLoss
+from landscape_ray.probes.operators.kinks import HeldLoss
 from landscape_ray.probes.operators.operator import CurvatureOperator
 
 
@@ -97,14 +98,17 @@ class HessianOperator(CurvatureOperator):
 
 
 class FiniteDifferenceHessian(CurvatureOperator):
-    """Products by differences of gradients, for smooth networks: one gradient each, or two for a central one.
+    """Products by differences of gradients: one gradient each, or two for a central one.
 
         H v = |v| (g(w + eps v/|v|) - g(w)) / eps + O(eps)
 
     The error sits where it matters: on a GPT with 241k weights, early in training, eps = 0.02 is off by 0.3 % for a
     random v, but by 9 % along the sharpest direction, where the curvature changes within the step; 0.005 by 0.1 % and
-    2 %. So check along the vector that was found, not along a random one. Networks with kinks (ReLU, max pooling) are
-    not for this: a difference sees the kinks that it crosses, and stops being symmetric.
+    2 %. So check along the vector that was found, not along a random one.
+
+    Networks with the usual kinks (ReLU and its relatives, max pooling) are held on the piece that they are on
+    (:mod:`landscape_ray.probes.operators.kinks`), which is what second derivatives see of them. Of kinks of another
+    make a difference sees the jumps that it crosses, and stops being symmetric.
 
     Fused attention and compiled modules work and keep their speed. The weights are moved during a product and put back
     bit by bit, also after an exception.
@@ -133,14 +137,15 @@ class FiniteDifferenceHessian(CurvatureOperator):
         self.mean_loss = math.nan
         """L(w), known after the first product."""
         self._base: Tensor | None = None
+        self._held = HeldLoss(function)
 
     def _product(self, vector: Tensor) -> Tensor:
         if self._base is None:
-            self.mean_loss, self._base = self.function.gradient()
+            self.mean_loss, self._base = self._held.gradient()
         length = float(torch.linalg.vector_norm(vector))
         if length == 0.0:
             return torch.zeros_like(vector)
-        _, ahead = self.function.gradient_at(vector * (self.eps / length))
+        _, ahead = self._held.gradient_at(vector * (self.eps / length))
         return ahead.sub_(self._base).mul_(length / self.eps)
 
     def central(self, vector: Tensor) -> Tensor:
@@ -151,5 +156,5 @@ class FiniteDifferenceHessian(CurvatureOperator):
         self.num_matvecs += 2
         length = float(torch.linalg.vector_norm(vector))
         step = vector * (0.25 * self.eps / length)
-        (_, ahead), (_, behind) = self.function.gradient_at(step), self.function.gradient_at(-step)
+        (_, ahead), (_, behind) = self._held.gradient_at(step), self._held.gradient_at(-step)
         return ahead.sub_(behind).mul_(length / (0.5 * self.eps))

@@ -12,6 +12,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import Estimate
 from landscape_ray.probes.fixed_loss import Batches, FixedLoss
 from landscape_ray.probes.losses import Loss
+from landscape_ray.probes.operators.kinks import Kinks
 from landscape_ray.probes.probe import Host, Probe
 
 Route: TypeAlias = Literal["exact", "finite_difference"]
@@ -47,9 +48,9 @@ def batch_sharpness(
         batches: at least two pairs `(batch, num_examples)`, each of them one minibatch; 5 to 20 are usual. Means weigh
             them by their number of examples.
         of_ratios: `E_B[g_B' H_B g_B / |g_B|^2]` instead, the other form in use.
-        route: exact, second derivatives, 3.5 gradients on all minibatches; or finite_difference, for networks without
-            kinks, which keeps fused attention and compiled modules: differences of gradients along g_B, two gradients,
-            and an exact product for the first minibatch, whose deviation is added to the error.
+        route: exact, second derivatives, 3.5 gradients on all minibatches; or finite_difference, which keeps fused
+            attention and compiled modules: differences of gradients along g_B, two gradients, and an exact product for
+            the first minibatch, whose deviation is added to the error.
         tol: deviation of the differences that is accepted, relative, > 0.
         eval_mode: measure in eval mode: no dropout, running batch statistics. False keeps the modes of the host.
 
@@ -166,12 +167,14 @@ def _exact(function: FixedLoss, batch: Any) -> tuple[float, float]:
 def _difference(function: FixedLoss, batch: Any) -> tuple[float, float]:
     """Return `g' H g` and `g' g` of one minibatch, by a step along g."""
     step = STEP * math.sqrt(torch.finfo(function.dtype).eps / torch.finfo(torch.float32).eps)
+    kinks = Kinks()
     with function.surroundings():
-        flat = function.flatten(function.differentiate(batch)[1])
+        with kinks.taken_down(function.module):
+            flat = function.flatten(function.differentiate(batch)[1])
         length = float(torch.linalg.vector_norm(flat))
         if length == 0:
             return 0.0, 0.0
-        with function.moved_by(flat * (step / length)):
+        with function.moved_by(flat * (step / length)), kinks.held():
             ahead = function.flatten(function.differentiate(batch)[1])
         return float(flat @ (ahead - flat)) * length / step, length**2
 

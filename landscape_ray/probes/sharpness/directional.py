@@ -13,6 +13,7 @@ from landscape_ray.probes.estimate import UNKNOWN, Estimate
 from landscape_ray.probes.fixed_loss import FORWARD, Batches, FixedLoss
 from landscape_ray.probes.losses import Loss
 from landscape_ray.probes.operators import HessianOperator
+from landscape_ray.probes.operators.kinks import HeldLoss
 from landscape_ray.probes.probe import Host, Need, Probe
 
 Route: TypeAlias = Literal["auto", "exact", "gradient", "parabola"]
@@ -59,9 +60,10 @@ def directional_sharpness(
             Where that misses `tol`, once more with the shortest step for which rounding does not matter.
         auto: for probes along a run: parabola where it serves, checked by an exact product at the first measurement and
             every tenth, which return that product; exact where its error misses `tol`. A single call checks, too, so
-            that it is exact and dearer than that. On ReLU networks differences see the kinks that they cross, as
-            curvature. Along gradients they came out within 7 % of the exact product; along random directions that is
-            all they see, and in 2 of 30 their errors did not tell.
+            that it is exact and dearer than that. ReLU and its relatives are held on the piece that they are on
+            (:mod:`landscape_ray.probes.operators.kinks`); kinks of another make are seen, where a step crosses them, as
+            curvature. Along random directions that is all that differences see, and in 2 of 30 their errors did not
+            tell.
     All but exact keep fused attention and compiled modules at their speed. Differences are symmetric, so that the third
     derivative drops out; the one-sided `2 (L(D) - L(0) - g' D) / |D|^2` along an update D is off by it, 2 to 5 % on
     small GPTs.
@@ -203,12 +205,13 @@ class DirectionalSharpnessProbe(Probe):
         return {self.name: found}
 
     def _by_gradients(self, function: FixedLoss, unit: Tensor, step: float) -> Estimate:
-        (ahead, rising), (behind, falling) = function.gradient_at(step * unit), function.gradient_at(-step * unit)
+        held = HeldLoss(function)
+        centre = held.value()
+        (ahead, rising), (behind, falling) = held.gradient_at(step * unit), held.gradient_at(-step * unit)
         value = float(unit @ (rising - falling)) / (2 * step)
-        centre = function.value()
         reach = self._shortest(centre, value, function) or step
         if reach > step:
-            ahead, behind = function.value_at(reach * unit), function.value_at(-reach * unit)
+            ahead, behind = held.value_at(reach * unit), held.value_at(-reach * unit)
         else:
             reach = step
         deviation = abs(value - (ahead - 2 * centre + behind) / reach**2)
@@ -219,21 +222,22 @@ class DirectionalSharpnessProbe(Probe):
 
     def _by_parabola(self, function: FixedLoss, unit: Tensor, step: float) -> tuple[Estimate, float]:
         """Return the estimate, and the step that would have been best."""
-        centre = function.value()
-        found = self._extrapolated(function, unit, step, centre)
+        held = HeldLoss(function)
+        centre = held.value()
+        found = self._extrapolated(held, unit, step, centre)
         best = self._shortest(centre, found.value, function)
         if not found.converged and best is not None and not 0.5 < best / step < 1.2:
             step = best
-            found = self._extrapolated(function, unit, step, centre)
+            found = self._extrapolated(held, unit, step, centre)
             best = self._shortest(centre, found.value, function)
         return found, step if found.converged or best is None else best
 
-    def _extrapolated(self, function: FixedLoss, unit: Tensor, step: float, centre: float) -> Estimate:
+    def _extrapolated(self, held: HeldLoss, unit: Tensor, step: float, centre: float) -> Estimate:
         whole, half = (
-            (function.value_at(h * unit) - 2 * centre + function.value_at(-h * unit)) / h**2 for h in (step, step / 2)
+            (held.value_at(h * unit) - 2 * centre + held.value_at(-h * unit)) / h**2 for h in (step, step / 2)
         )
         added = (half - whole) / 3
-        error = abs(added) + _rounding(centre, function) / step**2
+        error = abs(added) + _rounding(centre, held.function) / step**2
         value = half + added
         return Estimate(value=value, standard_error=error, converged=error <= self.tol * abs(value), route="parabola")
 

@@ -65,8 +65,8 @@ def preconditioned_sharpness(
         tol: residual to reach, relative to the value, > 0.
         max_matvecs: most products, >= 1; memory: one vector of the size of the parameters for each.
         route: exact, by second derivatives, 2.3 gradients a product on one micro-batch and 3.5 on several; or
-            finite_difference, for networks without kinks: one gradient a product, then value and residual anew by a
-            finer central difference along the vector.
+            finite_difference: one gradient a product, then value and residual anew by a finer central difference along
+            the vector.
         seed: of the start vector.
         eval_mode: measure in eval mode: no dropout, running batch statistics. False keeps the modes of the host.
 

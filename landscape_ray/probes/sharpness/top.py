@@ -25,8 +25,9 @@ Route: TypeAlias = Literal["exact", "finite_difference", "auto"]
 
 
 MAX_ASYMMETRY = 0.1
-"""Of finite differences, relative: below 0.02 on smooth networks, below 0.001 with the short steps of this file. On
-ReLU networks mostly 0.3 and more; on two of twelve it was less, and there the value was right to 0.1 percent."""
+"""Of finite differences, relative: below 0.02 as a rule, below 0.001 with the short steps of this file. Across kinks
+that are not held mostly 0.3 and more; on two of twelve networks it was less, and there the value was right to 0.1
+percent."""
 
 
 def sharpness(
@@ -51,8 +52,9 @@ def sharpness(
 
     Routes:
         exact: second derivatives; 2.3 gradients a product on one micro-batch, 3.5 on several.
-        finite_difference: one gradient a product, for networks without kinks; then value and residual anew by a finer
-            central difference along the vector, two gradients. The Hessian is that of the loss as differences see it.
+        finite_difference: one gradient a product; then value and residual anew by a finer central difference along the
+            vector, two gradients. ReLU and its relatives are held on the piece that they are on; the Hessian is that of
+            the loss as differences see it.
         auto: finite differences; then value and residual anew by one exact product along the vector. Where that
             residual misses `tol`, or the differences are not symmetric, exact products go on from there. With
             tol below 0.02 they mostly do, and still save products by what the differences found.

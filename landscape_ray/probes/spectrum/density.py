@@ -1,29 +1,22 @@
-"""The spectral density of a curvature matrix by stochastic Lanczos quadrature, and what else the products tell.
-
-For a vector v of random signs, m Lanczos steps give nodes theta_i and weights w_i that sum to one, with
-
-    v' f(A) v / n = sum_i w_i f(theta_i)
-
-exactly for polynomials f of degree below 2 m, and E[v' f(A) v] = tr f(A). So each run is an unbiased sample of the
-trace, of the squared Frobenius norm, and of the density `1/n sum_j delta(lambda - lambda_j)`, as far as 2 m moments
-tell.
-"""
+"""The spectral density of a curvature matrix, at the present weights and along a run."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from landscape_ray.errors import UserError
-from landscape_ray.probes.estimate import UNKNOWN, Estimate
+from landscape_ray.probes.estimate import Estimate
 from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
 from landscape_ray.probes.losses import Loss
+from landscape_ray.probes.operators.checked import CheckedHessian, Products, check_route
+from landscape_ray.probes.operators.hessian import HessianOperator
+from landscape_ray.probes.operators.jacobian import JacobianOperator
 from landscape_ray.probes.probe import Host, Probe
 from landscape_ray.probes.spectrum.eigenpairs import (
     FLOOR,
@@ -32,72 +25,14 @@ from landscape_ray.probes.spectrum.eigenpairs import (
     curvature_operator,
     expected_price,
 )
-from landscape_ray.probes.spectrum.lanczos import extremal_pairs
-from landscape_ray.probes.spectrum.sign_samples import error_of_mean, random_signs, student
-
-MAX_RESIDUAL = 0.05
-"""Of a Ritz value that is given for an eigenvalue or an edge, relative to it, or to `FLOOR` of the largest in
-magnitude; with a larger one it is not `converged`."""
-
-MAX_OUTLIER_SHARE = 0.25
-"""Of the eigenvalues; what lies further inside the spectrum is bulk."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SpectralDensity:
-    """A density and what comes with it. Errors are over probe vectors; see :func:`spectral_density` for one vector.
-
-    Attributes:
-        nodes: Ritz values of each run, ascending, float64.
-        weights: of the nodes, sum one in each run.
-        grid: eigenvalues, ascending, a quarter of sigma apart; left out is where there are none.
-        density: on the grid, per unit of eigenvalue; the mean over runs.
-        density_error: standard error of the density; None for one vector.
-        sigma: standard deviation of the Gaussian around each node.
-        trace: sum of the eigenvalues, unbiased.
-        frobenius_norm: root of the sum of their squares; the square is unbiased.
-        largest: the largest Ritz value; `standard_error` is the residual. Not `converged` where that is above 5 % of
-            its value, as it is after a few steps, which mostly underestimate; likewise the following three.
-        smallest: the smallest one, likewise.
-        bulk_upper: upper edge of the bulk: its largest Ritz value.
-        bulk_lower: lower edge of the bulk.
-        num_above: number of outliers above the bulk.
-        num_below: number of outliers below it.
-        outliers: those of the first run, descending.
-        num_matvecs, price_gradients, cost_seconds: what was spent.
-    """
-
-    nodes: tuple[Tensor, ...]
-    weights: tuple[Tensor, ...]
-    grid: Tensor
-    density: Tensor
-    density_error: Tensor | None
-    sigma: float
-    trace: Estimate
-    frobenius_norm: Estimate
-    largest: Estimate
-    smallest: Estimate
-    bulk_upper: Estimate
-    bulk_lower: Estimate
-    num_above: Estimate
-    num_below: Estimate
-    outliers: Tensor
-    num_matvecs: int
-    price_gradients: float = 0.0
-    cost_seconds: float = 0.0
-
-    def at(self, grid: Tensor, sigma: float | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return density and standard error on another grid, and with another width.
-
-        Args:
-            grid: eigenvalues, any shape.
-            sigma: > 0; None keeps the width.
-
-        Raises:
-            UserError: sigma is not positive and finite.
-        """
-        sigma = self.sigma if sigma is None else _checked_width(sigma)
-        return _blur(self.nodes, self.weights, grid, sigma)
+from landscape_ray.probes.spectrum.quadrature import (
+    MAX_RESIDUAL,
+    SpectralDensity,
+    check_quadrature,
+    lanczos_quadrature,
+    unknown_density,
+)
+from landscape_ray.probes.spectrum.sign_samples import random_signs
 
 
 def spectral_density(
@@ -110,6 +45,7 @@ def spectral_density(
     num_vectors: int = 2,
     sigma: float | None = None,
     min_gap: float = 0.25,
+    route: Products = "exact",
     seed: int = 0,
     eval_mode: bool = True,
 ) -> SpectralDensity:
@@ -136,6 +72,9 @@ def spectral_density(
         num_vectors: probe vectors, >= 1. One suffices for large networks; two or more give errors of the density.
         sigma: width of the Gaussians, > 0; None: the mean distance between nodes in the bulk.
         min_gap: see above, between 0 and 1.
+        route: see :data:`landscape_ray.probes.operators.checked.Products`; all but the Hessian know only exact. With
+            differences the largest value is measured anew along its Ritz vector, and how far it was off is part of the
+            errors.
         seed: of the probe vectors.
         eval_mode: measure in eval mode: no dropout, running batch statistics. False keeps the modes of the host.
 
@@ -156,11 +95,12 @@ def spectral_density(
     """
     began = time.perf_counter()
     check_curvature(curvature)
-    _check(num_steps, num_vectors, sigma, min_gap)
+    check_route(route, curvature)
+    check_quadrature(num_steps, num_vectors, sigma, min_gap)
     with observing(module, loss, batches, eval_mode=eval_mode, seed=seed) as function:
         if function.finite:
             function.check_deterministic()
-        found = measure(function, curvature, num_steps, num_vectors, sigma, min_gap, seed)
+        found = measure(function, curvature, num_steps, num_vectors, sigma, min_gap, seed, route=route)
     return dataclasses.replace(
         found, price_gradients=function.spent_gradients, cost_seconds=time.perf_counter() - began
     )
@@ -175,6 +115,8 @@ def measure(
     min_gap: float,
     seed: int,
     allowance_gradients: float = math.inf,
+    *,
+    route: Products = "exact",
 ) -> SpectralDensity:
     """Return the density; the cost is counted by `function`. Arguments as above.
 
@@ -182,10 +124,18 @@ def measure(
     nothing is `converged`.
     """
     if not function.finite:
-        return _unknown(0)
-    operator = curvature_operator(function, curvature, seed=seed)
+        return unknown_density(0)
+    operator: HessianOperator | JacobianOperator | CheckedHessian
+    if route == "exact":
+        operator = curvature_operator(function, curvature, seed=seed)
+    else:
+        first = random_signs(function.size, torch.Generator().manual_seed(seed), function.dtype, function.device)
+        length = torch.linalg.vector_norm(first)
+        operator = CheckedHessian(function, route, first / length)  # as the iteration asks for it
+    checked = operator if isinstance(operator, CheckedHessian) and operator.by_differences else None
     wanted = num_steps * num_vectors
-    affordable = operator.most_products(allowance_gradients - function.spent_gradients, wanted)
+    reserve = checked.price_of_anew if checked is not None else 0.0
+    affordable = operator.most_products(allowance_gradients - function.spent_gradients - reserve, wanted)
     enough = affordable >= min(num_steps, function.size) * num_vectors
     if not enough:
         num_steps, num_vectors = max(3, affordable // num_vectors), min(num_vectors, max(1, affordable // 3))
@@ -200,239 +150,52 @@ def measure(
         dtype=function.dtype,
         device=function.device,
     )
+    if checked is not None and found.largest.vector is not None:
+        found = _measured_anew(found, checked)
+    num_matvecs = operator.num_spent if isinstance(operator, CheckedHessian) else operator.num_matvecs
     if not math.isfinite(operator.mean_loss):
-        return _unknown(found.num_matvecs)
-    return found if enough else _cut_short(found)
+        return unknown_density(num_matvecs)
+    found = dataclasses.replace(
+        found,
+        by_differences=checked is not None,
+        num_matvecs=num_matvecs,
+        trace=dataclasses.replace(found.trace, num_matvecs=num_matvecs),
+        largest=dataclasses.replace(found.largest, vector=None),
+    )
+    trusted = checked is None or checked.trusted
+    return (
+        found if enough and trusted else _each(found, lambda estimate: dataclasses.replace(estimate, converged=False))
+    )
 
 
-def _cut_short(found: SpectralDensity) -> SpectralDensity:
-    """Return the same, nothing of it converged."""
+def _measured_anew(found: SpectralDensity, operator: CheckedHessian) -> SpectralDensity:
+    """Return the same with the largest value by a better product, and errors that hold how far differences are off."""
+    vector = found.largest.vector
+    assert vector is not None
+    product = operator.anew(vector)
+    value = float(vector @ product)
+    residual = float(torch.linalg.vector_norm(product - value * vector))
+    off = abs(found.largest.value - value) / abs(value) if value else 0.0
+
+    def widened(estimate: Estimate) -> Estimate:
+        return dataclasses.replace(estimate, standard_error=math.hypot(estimate.standard_error, off * estimate.value))
+
+    largest = dataclasses.replace(
+        found.largest,
+        value=value,
+        standard_error=residual,
+        converged=residual <= MAX_RESIDUAL * max(abs(value), FLOOR * abs(found.smallest.value)),
+    )
+    return dataclasses.replace(
+        _each(found, widened), largest=largest, num_above=found.num_above, num_below=found.num_below
+    )
+
+
+def _each(found: SpectralDensity, change: Callable[[Estimate], Estimate]) -> SpectralDensity:
+    """Return the same with every estimate changed."""
     parts = [field.name for field in dataclasses.fields(found) if isinstance(getattr(found, field.name), Estimate)]
-    cut = {name: dataclasses.replace(getattr(found, name), converged=False) for name in parts}
-    return dataclasses.replace(found, **cut)
-
-
-class _Run(NamedTuple):
-    """One quadrature: nodes, ascending, their weights, and the residuals of the Ritz pairs."""
-
-    nodes: Tensor
-    weights: Tensor
-    residuals: Tensor
-
-
-def lanczos_quadrature(
-    matvec: Callable[[Tensor], Tensor],
-    size: int,
-    *,
-    num_steps: int = 80,
-    num_vectors: int = 2,
-    sigma: float | None = None,
-    min_gap: float = 0.25,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> SpectralDensity:
-    """Return the spectral density of a symmetric operator; :func:`spectral_density` for one that is at hand.
-
-    Args:
-        matvec: `A v` for v of shape (size,); A symmetric.
-        size: number of rows of A, >= 1.
-        num_steps: as there.
-        num_vectors: as there.
-        sigma: as there.
-        min_gap: as there.
-        seed: as there.
-        dtype: of the vectors.
-        device: of the vectors.
-
-    Raises:
-        UserError: an argument out of its range.
-
-    >>> spectrum = torch.tensor([1.0, 2.0, 3.0, 10.0])
-    >>> found = lanczos_quadrature(lambda v: spectrum * v, 4)
-    >>> round(found.trace.value, 3), round(found.frobenius_norm.value, 3)  # signs and a diagonal: exact
-    (16.0, 10.677)
-    """
-    _check(num_steps, num_vectors, sigma, min_gap)
-    generator = torch.Generator().manual_seed(seed)
-    runs: list[_Run] = []
-    num_matvecs = 0
-    for _ in range(num_vectors):
-        pairs = extremal_pairs(
-            matvec,
-            size,
-            start=random_signs(size, generator, dtype, torch.device(device)),
-            tol=0.0,
-            max_matvecs=num_steps,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-        )
-        num_matvecs += pairs.num_matvecs
-        if pairs.weights is None or not math.isfinite(float(pairs.values[0])):
-            return _unknown(num_matvecs)
-        runs.append(_Run(pairs.ritz_values, pairs.weights, pairs.ritz_residuals))
-
-    trace, frobenius_norm = _moments(runs, size)
-    above, below = (
-        [_num_outliers(run, min_gap) for run in runs],
-        [_num_outliers(_mirrored(run), min_gap) for run in runs],
-    )
-    bulk_upper = _edge(runs, above)
-    bulk_lower = _edge([_mirrored(run) for run in runs], below)
-    bulk_lower = dataclasses.replace(bulk_lower, value=-bulk_lower.value)
-    if sigma is None:
-        num_inside = sum(len(run.nodes) for run in runs) - sum(above) - sum(below)
-        width = (bulk_upper.value - bulk_lower.value) * len(runs) / num_inside
-        scale = max(abs(trace.value) / size, float(torch.cat([run.nodes for run in runs]).abs().max()))
-        sigma = max(width, 1e-3 * scale) or 1e-3  # a spectrum of one point, or of zeros
-    nodes, weights = tuple(run.nodes for run in runs), tuple(run.weights for run in runs)
-    grid = _grid(runs, above, below, bulk_lower.value, bulk_upper.value, sigma)
-    density, density_error = _blur(nodes, weights, grid, sigma)
-    first = runs[0].nodes
-    return SpectralDensity(
-        nodes=nodes,
-        weights=weights,
-        grid=grid,
-        density=density,
-        density_error=density_error,
-        sigma=sigma,
-        trace=dataclasses.replace(trace, num_matvecs=num_matvecs),
-        frobenius_norm=frobenius_norm,
-        largest=_extreme(runs, -1),
-        smallest=_extreme(runs, 0),
-        bulk_upper=bulk_upper,
-        bulk_lower=bulk_lower,
-        num_above=_mean([float(count) for count in above]),
-        num_below=_mean([float(count) for count in below]),
-        outliers=torch.cat([first[: below[0]], first[len(first) - above[0] :]]).flip(0),
-        num_matvecs=num_matvecs,
-    )
-
-
-def _blur(
-    nodes: Sequence[Tensor], weights: Sequence[Tensor], grid: Tensor, sigma: float
-) -> tuple[Tensor, Tensor | None]:
-    places = grid.to(torch.float64)[..., None]
-    normal = 1.0 / (sigma * math.sqrt(2.0 * math.pi))
-    each = torch.stack(
-        [
-            (own * torch.exp(-0.5 * ((places - near) / sigma).square())).sum(-1) * normal
-            for near, own in zip(nodes, weights, strict=True)
-        ]
-    )
-    error = student(len(each) - 1) * each.std(0) / math.sqrt(len(each)) if len(each) > 1 else None
-    return each.mean(0), error
-
-
-def _grid(
-    runs: Sequence[_Run], above: Sequence[int], below: Sequence[int], lower: float, upper: float, sigma: float
-) -> Tensor:
-    """Return multiples of a quarter sigma, seven sigma around bulk and outliers: what is between them is zero."""
-    step = 0.25 * sigma
-    places = set(range(math.floor(lower / step) - 28, math.ceil(upper / step) + 29))
-    for run, many, few in zip(runs, above, below, strict=True):
-        for node in [*run.nodes[len(run.nodes) - many :].tolist(), *run.nodes[:few].tolist()]:
-            places.update(range(math.floor(node / step) - 28, math.ceil(node / step) + 29))
-    return torch.tensor(sorted(places), dtype=torch.float64) * step
-
-
-def _mirrored(run: _Run) -> _Run:
-    return _Run(-run.nodes.flip(0), run.weights.flip(0), run.residuals.flip(0))
-
-
-def _num_outliers(run: _Run, min_gap: float) -> int:
-    """Return how many nodes lie above the bulk; see :func:`spectral_density` for the rule."""
-    nodes, weights, residuals = (part.flip(0) for part in run)  # descending
-    median = nodes[int(torch.searchsorted(weights.cumsum(0), 0.5).clamp(max=len(nodes) - 1))]
-    gaps = nodes[:-1] - nodes[1:]
-    inside = (residuals[:-1] > 0.5 * gaps) | (weights.cumsum(0)[:-1] > MAX_OUTLIER_SHARE) | (nodes[:-1] <= median)
-    candidates = int(inside.long().argmax()) if bool(inside.any()) else len(gaps)
-    wide = (gaps >= min_gap * (nodes[:-1] - median))[:candidates].nonzero()
-    return int(wide[-1]) + 1 if len(wide) else 0
-
-
-def _edge(runs: Sequence[_Run], counts: Sequence[int]) -> Estimate:
-    """Return the largest node of the bulk, given how many are above it."""
-    places = [len(run.nodes) - 1 - count for run, count in zip(runs, counts, strict=True)]
-    residuals = [float(run.residuals[place]) for run, place in zip(runs, places, strict=True)]
-    edge = _mean([float(run.nodes[place]) for run, place in zip(runs, places, strict=True)])
-    converged = all(_resolved(run, place) for run, place in zip(runs, places, strict=True))
-    error = edge.standard_error if len(runs) > 1 else residuals[0]
-    return dataclasses.replace(edge, standard_error=error, converged=converged)
-
-
-def _extreme(runs: Sequence[_Run], place: int) -> Estimate:
-    """Return the first (0) or last (-1) node of all, with its residual."""
-    values = [float(run.nodes[place]) for run in runs]
-    best = values.index(max(values) if place else min(values))
-    return Estimate(
-        value=values[best],
-        standard_error=float(runs[best].residuals[place]),
-        converged=_resolved(runs[best], place),
-    )
-
-
-def _resolved(run: _Run, place: int) -> bool:
-    scale = max(abs(float(run.nodes[place])), FLOOR * float(run.nodes.abs().max()))
-    return float(run.residuals[place]) <= MAX_RESIDUAL * scale
-
-
-def _mean(samples: Sequence[float]) -> Estimate:
-    error = error_of_mean(samples) if len(samples) > 1 else 0.0
-    return Estimate(value=math.fsum(samples) / len(samples), standard_error=error)
-
-
-def _moments(runs: Sequence[_Run], size: int) -> tuple[Estimate, Estimate]:
-    """Return trace and Frobenius norm."""
-    first, second, fourth = (
-        [size * float((run.weights * run.nodes**power).sum()) for run in runs] for power in (1, 2, 4)
-    )
-    trace, square = _mean(first), _mean(second)
-    if len(runs) == 1:
-        trace = dataclasses.replace(trace, standard_error=math.sqrt(2.0 * second[0]))
-        square = dataclasses.replace(square, standard_error=math.sqrt(2.0 * fourth[0]))
-    norm = math.sqrt(square.value)
-    return trace, Estimate(value=norm, standard_error=0.5 * square.standard_error / norm if norm else 0.0)
-
-
-def _unknown(num_matvecs: int) -> SpectralDensity:
-    nothing = torch.empty(0, dtype=torch.float64)
-    return SpectralDensity(
-        nodes=(),
-        weights=(),
-        grid=nothing,
-        density=nothing,
-        density_error=None,
-        sigma=math.nan,
-        trace=dataclasses.replace(UNKNOWN, num_matvecs=num_matvecs),
-        frobenius_norm=UNKNOWN,
-        largest=UNKNOWN,
-        smallest=UNKNOWN,
-        bulk_upper=UNKNOWN,
-        bulk_lower=UNKNOWN,
-        num_above=UNKNOWN,
-        num_below=UNKNOWN,
-        outliers=nothing,
-        num_matvecs=num_matvecs,
-    )
-
-
-def _checked_width(sigma: float) -> float:
-    if not (math.isfinite(sigma) and sigma > 0):
-        raise UserError(f"sigma must be positive and finite, got {sigma}; None takes the distance between nodes")
-    return sigma
-
-
-def _check(num_steps: int, num_vectors: int, sigma: float | None, min_gap: float) -> None:
-    if num_steps < 3:  # the error of the norm takes the fourth moment
-        raise UserError(f"num_steps must be at least 3, got {num_steps}; 80 resolve the bulk into as many pieces")
-    if num_vectors < 1:
-        raise UserError(f"num_vectors must be at least 1, got {num_vectors}; the error falls with its root")
-    if sigma is not None:
-        _checked_width(sigma)
-    if not 0 < min_gap < 1:
-        raise UserError(f"min_gap must be between 0 and 1, got {min_gap}; 0.25 tells outliers of classes from the bulk")
+    changed: dict[str, Any] = {name: change(getattr(found, name)) for name in parts}
+    return dataclasses.replace(found, **changed)
 
 
 class SpectralDensityProbe(Probe):
@@ -444,6 +207,7 @@ class SpectralDensityProbe(Probe):
     """
 
     name = "spectral_density"
+    STATE: ClassVar[tuple[str, ...]] = ("_by_differences",)
 
     def __init__(
         self,
@@ -453,6 +217,7 @@ class SpectralDensityProbe(Probe):
         num_vectors: int = 1,
         curvature: Curvature = "hessian",
         min_gap: float = 0.25,
+        route: Products = "exact",
         eval_mode: bool = True,
         seed: int = 0,
     ) -> None:
@@ -464,22 +229,30 @@ class SpectralDensityProbe(Probe):
             num_vectors: see :func:`spectral_density`.
             curvature: see :func:`spectral_density`; all but hessian need a `DetailedLoss`.
             min_gap: see :func:`spectral_density`.
+            route: see :func:`spectral_density`; the price is that of exact products before the first measurement.
             eval_mode: see :func:`spectral_density`.
             seed: of the probe vectors; every measurement draws anew.
 
         Raises:
             UserError: an argument out of its range.
         """
-        _check(num_steps, num_vectors, None, min_gap)
+        check_quadrature(num_steps, num_vectors, None, min_gap)
         check_curvature(curvature)
+        check_route(route, curvature)
         super().__init__(batches, eval_mode=eval_mode, seed=seed)
-        self.num_steps, self.num_vectors, self.min_gap = num_steps, num_vectors, min_gap
+        self.num_steps, self.num_vectors, self.min_gap, self.route = num_steps, num_vectors, min_gap, route
         self.curvature: Curvature = curvature
+        self._by_differences = route == "finite_difference"
 
     @property
     def price_gradients(self) -> float:
         """What a measurement costs, in gradients on the batches of the probe."""
-        return expected_price(self.curvature, self.batches, self.num_steps * self.num_vectors)
+        num = self.num_steps * self.num_vectors
+        exact = expected_price(self.curvature, self.batches, num)
+        if not self._by_differences:
+            return exact
+        checks = 4.0 if self.route == "finite_difference" else expected_price(self.curvature, self.batches, 2)
+        return 1.0 + num + checks
 
     def _measure(self, function: FixedLoss, host: Host) -> dict[str, Estimate]:
         """Return the numbers at the present weights; a smaller allowance takes fewer steps."""
@@ -492,7 +265,9 @@ class SpectralDensityProbe(Probe):
             self.min_gap,
             self.seed + self._num_measured,
             host.allowance_gradients,
+            route=self.route,
         )
+        self._by_differences = found.by_differences
         return {
             self.name: dataclasses.replace(found.bulk_upper, num_matvecs=found.num_matvecs),
             f"{self.name}/bulk_lower": found.bulk_lower,

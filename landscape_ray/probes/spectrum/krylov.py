@@ -62,6 +62,10 @@ def random_directions(size: int, seed: int, dtype: torch.dtype, device: torch.de
 FIRST_ROWS = 8
 """Vectors that there is room for at first."""
 
+ROUNDING = 10
+"""What a step leaves over is nothing below so many machine epsilons of the operator's norm. Products with dense
+matrices of 5 to 400 rows in float64 leave one to six in an exhausted space, by the machine's order of sums."""
+
 
 class Krylov:
     """Q and T.
@@ -97,7 +101,7 @@ class Krylov:
         """Add the direction of a unit vector beside the basis to those that wait, unless it lies in the basis."""
         *_, rest = self._orthogonalise(vector)
         length = float(torch.linalg.vector_norm(rest))
-        if length > 10 * torch.finfo(rest.dtype).eps:
+        if length > ROUNDING * torch.finfo(rest.dtype).eps:
             self._add(rest, length)
 
     def multiply(self, matvec: Callable[[Tensor], Tensor]) -> bool:
@@ -113,7 +117,7 @@ class Krylov:
         self.projected[j : self.count, j] = overlaps[j:]
         self._norm = max(self._norm, math.hypot(float(torch.linalg.vector_norm(overlaps)), length))
         self.done += 1
-        if self.count < self.capacity and length > torch.finfo(self.basis.dtype).eps * self._norm:
+        if self.count < self.capacity and length > ROUNDING * torch.finfo(self.basis.dtype).eps * self._norm:
             self.projected[self.count, j] = length
             self._add(rest, length)
         return True

@@ -5,27 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
 from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
 from landscape_ray.probes.losses import Loss
-from landscape_ray.probes.operators.hessian import FiniteDifferenceHessian
+from landscape_ray.probes.operators.checked import CheckedHessian, Products, check_route
+from landscape_ray.probes.operators.hessian import HessianOperator
+from landscape_ray.probes.operators.jacobian import JacobianOperator
 from landscape_ray.probes.probe import Host, Probe
 from landscape_ray.probes.spectrum.eigenpairs import Curvature, check_curvature, curvature_operator
 from landscape_ray.probes.spectrum.sign_samples import random_signs
 from landscape_ray.probes.spectrum.trace_estimators import Method, TraceResult, check_settings, stochastic_trace
-
-Products: TypeAlias = Literal["exact", "finite_difference", "auto"]
-"""How products with the Hessian are computed; see :func:`trace`."""
-
-MAX_DIFFERENCE = 0.02
-"""Of a product by finite differences from the exact one, relative: 0.003 is usual on smooth networks, 1 on ReLU."""
 
 
 def trace(
@@ -46,12 +40,8 @@ def trace(
     The module and all global random generators are bit-identical afterwards. Non-finite weights or losses give nan.
     The trace of the Gauss-Newton matrix alone is had for far less by :func:`landscape_ray.probes.spectrum.ggn_trace`.
 
-    Routes to a product with the Hessian:
-        exact: second derivatives; 2.3 gradients on one micro-batch, 3.5 on several.
-        finite_difference: one gradient, for networks without kinks; the first is checked by a finer central difference,
-            two gradients, and `converged` is false where the two differ by more than 2 percent.
-        auto: finite differences, if the first is within 2 percent of the exact product; else exact ones.
-        How far the sample of the check was off is part of the standard error.
+    Routes to a product with the Hessian are those of :data:`landscape_ray.probes.operators.checked.Products`. How far
+    the sample of a check was off is part of the standard error.
 
     Args:
         module: any module, float32 or float64; data-parallel wrappers taken off.
@@ -106,31 +96,16 @@ def trace_and_frobenius(
 
     Route auto checks with an exact product if `check_exactly`, and otherwise with a central difference, cheaper.
     """
-    exact = curvature_operator(function, curvature, seed=seed)
-    differences = FiniteDifferenceHessian(function)
-    operator: Callable[[Tensor], Tensor] = exact
-    trusted, bias, name = True, 0.0, ""
-    if route != "exact":
-        signs = random_signs(
-            function.size, torch.Generator().manual_seed(seed), function.dtype, function.device
-        )  # the first that the estimate draws
-        product = differences(signs)
-        reference = (exact if route == "auto" and check_exactly else differences.central)(signs)
-        distance = float(torch.linalg.vector_norm(product - reference))
-        trusted = distance <= MAX_DIFFERENCE * float(torch.linalg.vector_norm(reference))
-        by_differences = trusted or route == "finite_difference"
-        operator = _Remembering(
-            differences if by_differences else exact, signs, product if by_differences else reference
-        )
-        if by_differences:
-            form = float(signs @ reference)
-            bias = abs(float(signs @ product) - form) / max(abs(form), torch.finfo(torch.float64).tiny)
-            name = ", finite differences"
-    used = differences if name else exact
+    operator: HessianOperator | JacobianOperator | CheckedHessian
+    if route == "exact":
+        operator = curvature_operator(function, curvature, seed=seed)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        signs = random_signs(function.size, generator, function.dtype, function.device)  # the first of the estimate
+        operator = CheckedHessian(function, route, signs, check_exactly=check_exactly)
+    checked = operator if isinstance(operator, CheckedHessian) else None
     left = allowance_gradients - function.spent_gradients
-    if used.num_matvecs:  # by the check, which paid for the setup, and whose product is the first of the estimate
-        left += used.setup_gradients + used.matvec_gradients
-    most = min(max_matvecs, max(2, used.most_products(left, max_matvecs)))
+    most = min(max_matvecs, max(2, operator.most_products(left, max_matvecs)))
     result = stochastic_trace(
         operator,
         function.size,
@@ -141,10 +116,12 @@ def trace_and_frobenius(
         dtype=function.dtype,
         device=function.device,
     )
-    num_matvecs = exact.num_matvecs + differences.num_matvecs
+    num_matvecs = operator.num_matvecs if checked is None else checked.num_spent
     if not (math.isfinite(result.value) and math.isfinite(result.frobenius_squared)):
         return dataclasses.replace(UNKNOWN, num_matvecs=num_matvecs), UNKNOWN
-    return _estimates(result, bias, trusted or not name, result.route + name, num_matvecs)
+    if checked is None or not checked.by_differences:
+        return _estimates(result, 0.0, True, result.route, num_matvecs)
+    return _estimates(result, checked.deviation, checked.trusted, f"{result.route}, finite differences", num_matvecs)
 
 
 def _estimates(
@@ -165,25 +142,10 @@ def _estimates(
     )
 
 
-class _Remembering:
-    """Products, one of which is known."""
-
-    def __init__(self, operator: Callable[[Tensor], Tensor], vector: Tensor, product: Tensor) -> None:
-        self.operator, self.vector, self.product = operator, vector, product
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        return self.product if torch.equal(vector, self.vector) else self.operator(vector)
-
-
 def _check(tol: float, max_matvecs: int, curvature: str, method: str, route: str) -> None:
     check_settings(method, tol, max_matvecs)
     check_curvature(curvature)
-    if route not in get_args(Products):
-        raise UserError(f"route must be one of {', '.join(get_args(Products))}, got '{route}'")
-    if curvature != "hessian" and route != "exact":
-        raise UserError(
-            f"route must be exact for curvature {curvature}, got '{route}'; differences are of the gradient"
-        )
+    check_route(route, curvature)
 
 
 class TraceProbe(Probe):

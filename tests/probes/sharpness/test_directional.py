@@ -119,17 +119,39 @@ def test_error_covers_rounding():
     assert sum(inside) >= 19
 
 
-@pytest.fixture
-def kinked():
-    """A ReLU net in float32, where steps that rounding allows cross kinks, and a random direction."""
+class Hinge(nn.Module):
+    """ReLU of another make: its kinks are not held."""
+
+    def forward(self, x):
+        return torch.where(x > 0, x, 0.0)
+
+
+def network_with_kinks(activation):
     generator = torch.Generator().manual_seed(2)
-    module = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    module = nn.Sequential(nn.Linear(16, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 3))
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[-1]))
     batch = torch.randn(32, 16, generator=generator), torch.randint(3, (32,), generator=generator)
     direction = torch.randn(sum(p.numel() for p in module.parameters()), generator=generator)
     return module, lambda m, b: functional.cross_entropy(m(b[0]), b[1]), batch, direction / direction.norm()
+
+
+@pytest.fixture
+def kinked():
+    """A net in float32, where steps that rounding allows cross kinks that are not held, and a random direction."""
+    return network_with_kinks(Hinge)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU])
+@pytest.mark.parametrize("route", ["parabola", "gradient"])
+@pytest.mark.parametrize("step", [1.0, 0.1])
+def test_differences_do_not_see_the_kinks_of_relu(activation, route, step):
+    module, loss, batch, direction = network_with_kinks(activation)
+    truth = directional_sharpness(module, loss, [batch], direction, route="exact").value
+    found = directional_sharpness(module, loss, [batch], direction, route=route, step=step)
+    assert abs(found.value - truth) <= 2 * found.standard_error < 0.2 * truth
 
 
 @pytest.mark.parametrize("route", ["parabola", "gradient"])
@@ -312,8 +334,9 @@ def test_a_parabola_that_misses_the_product_is_not_used_again():
 
     def loss(module, _):
         w = module[0].squeeze()
-        beyond = w.abs() - 1e-8
-        return 1e3 + torch.where(w.abs() < 1e-8, 0.5 * w**2, 0.5e-16 + 1e-8 * beyond + beyond**2)
+        length = torch.where(w > 0, w, -w)
+        beyond = length - 1e-8
+        return 1e3 + torch.where(length < 1e-8, 0.5 * w**2, 0.5e-16 + 1e-8 * beyond + beyond**2)
 
     probe = DirectionalSharpnessProbe([None])
     host = Host(update=[torch.full((1,), 10.0, dtype=torch.float64)])

@@ -11,7 +11,8 @@ from torch import nn
 from landscape_ray.errors import UserError
 from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.probe import Host
-from landscape_ray.probes.spectrum.density import SpectralDensityProbe, lanczos_quadrature, spectral_density
+from landscape_ray.probes.spectrum.density import SpectralDensityProbe, spectral_density
+from landscape_ray.probes.spectrum.quadrature import lanczos_quadrature
 
 CROSS_ENTROPY = OutputLoss(nn.CrossEntropyLoss(reduction="none"), "categorical")
 NUM_SEEDS = 200
@@ -157,6 +158,73 @@ def test_dense_hessian_in_one_run(case, dense_hessian):
     assert ggn.smallest.value > -1e-9
 
 
+def wide(activation, seed=0):
+    """Return a network of 3,413 weights in float32, where a step of differences crosses kinks."""
+    generator = torch.Generator().manual_seed(seed)
+    module = nn.Sequential(nn.Linear(16, 48), activation(), nn.Linear(48, 48), activation(), nn.Linear(48, 5))
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[-1]))
+    inputs = torch.randn(128, 16, generator=generator)
+    return module, (inputs, (inputs @ torch.randn(16, 5, generator=generator)).argmax(1))
+
+
+class Hinge(nn.Module):
+    """ReLU of another make: its kinks are not held."""
+
+    def forward(self, x):
+        return torch.where(x > 0, x, 0.0)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("activation", [nn.GELU, nn.ReLU])
+@pytest.mark.parametrize("route", ["finite_difference", "auto"])
+def test_differences_give_the_same_for_half_the_price(activation, route):
+    module, batch = wide(activation)
+    settings = {"num_steps": 30, "num_vectors": 2, "seed": 1}
+    exact = spectral_density(module, CROSS_ENTROPY, [batch], **settings)
+    found = spectral_density(module, CROSS_ENTROPY, [batch], route=route, **settings)
+    assert found.by_differences
+    assert not exact.by_differences
+    for part in ("trace", "frobenius_norm", "largest", "smallest", "bulk_upper"):
+        one, other = getattr(found, part), getattr(exact, part)
+        assert one.value == pytest.approx(other.value, rel=0.02, abs=0.01 * exact.largest.value), part
+        assert one.converged == other.converged
+    assert found.num_above.value == exact.num_above.value
+    assert abs(found.largest.value - exact.largest.value) <= found.largest.standard_error + exact.largest.standard_error
+    # a gradient at the weights, one for each product, and two products that check: the first, and the largest value
+    checks = 1.2 + 2 * 2.3 if route == "auto" else 4.0
+    assert found.price_gradients == pytest.approx(2 / 3 + 1 + 60 + checks)
+    assert found.num_matvecs == 60 + (2 if route == "auto" else 4)
+    probe = SpectralDensityProbe([batch], num_steps=30, num_vectors=2, route=route, seed=1)
+    assert probe.measure(module, CROSS_ENTROPY)["spectral_density/largest"].value == found.largest.value
+    assert probe.price_gradients == pytest.approx(found.price_gradients - 2 / 3)
+    fresh = SpectralDensityProbe([batch], num_steps=30, num_vectors=2, route=route)
+    fresh.load_state_dict(probe.state_dict())
+    assert fresh.price_gradients == probe.price_gradients
+
+
+def test_differences_across_unknown_kinks_are_found_out():
+    module, batch = wide(Hinge)
+    exact = spectral_density(module, CROSS_ENTROPY, [batch], num_steps=20, num_vectors=1)
+    auto = spectral_density(module, CROSS_ENTROPY, [batch], num_steps=20, num_vectors=1, route="auto")
+    assert not auto.by_differences
+    assert auto.largest.value == pytest.approx(exact.largest.value, rel=1e-4)
+    assert auto.largest.converged == exact.largest.converged
+    forced = spectral_density(module, CROSS_ENTROPY, [batch], num_steps=20, num_vectors=1, route="finite_difference")
+    assert not any(e.converged for e in (forced.trace, forced.largest, forced.bulk_upper))
+    assert forced.largest.standard_error > 0.05 * forced.largest.value
+
+
+def test_an_allowance_pays_for_the_checks_too():
+    module, batch = wide(nn.Tanh)
+    for route in ("finite_difference", "auto"):
+        probe = SpectralDensityProbe([batch], num_steps=50, route=route)
+        found = probe.measure(module, CROSS_ENTROPY, Host(allowance_gradients=25.0))
+        assert 20.0 < found["spectral_density"].price_gradients <= 25.0
+        assert not any(estimate.converged for estimate in found.values())
+
+
 def test_probe_agrees_with_the_function(smooth_case):
     probe = SpectralDensityProbe([smooth_case.batch], num_steps=12, num_vectors=2, seed=3)
     assert probe.price_gradients == pytest.approx(1.2 + 2.3 * 12 * 2)
@@ -234,3 +302,7 @@ def test_refused_arguments():
         quadrature(A).at(torch.zeros(3), sigma=-1.0)
     with pytest.raises(UserError, match="curvature must be one of"):
         SpectralDensityProbe([0], curvature="ntk")
+    with pytest.raises(UserError, match="route must be one of exact, finite_difference, auto, got 'fast'"):
+        SpectralDensityProbe([0], route="fast")
+    with pytest.raises(UserError, match="route must be exact for curvature ggn, got 'auto'"):
+        SpectralDensityProbe([0], curvature="ggn", route="auto")

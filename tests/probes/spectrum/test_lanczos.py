@@ -251,12 +251,13 @@ def test_repeated_eigenvalues_need_a_block():
     ],
 )
 def test_exhausted_krylov_spaces_go_on_with_another_vector(spectrum, k, num_smallest):
-    found = pairs_of(rotated(spectrum), k=k, num_smallest=num_smallest, tol=1e-9)
     wanted = sorted(spectrum, reverse=True)[:k] + sorted(spectrum)[:num_smallest]
-    assert found.values.tolist() == pytest.approx(wanted, abs=1e-9)
-    assert found.converged
-    assert found.exhausted
-    assert found.num_matvecs <= len(spectrum)
+    for seed in range(30):  # rounding is another one in every basis, and on every machine
+        found = pairs_of(rotated(spectrum, seed), k=k, num_smallest=num_smallest, tol=1e-9)
+        assert found.values.tolist() == pytest.approx(wanted, abs=1e-9)
+        assert found.converged
+        assert found.exhausted
+        assert found.num_matvecs <= len(spectrum)
 
 
 @pytest.mark.parametrize("block", [1, 2])
