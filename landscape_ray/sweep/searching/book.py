@@ -187,6 +187,8 @@ class Book:
         for index in unsettled:
             trial = self._folder(index)
             summary = trial.summary()
+            if self.rule is None:
+                self.note(index, [(step, loss) for step, loss, _ in History(trial).evals])
             if summary is not None and summary.status in ("finished", "diverged") and not self._goes_on(index, summary):
                 self._settle(index, self._outcome(index, measures(summary, History(trial).probes)))
             elif (summary is not None and summary.status == "stopped") or self._verdicts.get(index) == "stop":
@@ -393,14 +395,18 @@ class Book:
 
     # --- what comes back ------------------------------------------------------------------------------------------
 
+    def note(self, index: int, evals: Sequence[tuple[int, float]]) -> None:
+        """Take note of evaluations of a running trial: steps and held-out losses."""
+        if self.search.fidelity is None:  # there, what compares is the loss at the end of every run
+            self._entries[index].losses.update(evals)
+
     def observe(self, index: int, evals: Sequence[tuple[int, float]]) -> Verdict:
         """Return what becomes of a running trial after new evaluations: steps and held-out losses."""
+        self.note(index, evals)
         if self.rule is None or self.search.fidelity is not None:
             return "continue"
-        entry = self._entries[index]
         verdict: Verdict = "continue"
         for step, loss in evals:
-            entry.losses[step] = loss
             verdict = self.rule.observe(index, step, loss)
             if verdict == "stop":
                 break

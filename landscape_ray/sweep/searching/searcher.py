@@ -54,15 +54,15 @@ class OptunaSearcher(Searcher):
         return {**self._fixed, "trial": {"trial_id": name, "members": trials}}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Pass on what the probes have measured first."""
+        """Pass on the new evaluations, and what the probes have measured first."""
         for index, prefix in self._members(trial_id):
+            self.book.note(index, _evals(result.get(f"{prefix}evals")))
             self.book.learn(index, _pairs(result.get(f"{prefix}first_probes")))
 
     def judge(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         """Return whether a trial is to train on, given its new evaluations."""
         ((index, _),) = self._open[trial_id]
-        evals = [(int(step), float(loss)) for step, loss in result.get("evals") or ()]
-        return self.book.observe(index, evals) == "continue"
+        return self.book.observe(index, _evals(result.get("evals"))) == "continue"
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the book how a trial left its actor: ended, taken off by the rule, failed or interrupted."""
@@ -72,6 +72,7 @@ class OptunaSearcher(Searcher):
             elif result is None or not result.get(f"{prefix}ended"):
                 self.book.taken_off(index)
             else:
+                self.book.note(index, _evals(result.get(f"{prefix}evals")))
                 self.book.learn(index, _pairs(result.get(f"{prefix}first_probes")))
                 measured = _pairs(result.get(f"{prefix}measures"))
                 if result.get(f"{prefix}diverged"):
@@ -110,6 +111,10 @@ class StoppingScheduler(FIFOScheduler):
         """Return whether the trial goes on; called for trials that have not ended."""
         goes_on = self._searcher.judge(trial.trial_id, result)
         return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
+
+
+def _evals(found: Any) -> list[tuple[int, float]]:
+    return [(int(step), float(loss)) for step, loss in found or ()]
 
 
 def _pairs(found: Any) -> dict[str, float]:

@@ -58,7 +58,7 @@ def test_what_became_of_trials_is_told_as_what_it_is(spec: Any, drive: Any) -> N
     states = Counter(trial.state for trial in trials)
     assert sum(states.values()) == 20
     assert states[TrialState.FAIL] >= 1
-    assert states[TrialState.PRUNED] >= 10
+    assert states[TrialState.PRUNED] >= 3
     assert states[TrialState.COMPLETE] >= 1
     assert driver.book.num_left() == 0
     for trial in trials:
@@ -79,21 +79,18 @@ def test_what_became_of_trials_is_told_as_what_it_is(spec: Any, drive: Any) -> N
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize("sampler", sorted(SEARCHERS))
-@pytest.mark.parametrize("killed_after", [7, 40])
-def test_a_killed_search_proposes_what_it_would_have(spec: Any, drive: Any, sampler: str, killed_after: int) -> None:
-    """One worker: the proposals of a search that is killed twice are those of one that is not, whatever the sampler."""
-    options = {"population_size": 4} if sampler in ("nsgaii", "nsgaiii") else {}
-    one = spec(sampler=sampler, options=options)
-    whole = drive(one, loss_of, "whole").run()
-    drive(one, loss_of, "killed").run(killed_after)
-    drive(one, loss_of, "killed").run(killed_after)
-    third = drive(one, loss_of, "killed").run()
-    assert len(whole.proposals) == 10
-    # the trial that was open was already proposed: what comes after knew one result more
-    same = [whole.proposals[n] == third.proposals[n] for n in range(10)]
-    assert all(same) if sampler in ("random", "qmc") else sum(same) >= 8
+def test_a_killed_search_goes_on_under_the_old_numbers(spec: Any, drive: Any) -> None:
+    """Killed twice: every proposal is run to its end once, and those made before a kill are what they were."""
+    first = drive(spec(), loss_of).run(14)
+    second = drive(spec(), loss_of).run(20)
+    assert second.order[0].number == first.running[0].job.number, "the open one is handed out first"
+    third = drive(spec(), loss_of).run()
     assert third.book.num_left() == 0
+    assert {n: first.proposals[n] for n in (0, 1)} == {n: third.proposals[n] for n in (0, 1)}
+    for trial in third.book.study.get_trials():
+        assert trial.state == TrialState.COMPLETE
+        assert trial.intermediate_values == {s: pytest.approx(loss_of(trial.params, s)) for s in range(10, 91, 10)}
+        assert trial.value == trial.intermediate_values[90]
 
 
 @pytest.mark.acceptance
@@ -101,11 +98,11 @@ def test_a_killed_search_proposes_what_it_would_have(spec: Any, drive: Any, samp
 def test_with_a_lag_one_seed_gives_one_sequence_however_it_is_run(spec: Any, drive: Any, sampler: str) -> None:
     """Workers, order of ending and two kills make no difference to what is proposed."""
     options = {"population_size": 4} if sampler in ("nsgaii", "nsgaiii") else {}
-    one = spec(sampler=sampler, options=options, lag=3, num_trials=14)
+    one = spec(sampler=sampler, options=options, lag=3, num_trials=12, train={"num_steps": 20})
     whole = drive(one, loss_of, "a").run().proposals
     assert drive(one, loss_of, "b", num_workers=3).run().proposals == whole
-    drive(one, loss_of, "c", num_workers=2).run(31)
-    drive(one, loss_of, "c", num_workers=2).run(20)
+    drive(one, loss_of, "c", num_workers=2).run(7)
+    drive(one, loss_of, "c", num_workers=2).run(6)
     assert drive(one, loss_of, "c", num_workers=2).run().proposals == whole
     other = drive(one.model_copy(update={"seed": 2}), loss_of, "d").run().proposals
     assert other != whole
@@ -129,26 +126,32 @@ def test_paused_trials_are_on_their_rungs_again_after_a_kill(spec: Any, drive: A
     assert set(second.book.standing.values()) == {"stopped"}
 
 
-def test_a_promotion_needs_a_third_of_the_rung(spec: Any, drive: Any) -> None:
-    driver = drive(spec(stopping=ASHA, num_trials=27), loss_of).run()
+@pytest.mark.acceptance
+def test_halving_saves_more_than_half_and_keeps_the_best(spec: Any, drive: Any) -> None:
+    """27 random trials: the best of them is trained to the end, for less than half of the updates of all."""
+    driver = drive(spec(stopping=ASHA, num_trials=27, sampler="random"), loss_of).run()
     rungs = driver.book.rule.state()["rungs"]
-    assert [len(entries) for entries in rungs][0] == 27
-    for below, above in zip(rungs, rungs[1:], strict=False):
-        assert len(above) <= len(below) // 3
-    full = 27 * 9
-    assert driver.num_evals < 0.45 * full
+    assert len(rungs[0]) == 27
+    assert len(rungs[1]) >= 9
+    assert driver.num_evals < 0.5 * 27 * 9
+    best = min(driver.proposals, key=lambda n: loss_of(driver.proposals[n], 90))
+    assert driver.book.study.best_trial.number == best
 
 
 @pytest.mark.acceptance
 def test_constraints_are_told_and_learnt(spec: Any, drive: Any, tiny: dict[str, Any]) -> None:
-    """Sharpness above the bound is infeasible: the best is the best of those that keep it."""
-    one = spec(constraints={"probe/sharpness": 30.0}, num_trials=30)
-    probes = lambda values: {"sharpness": 2 / (values["schedule.peak_lr"] / 3)}  # noqa: E731 - feasible above 0.2
-    driver = drive(one, lambda v, s: loss_of(v, s), probes=probes).run()
+    """Sharpness above the bound is infeasible: the best is the best of those that keep it, off the optimum."""
+    one = spec(constraints={"probe/sharpness": 60.0}, num_trials=30)
+
+    def probes(values: dict[str, Any]) -> dict[str, float]:
+        return {"sharpness": 2 / values["schedule.peak_lr"]}  # feasible from 1/30 on, the optimum is at 1/100
+
+    driver = drive(one, loss_of, probes=probes).run()
     study = driver.book.study
-    assert study.best_trial.params["schedule.peak_lr"] >= 0.2 / 30 * 30 / 3
+    assert study.best_trial.params["schedule.peak_lr"] >= 1 / 30
+    assert any(trial.value < study.best_trial.value for trial in study.get_trials())
     for trial in study.get_trials():
-        expected = probes(trial.params)["sharpness"] - 30.0
+        expected = probes(trial.params)["sharpness"] - 60.0
         assert trial.constraints == {"probe/sharpness": pytest.approx(expected)}
     feasible = [t.constraints["probe/sharpness"] <= 0 for t in study.get_trials()]
     assert np.mean(feasible[15:]) >= np.mean(feasible[:10])
