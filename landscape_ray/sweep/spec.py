@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from landscape_ray.config import Model, flatten, parse, read_toml, with_values
 from landscape_ray.domains import Domain, Value, allowed, applies, in_order
 from landscape_ray.errors import UserError
 from landscape_ray.sweep.searching.config import MLFLOW, AshaConfig, FidelityConfig, SearchConfig
+from landscape_ray.sweep.searching.knots import expand, is_knots
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.training import TrainConfig
 from landscape_ray.training.cohort import check_shared
@@ -96,6 +98,17 @@ class SweepSpec(Model):
     population: PopulationConfig | None = None
     cohort: CohortConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _knots_taken_apart(cls, space: Any) -> Any:
+        """Replace an entry of knots by one entry for each of their coordinates."""
+        if not isinstance(space, Mapping):
+            return space
+        found: dict[str, Any] = {}
+        for name, entry in space.items():
+            found |= expand(name, entry) if is_knots(entry) else {name: entry}
+        return found
 
     @field_validator("name")
     @classmethod

@@ -2,6 +2,7 @@
 
 config.py     the table [search], validated
 measures.py   what is optimised or bounded
+knots.py      shapes of schedules as domains
 samplers.py   Optuna samplers by name
 proposer.py   ask and tell on domains: a study in memory
 book.py       the list of a sweep's trials, in a journal that survives the driver

@@ -63,9 +63,7 @@ class FakeRun:
         }
         self.writer.append(EvalRecord(**base, loss_nats=loss))
         for name, value in self.probes.items():
-            self.writer.append(
-                ProbeRecord(**base, probe=name, value=value, standard_error=0.0, num_matvecs=1)
-            )
+            self.writer.append(ProbeRecord(**base, probe=name, value=value, standard_error=0.0, num_matvecs=1))
         status = "diverged" if math.isnan(loss) else "finished" if self.step >= self.config.num_steps else "running"
         return [(self.step, loss)], self.commit(status, loss)
 
