@@ -1,4 +1,4 @@
-"""Successive halving on Ray: trials wait on rungs, in folders; a kill in the middle loses nothing and doubles nothing."""
+"""Successive halving on Ray: trials wait on rungs, in folders; a kill in the middle loses and doubles nothing."""
 
 import os
 import signal
