@@ -288,13 +288,15 @@ class Book:
         """
         if self._alone:
             size, self._alone = 1, self._alone - 1
-        found: list[Job] = []
-        while len(found) < size and (index := self._again()) is not None:
-            found.append(self._hand_out(index))
-        if len(found) < size and not self._all_proposed():
-            found += [self._hand_out(index) for index in self._propose(size - len(found), wait=not found)]
-        if found:
-            return found
+        again: list[int] = []
+        while len(again) < size and (index := self._again()) is not None:
+            again.append(index)
+        new = self._propose(size - len(again)) if len(again) < size and not self._all_proposed() else []
+        if again and self._asked is not None and size > 1:  # a cohort waits for all of its members
+            self._reissue.extendleft(reversed(again))
+            return []
+        if again or new:
+            return [self._hand_out(index) for index in again + new]
         if self._asked is not None or (self._open and (self.rule is not None or not self._all_proposed())):
             return []
         if self._all_proposed() and not self._failed:  # else another driver goes on from here
@@ -335,12 +337,10 @@ class Book:
             values[self.search.fidelity.name] = self.search.fidelity.values[entry.level]
         return Job(index, self._trial_id(index), values, entry.note)
 
-    def _propose(self, size: int, *, wait: bool) -> list[int]:
+    def _propose(self, size: int) -> list[int]:
         """Return up to `size` new proposals if they are there; else see to it that they are being made.
 
-        Args:
-            size: how many.
-            wait: whether to wait for them where no trial is running that needs the driver.
+        Where no trial is running that needs the driver, they are waited for.
         """
         if self._asked is None:
             first = len(self._entries)
@@ -349,7 +349,7 @@ class Book:
                 return []
             hold = None if self.guard is None else self.guard.holder(self._known_before(first + count - 1))
             self._asked = self._pool.submit(self._ask, first, count, hold)
-        if not self._asked.done() and not (wait and not self._open):
+        if self._open and not self._asked.done():
             return []
         found, self._asked = self._asked.result(), None
         new = []
