@@ -30,8 +30,8 @@ class Domain(Model):
     """[low, high], both included."""
     choices: list[Value] | None = Field(default=None, min_length=1)
     """The values themselves, in an order that makes sense: a mutation moves to a neighbour."""
-    when: dict[str, Value] = {}
-    """Other searched names and the values that they must have for this one to be asked at all."""
+    when: dict[str, Value | list[Value]] = {}
+    """Other searched names and the value, or one of the values, that they must have for this one to be asked at all."""
 
     @model_validator(mode="after")
     def _sound(self) -> Domain:
@@ -94,7 +94,16 @@ class Domain(Model):
 
 def applies(domain: Domain, values: dict[str, Value]) -> bool:
     """Return whether the domain's `when` holds under the values chosen so far."""
-    return all(name in values and values[name] == wanted for name, wanted in domain.when.items())
+    return all(name in values and values[name] in allowed(wanted) for name, wanted in domain.when.items())
+
+
+def allowed(wanted: Value | list[Value]) -> list[Value]:
+    """Return the values that an entry of `when` names, as a list.
+
+    >>> allowed("wsd"), allowed(["wsd", "linear"])
+    (['wsd'], ['wsd', 'linear'])
+    """
+    return wanted if isinstance(wanted, list) else [wanted]
 
 
 def in_order(space: dict[str, Domain]) -> Iterator[tuple[str, Domain]]:

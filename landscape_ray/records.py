@@ -55,9 +55,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("num_matvecs", "int64", "products", "Hessian-vector products spent (probe)"),
     Column("price_gradients", "float64", "gradients", "cost in gradients on the probe batch (probe)"),
     Column("converged", "int64", "", "1 where the accuracy that was asked for was reached, else 0 (probe)"),
-    Column("event", "string", "", "exploit | mutate | diverged | resume (event)"),
-    Column("donor", "string", "", "run whose weights were copied (event: exploit)"),
-    Column("donor_step", "int64", "updates", "step of the copied weights (event: exploit)"),
+    Column("event", "string", "", "exploit | mutate | diverged | resume | branch | clamp (event)"),
+    Column("donor", "string", "", "run whose weights were copied (event: exploit, branch)"),
+    Column("donor_step", "int64", "updates", "step of the copied weights (event: exploit, branch)"),
     Column("detail", "string", "", "JSON object with what changed (event)"),
 )
 
@@ -132,7 +132,7 @@ class ProbeRecord(Progress):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EventRecord(Progress):
-    """Something that changed the course of a run: an exploit, a mutation, a divergence, a resume."""
+    """Something that changed the course of a run: exploit, mutation, divergence, resume, branch off a trunk, clamp."""
 
     kind: ClassVar[str] = "event"
     event: str
@@ -180,6 +180,8 @@ class RunSummary:
     elapsed_seconds: float = 0.0
     probe_seconds: float = 0.0
     eval_seconds: float = 0.0
+    peak_memory_bytes: float = math.nan
+    """Most memory that the run has used: of the device, or without one of its process; nan where it is not known."""
     message: str = ""
     """For a run that failed or diverged: one sentence that says how."""
 

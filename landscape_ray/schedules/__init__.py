@@ -11,7 +11,7 @@ from landscape_ray.schedules.range_test import RangeResult, analyse_range
 from landscape_ray.schedules.refined import refine
 from landscape_ray.schedules.schedule import Schedule
 from landscape_ray.schedules.shapes import COOLDOWN_SHAPES, SCHEDULES, Height
-from landscape_ray.schedules.table import Points
+from landscape_ray.schedules.table import Points, monotone_points
 
 __all__ = [
     "COOLDOWN_SHAPES",
@@ -23,6 +23,7 @@ __all__ = [
     "Schedule",
     "analyse_range",
     "branches",
+    "monotone_points",
     "refine",
     "saving",
 ]

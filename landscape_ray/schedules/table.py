@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -36,6 +37,38 @@ def check_points(points: Points) -> None:
                 f"points must have heights in [0, 1], got {height} at position {place}; "
                 "a height is the value over the peak"
             )
+
+
+START_HEIGHT = 0.1
+"""Height at which a warm-up of :func:`monotone_points` begins."""
+
+
+def monotone_points(ratios: Sequence[float], warmup: float = 0.0) -> Points:
+    """Return the corners of a curve that falls from the peak, made of coordinates that may be chosen freely.
+
+    After a straight rise over the share `warmup` of the run, knots at even distances up to its end; each is as high as
+    the one before times its ratio. Every curve that never rises has such coordinates, whatever they are none rises, and
+    none needs to know another's: what a search of shapes wants.
+
+    Args:
+        ratios: height of each knot over that of the one before, in [0, 1]; at least one.
+        warmup: share of the run before the peak, in [0, 1).
+
+    Raises:
+        UserError: no ratio, or one outside its range.
+
+    >>> monotone_points([0.5, 0.5])
+    ((0.0, 1.0), (0.5, 0.5), (1.0, 0.25))
+    """
+    if not ratios or not all(0 <= ratio <= 1 for ratio in ratios):
+        raise UserError(f"points must have ratios in [0, 1], at least one, got {list(ratios)}; 1 keeps the height")
+    if not 0 <= warmup < 1:
+        raise UserError(f"points.warmup must be in [0, 1), got {warmup}; it is a share of the run")
+    points = [(0.0, START_HEIGHT), (warmup, 1.0)] if warmup > 0 else [(0.0, 1.0)]
+    for place, ratio in enumerate(ratios, start=1):
+        progress = 1.0 if place == len(ratios) else warmup + (1 - warmup) * place / len(ratios)
+        points.append((progress, points[-1][1] * ratio))
+    return tuple(points)
 
 
 def _is_pair(point: object) -> bool:

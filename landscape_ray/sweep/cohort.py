@@ -30,7 +30,8 @@ class CohortRun:
             name = each["trial_id"]
             data = self.runs[0].state.data if self.runs else None
             try:
-                run = TrialRun(spec, folder.trial(name), index_of(name), dict(each["values"]), attempt, data)
+                values, note = dict(each["values"]), each.get("note")
+                run = TrialRun(spec, folder.trial(name), index_of(name), values, attempt, data, note)
             except UserError as error:
                 raise UserError(f"trial {name}: {error}") from None
             self.runs.append(run)

@@ -18,6 +18,8 @@ from rich.text import Text
 from landscape_ray.records import RunSummary
 
 STYLES = {"finished": "green", "running": "cyan", "diverged": "magenta", "failed": "red", "waiting": "dim"}
+STYLES |= {"paused": "yellow", "stopped": "dim"}
+ENDED = ("finished", "diverged", "stopped", "failed")
 MAX_ROWS = 24
 PLAIN_SECONDS = 30.0
 """Without a terminal, a line at most this often."""
@@ -96,7 +98,7 @@ class Dashboard:
     def known(self, summary: RunSummary) -> None:
         """Enter what an earlier driver left of a trial."""
         self.loss_unit = summary.loss_unit
-        status = summary.status if summary.status in ("finished", "diverged") else "waiting"
+        status = summary.status if summary.status in ("finished", "diverged", "stopped") else "waiting"
         row = Row(summary.run_id, summary.num_steps or self.num_steps, summary.varied, status, summary.step)
         row.loss_nats, row.first_step = summary.final_loss_nats, summary.step
         self.rows[summary.run_id] = row
@@ -106,7 +108,7 @@ class Dashboard:
         if self._first_news is None:
             self._first_news = time.monotonic()
         row = self.rows.setdefault(trial_id, Row(trial_id, self.num_steps))
-        news = status != row.status and status in ("finished", "diverged", "failed")
+        news = status != row.status and status in ENDED
         row.values, row.status = values, status
         row.step = int(result.get("step", row.step))
         row.loss_nats = float(result.get("loss_nats", row.loss_nats))
@@ -139,15 +141,14 @@ class Dashboard:
         if done <= 0 or self._first_news is None:
             return math.nan
         elapsed = time.monotonic() - self._first_news
-        ended = ("finished", "diverged", "failed")
-        to_do = sum(row.num_steps - row.step for row in self.rows.values() if row.status not in ended)
+        to_do = sum(row.num_steps - row.step for row in self.rows.values() if row.status not in ENDED)
         to_do += (self.num_trials - len(self.rows)) * self.num_steps
         return to_do * elapsed / done
 
     def headline(self) -> str:
         """Return one line: how many are done, best loss, time spent and left."""
         counts = self.counts()
-        ended = sum(counts.get(status, 0) for status in ("finished", "diverged", "failed"))
+        ended = sum(counts.get(status, 0) for status in ENDED)
         sound = [r.loss_nats for r in self.rows.values() if math.isfinite(r.loss_nats) and r.status != "diverged"]
         best = min(sound, default=math.nan)
         left = self.remaining_seconds()
@@ -159,7 +160,11 @@ class Dashboard:
         if math.isfinite(left) and ended < self.num_trials:
             end = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
             parts.append(f"about {duration(left)} left (until {end})")
-        parts += [f"{number} {status}" for status in ("diverged", "failed") if (number := counts.get(status))]
+        parts += [
+            f"{number} {status}"
+            for status in ("paused", "stopped", "diverged", "failed")
+            if (number := counts.get(status))
+        ]
         return " · ".join(parts)
 
     def __rich__(self) -> RenderableType:

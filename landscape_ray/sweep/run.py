@@ -5,14 +5,25 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from landscape_ray.data import Data
 from landscape_ray.errors import UserError
-from landscape_ray.records import EventRecord, Record, RunStatus, RunSummary, StepRecord
+from landscape_ray.records import (
+    EvalRecord,
+    EventRecord,
+    ProbeRecord,
+    Record,
+    RunStatus,
+    RunSummary,
+    StepRecord,
+)
+from landscape_ray.sweep.memory import peak_bytes, reset_peak
+from landscape_ray.sweep.searching.measures import measures
 from landscape_ray.sweep.spec import SweepSpec
+from landscape_ray.sweep.trunk import Trunk
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
 from landscape_ray.tracking.parts import PartWriter
 from landscape_ray.training import TrainState, read_checkpoint, train
@@ -20,22 +31,22 @@ from landscape_ray.training import TrainState, read_checkpoint, train
 CHECKPOINT = "state.pt"
 
 
-def trial_id_of(index: int) -> str:
-    """Return the identifier of trial number `index`.
+def trial_id_of(index: int, level: int = 0) -> str:
+    """Return the identifier of trial number `index`; `level` counts the runs that repeat it at a higher fidelity.
 
-    >>> trial_id_of(7)
-    't0007'
+    >>> trial_id_of(7), trial_id_of(7, 2)
+    ('t0007', 't0007r2')
     """
-    return f"t{index:04d}"
+    return f"t{index:04d}r{level}" if level else f"t{index:04d}"
 
 
 def index_of(trial_id: str) -> int:
     """Return the number of the trial with this identifier.
 
-    >>> index_of("t0007")
-    7
+    >>> index_of("t0007"), index_of("t0007r2")
+    (7, 7)
     """
-    return int(trial_id[1:])
+    return int(trial_id[1:].partition("r")[0])
 
 
 def checkpoint_of(folder: SweepFolder, run_id: str | None = None) -> tuple[str, Path]:
@@ -68,8 +79,12 @@ class TrialRun:
         values: searched values, which win over those of a checkpoint.
         attempt: counts the drivers that this sweep has had; a trial continued by another one is noted as resumed.
         data: what the trial is trained on, where it is open already.
+        note: what was changed about the searched values before they came here; each entry becomes an event.
 
     Attributes:
+        evals: step and held-out loss of the evaluations since the last result.
+        probes: last value of each probe, since this object was made.
+        first_probes: first finite value of each.
         write_state: saves the state to a path with a few extra values; a cohort puts its own in here.
     """
 
@@ -81,11 +96,19 @@ class TrialRun:
         values: dict[str, Any],
         attempt: int = 0,
         data: Data | None = None,
+        note: Mapping[str, Any] | None = None,
     ) -> None:
         self.spec, self.folder, self.values, self.attempt = spec, folder, values, attempt
         self.config = spec.train_config(values, index)
         self.lr = math.nan
         self.adopted = ""
+        self.evals: list[tuple[int, float]] = []
+        self.probes: dict[str, float] = {}
+        self.first_probes: dict[str, float] = {}
+        self.trunk = Trunk(spec, folder.path.parents[1], self.config)
+        before = folder.summary()
+        self._peak_bytes = before.peak_memory_bytes if before is not None else math.nan
+        reset_peak()
         self.write_state: Callable[..., None] = lambda path, **extra: self.state.save(path, **extra)
         checkpoint = folder.checkpoint_path / CHECKPOINT
         if checkpoint.exists():
@@ -100,6 +123,9 @@ class TrialRun:
         else:
             self.state = TrainState.create(self.config, data)
             self.writer = PartWriter(folder)
+            for event, detail in (note or {}).items():
+                self._event(event, detail)
+            self._branch_off()
             self.commit()
 
     @property
@@ -119,13 +145,27 @@ class TrialRun:
         self.writer.append(record)
         if isinstance(record, StepRecord):
             self.lr = record.lr
+        elif isinstance(record, EvalRecord):
+            self.evals.append((record.step, record.loss_nats))
+        elif isinstance(record, ProbeRecord):
+            self.probes[record.probe] = record.value
+            if math.isfinite(record.value):
+                self.first_probes.setdefault(record.probe, record.value)
 
     def next_stop(self) -> int:
-        """Return the step of the next commit: a multiple of commit_steps or of the population's interval."""
+        """Return the step of the next commit.
+
+        That is a multiple of commit_steps or of the population's interval, a step at which a verdict is due, or one of
+        a checkpoint for other trials.
+        """
         strides = [self.spec.commit_steps]
         if self.spec.population is not None:
             strides.append(self.spec.population.interval_steps)
-        return min((self.state.step // stride + 1) * stride for stride in strides)
+        stops = [(self.state.step // stride + 1) * stride for stride in strides]
+        stops += [step for step in self.spec.milestones if step > self.state.step]
+        if (leave := self.trunk.next_stop(self.state.step)) is not None:
+            stops.append(leave)
+        return min(stops)
 
     def commit(self) -> None:
         """Make everything so far durable: rows, then the checkpoint that counts them, then the summary.
@@ -136,6 +176,26 @@ class TrialRun:
         num_parts = self.writer.flush()
         self.save(self.folder.checkpoint_path / CHECKPOINT, num_parts)
         self.folder.commit(self.summary(), num_parts)
+        if self.state.diverged is None and (path := self.trunk.wants(self.state.step)) is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.save(path)
+
+    def _branch_off(self) -> None:
+        """Begin at the last checkpoint of a trunk that this trial may share, where there is one."""
+        checkpoint = self.trunk.find()
+        if checkpoint is None:
+            return
+        payload = read_checkpoint(checkpoint)
+        self._take_over(payload)
+        donor, step = str(payload["extra"]["run_id"]), self.state.step
+        self._event("branch", {"stable_steps": self.trunk.stable_steps}, donor=donor, donor_step=step)
+
+    def _take_over(self, payload: Mapping[str, Any]) -> None:
+        """Restore another trial's state; time is this trial's own, weights and steps are the other's."""
+        clocks = {name: getattr(self.state, name) for name in ("elapsed_seconds", "eval_seconds", "probe_seconds")}
+        self.state.restore(payload)
+        for name, seconds in clocks.items():
+            setattr(self.state, name, seconds)
 
     def _check_driver(self) -> None:
         """Raise if another driver has taken over the sweep: this process was cut off and must not write any more."""
@@ -166,15 +226,12 @@ class TrialRun:
         payload = read_checkpoint(checkpoint)
         donor, donor_step = str(payload["extra"]["run_id"]), int(payload["counters"]["step"])
         self.adopted = exploit
-        own = self.state
-        clocks = {name: getattr(own, name) for name in ("elapsed_seconds", "eval_seconds", "probe_seconds")}
-        own.restore(payload)
-        for name, seconds in clocks.items():  # time is this trial's own, weights and steps are the donor's
-            setattr(own, name, seconds)
+        self._take_over(payload)
         self._event("exploit", donor=donor, donor_step=donor_step)
         self.commit()
 
-    def _event(self, event: str, **lineage: Any) -> None:
+    def _event(self, event: str, detail: Mapping[str, Any] | None = None, **lineage: Any) -> None:
+        """Record an event; without a detail it is the searched values."""
         state = self.state
         self.writer.append(
             EventRecord(
@@ -184,7 +241,7 @@ class TrialRun:
                 elapsed_seconds=state.elapsed_seconds,
                 time_unix=time.time(),
                 event=event,
-                detail=json.dumps(self.values),
+                detail=json.dumps(self.values if detail is None else detail),
                 **lineage,
             )
         )
@@ -213,12 +270,18 @@ class TrialRun:
             elapsed_seconds=state.elapsed_seconds,
             probe_seconds=state.probe_seconds,
             eval_seconds=state.eval_seconds,
+            peak_memory_bytes=self._peak(),
             message=state.diverged or "",
         )
 
+    def _peak(self) -> float:
+        known = [value for value in (self._peak_bytes, peak_bytes()) if math.isfinite(value)]
+        return max(known, default=math.nan)
+
     def result(self) -> dict[str, Any]:
-        """Return what the driver needs to know."""
-        state = self.state
+        """Return what the driver needs to know: where the trial stands, and the evaluations since the last call."""
+        state, evals = self.state, self.evals
+        self.evals = []
         return {
             "loss_nats": state.loss_nats if not state.diverged else math.nan,
             "loss_unit": state.objective.unit,
@@ -226,4 +289,9 @@ class TrialRun:
             "lr": self.lr,
             "diverged": state.diverged is not None,
             "done": state.finished,
+            "ended": state.finished,  # Ray says done also of a trial that it takes off
+            # lists of pairs, because Ray would take dictionaries apart
+            "evals": evals,
+            "measures": list(measures(self.summary(), self.probes).items()),
+            "first_probes": list(self.first_probes.items()),
         }

@@ -40,6 +40,10 @@ FREE_BYTES_FLOOR = 256 * 2**20
 """A sweep doesn't start with less free space than this."""
 
 
+ENDED = ("finished", "diverged", "stopped")
+"""Statuses of trials that nothing is left to do for."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a sweep ended.
@@ -205,11 +209,22 @@ def conclude(
     failures: dict[str, BaseException],
     started: float,
     num_trials: int,
+    num_left: int = 0,
 ) -> Outcome:
-    """Settle statuses on disk, bring the tracking server up to date, and sum up. No trial may be running any more."""
+    """Settle statuses on disk, bring the tracking server up to date, and sum up. No trial may be running any more.
+
+    Args:
+        folder: of the sweep.
+        spec: the sweep.
+        projector: what keeps its tracking server up to date.
+        failures: why trials failed, by identifier.
+        started: when the driver was, by the monotonic clock.
+        num_trials: how many must have ended for the sweep to be finished.
+        num_left: proposals of a search that are not settled, though that many runs may have ended.
+    """
     for trial_id, error in failures.items():
         summary = folder.trial(trial_id).summary()
-        if summary is None or summary.status not in ("finished", "diverged"):  # of a cohort, some may have ended
+        if summary is None or summary.status not in ENDED:  # of a cohort, some may have ended
             folder.trial(trial_id).set_status("failed", reason(error))
     for trial in folder.trials():
         if (summary := trial.summary()) is not None and summary.status == "running":
@@ -218,10 +233,10 @@ def conclude(
     counts: dict[str, int] = {}
     for summary in summaries:
         counts[summary.status] = counts.get(summary.status, 0) + 1
-    ended = counts.get("finished", 0) + counts.get("diverged", 0)
-    status = "finished" if ended >= num_trials else "incomplete" if failures else "interrupted"
+    ended = sum(counts.get(status, 0) for status in ENDED)
+    status = "finished" if ended >= num_trials and num_left == 0 else "incomplete" if failures else "interrupted"
     folder.update_meta(status=status, ended_unix=time.time())
-    finished = [s for s in summaries if s.status == "finished"]
+    finished = [s for s in summaries if s.status == "finished" and _counts(spec, s)]
     best = min(finished, key=lambda s: s.final_loss_nats, default=None)
     searcher = spec.search.sampler if spec.search else "pbt" if spec.population else "none"
     projector.set_parent(
@@ -231,6 +246,12 @@ def conclude(
     )
     sync = projector.close(timeout_seconds=30.0)
     return Outcome(folder, status, counts, failures, best, sync, time.monotonic() - started)
+
+
+def _counts(spec: SweepSpec, summary: RunSummary) -> bool:
+    """Return whether a finished run may be the best: one at a lower fidelity is not what was asked for."""
+    fidelity = spec.search.fidelity if spec.search is not None else None
+    return fidelity is None or summary.varied.get(fidelity.name) == fidelity.values[-1]
 
 
 def describe(spec: SweepSpec, counts: dict[str, int], best: RunSummary | None) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +12,13 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from landscape_ray.config import Model, flatten, parse, read_toml, with_values
-from landscape_ray.domains import Domain, Value, applies, in_order
+from landscape_ray.domains import Domain, Value, allowed, applies, in_order
 from landscape_ray.errors import UserError
+from landscape_ray.sweep.searching.config import MLFLOW, AshaConfig, FidelityConfig, SearchConfig
+from landscape_ray.sweep.searching.knots import expand, is_knots
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.training import TrainConfig
 from landscape_ray.training.cohort import check_shared
-
-Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc"]
 
 SOURCES = ("data.source", "data.base.source")
 """Searchable fields that hold paths."""
@@ -27,16 +29,6 @@ FIXED_IN_TRAINING = ("num_steps", "optimizer.name", "averaging.name")
 """What members of a population cannot change, beside model, data, loss and evaluation."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-class SearchConfig(Model):
-    """The table [search]: independent trials proposed by an Optuna sampler."""
-
-    sampler: Sampler = "tpe"
-    num_trials: int = Field(ge=1)
-    initial: list[dict[str, Value]] = []
-    """Points that are tried first, as values of searched names. At least three schedules at one peak learning rate let
-    the annealing law be fitted and tested."""
 
 
 class PopulationConfig(Model):
@@ -107,6 +99,17 @@ class SweepSpec(Model):
     cohort: CohortConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
 
+    @field_validator("space", mode="before")
+    @classmethod
+    def _knots_taken_apart(cls, space: Any) -> Any:
+        """Replace an entry of knots by one entry for each of their coordinates."""
+        if not isinstance(space, Mapping):
+            return space
+        found: dict[str, Any] = {}
+        for name, entry in space.items():
+            found |= expand(name, entry) if is_knots(entry) else {name: entry}
+        return found
+
     @field_validator("name")
     @classmethod
     def _plain(cls, name: str) -> str:
@@ -128,10 +131,13 @@ class SweepSpec(Model):
         train = self._check_train(order)
         if self.search is not None:
             self._check_initial(self.search, order)
+            self._check_search(self.search, train)
         if self.population is not None:
             self._check_population(self.population, train)
         if self.cohort is not None:
             self._check_cohort(train)
+        if self.search is not None:
+            _check_with_optuna(self)
         if train.device == "cuda" and self.resources.gpus_per_trial == 0 and (self.search or self.population):
             raise ValueError(
                 "train.device 'cuda' needs resources.gpus_per_trial > 0, got 0; a share such as 0.25 will do"
@@ -177,6 +183,64 @@ class SweepSpec(Model):
                     f"search.initial[{number}] lacks '{missing[0]}'; give every searched value that applies"
                 )
 
+    def _check_search(self, search: SearchConfig, train: TrainConfig) -> None:
+        """Check what the tables below [search] ask of the runs."""
+        measured = [name for name in (*search.objectives, *search.constraints) if name.startswith("probe/")]
+        for name in measured:
+            if (probe := name.split("/")[1]) not in train.probes.tables:
+                known = ", ".join(train.probes.tables) or "none"
+                raise ValueError(f"search: '{name}' needs [train.probes.{probe}], configured: {known}; add that table")
+        if search.stopping is not None:
+            for name in ("num_steps", "eval.every_steps"):
+                if name in self.space:
+                    raise ValueError(
+                        f"space.{name} cannot be searched with search.stopping, which compares equal steps"
+                    )
+            for step in search.stopping.milestones(train.num_steps):
+                if step % train.eval.every_steps:
+                    raise ValueError(
+                        f"search.stopping.min_steps must be a multiple of train.eval.every_steps = "
+                        f"{train.eval.every_steps}, got {step}; rungs are decided on a fresh evaluation"
+                    )
+            if isinstance(search.stopping, AshaConfig) and search.stopping.min_steps >= train.num_steps:
+                raise ValueError(
+                    f"search.stopping.min_steps must be below train.num_steps = {train.num_steps}, "
+                    f"got {search.stopping.min_steps}; lower it, or remove search.stopping"
+                )
+        if search.fidelity is not None:
+            self._check_fidelity(search.fidelity, train)
+        if search.trunk is not None and "wsd" not in self._schedules(train):
+            raise ValueError(
+                f"search.trunk needs schedules with a stable phase, got {self._schedules(train)}; search or set 'wsd'"
+            )
+        if self.cohort is not None:
+            for field in ("stopping", "fidelity", "trunk", "guard"):
+                if getattr(search, field) is not None:
+                    raise ValueError(f"search.{field} cannot be used with [cohort], which trains trials side by side")
+
+    def _schedules(self, train: TrainConfig) -> list[Value]:
+        domain = self.space.get("schedule.name")
+        return [train.schedule.name] if domain is None else domain.extremes
+
+    def _check_fidelity(self, fidelity: FidelityConfig, train: TrainConfig) -> None:
+        if fidelity.name in self.space:
+            raise ValueError(
+                f"search.fidelity.name '{fidelity.name}' must not be searched as well; remove it from [space]"
+            )
+        if fidelity.name == "eval.every_steps":
+            raise ValueError(
+                "search.fidelity.name 'eval.every_steps' is no fidelity; num_steps or a size of the model is"
+            )
+        if fidelity.name.startswith("model.") and getattr(train.model, "parametrisation", "mup") != "mup":
+            raise ValueError(
+                f"search.fidelity over {fidelity.name} needs train.model.parametrisation = 'mup', got "
+                f"'{getattr(train.model, 'parametrisation', None)}'; else the best learning rate moves with it"
+            )
+        if fidelity.name == "model.depth" and getattr(train.model, "base_depth", 1) is None:
+            raise ValueError("search.fidelity over model.depth needs train.model.base_depth; set it to the first depth")
+        for value in fidelity.values:
+            self._train_config({**self.first_values(), fidelity.name: value}, f"search.fidelity.values {value}")
+
     def _check_population(self, population: PopulationConfig, train: TrainConfig) -> None:
         if not self.space:
             raise ValueError("a population needs at least one entry in [space]; name what the members may change")
@@ -217,7 +281,7 @@ class SweepSpec(Model):
         while pending:
             for other, needed in self.space[pending.pop()].when.items():
                 if other not in wanted:
-                    wanted[other] = needed
+                    wanted[other] = allowed(needed)[0]
                     pending.append(other)
         point: dict[str, Value] = {}
         for other, domain in in_order(self.space):
@@ -233,6 +297,17 @@ class SweepSpec(Model):
         return parse(TrainConfig, data, f"trial {index} of sweep '{self.name}'")
 
     @property
+    def num_steps(self) -> int:
+        """Updates of a trial, where that is not searched."""
+        return int(self.train["num_steps"])
+
+    @property
+    def milestones(self) -> tuple[int, ...]:
+        """Steps at which every trial reports and waits for a verdict."""
+        stopping = self.search.stopping if self.search is not None else None
+        return () if stopping is None else stopping.milestones(self.num_steps)
+
+    @property
     def num_trials(self) -> int:
         """How many runs the sweep has."""
         if self.search is not None:
@@ -242,6 +317,23 @@ class SweepSpec(Model):
     def params(self) -> dict[str, Any]:
         """Return the whole file under dotted names."""
         return flatten(self.model_dump(mode="json", exclude_none=True))
+
+
+def _check_with_optuna(spec: SweepSpec) -> None:
+    """Check what can only be checked by making it: sampler and guard. Where Optuna is missing, no search can run."""
+    assert spec.search is not None
+    if importlib.util.find_spec("optuna") is None:
+        return
+    from landscape_ray.sweep.searching.samplers import check_sampler  # here: importing Optuna takes a while
+
+    try:
+        check_sampler(spec.search)
+        if spec.search.guard is not None:
+            from landscape_ray.sweep.searching.guard import check_guard
+
+            check_guard(spec)
+    except UserError as error:
+        raise ValueError(str(error)) from None
 
 
 def read_spec(path: Path) -> tuple[SweepSpec, str]:
@@ -278,6 +370,9 @@ def spec_of(folder: SweepFolder) -> SweepSpec:
     train, space, search = dict(spec.train), dict(spec.space), spec.search
     if "data" in train:
         train["data"] = anchored(train["data"])
+    if search is not None and search.warm_start is not None:
+        sources = [each if each.startswith(MLFLOW) else absolute(each) for each in search.warm_start.sources]
+        search = search.model_copy(update={"warm_start": search.warm_start.model_copy(update={"sources": sources})})
     for name in SOURCES:
         if (domain := space.get(name)) is not None and domain.choices is not None:
             space[name] = domain.model_copy(update={"choices": [absolute(choice) for choice in domain.choices]})

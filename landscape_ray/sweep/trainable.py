@@ -22,8 +22,9 @@ class SweepTrainable(tune.Trainable):
     and then lets another one, which became free, run it. An actor that is never asked to work must touch nothing.
 
     Configuration keys: `sweep_path`, `num_threads`, `attempt`, `trial` (`values`; after an exploit also its serial,
-    `exploit`; for a cohort its `members`, each with `trial_id` and `values`). A population's scheduler overwrites a
-    member's whole configuration with its donor's, so identity is taken from the trial's name, which stays.
+    `exploit`; of a search its `note`; for a cohort its `members`, each with `trial_id`, `values` and `note`). A
+    population's scheduler overwrites a member's whole configuration with its donor's, so identity is taken from the
+    trial's name, which stays.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -45,7 +46,8 @@ class SweepTrainable(tune.Trainable):
                 self._opened = CohortRun(spec, folder, trial["members"], attempt)
             else:
                 name = self.trial_name
-                self._opened = TrialRun(spec, folder.trial(name), index_of(name), dict(trial["values"]), attempt)
+                values, note = dict(trial["values"]), trial.get("note")
+                self._opened = TrialRun(spec, folder.trial(name), index_of(name), values, attempt, note=note)
         return self._opened
 
     @property

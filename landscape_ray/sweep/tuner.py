@@ -26,11 +26,13 @@ from landscape_ray.errors import UserError
 from landscape_ray.signals import termination_as_interrupt
 from landscape_ray.sweep.display import Dashboard
 from landscape_ray.sweep.population import build_population_scheduler, members
-from landscape_ray.sweep.searcher import OBJECTIVE, OptunaSearcher
+from landscape_ray.sweep.searching.book import Book
+from landscape_ray.sweep.searching.searcher import OBJECTIVE, OptunaSearcher, StoppingScheduler
 from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected
 from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.sweep.trainable import SweepTrainable
 from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.tracking.uris import resolve_tracking_uri
 
 CONNECT_SECONDS = 5.0
 
@@ -62,12 +64,15 @@ def drive(
         )
         with _ray(address, spec), termination_as_interrupt():  # once more: Ray sets handlers of its own
             attempt = next_attempt(folder)
-            failures = _fit(folder, spec, console, attempt)
-        return conclude(folder, spec, projector, failures, started, spec.num_trials)
+            uri = resolve_tracking_uri(tracking_uri, folder.path.parent, folder.meta.get("tracking_uri"))
+            failures, num_left = _fit(folder, spec, console, attempt, uri)
+        return conclude(folder, spec, projector, failures, started, spec.num_trials, num_left)
 
 
-def _fit(folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int) -> dict[str, BaseException]:
-    """Run Ray Tune on the trials that are left; return why trials failed."""
+def _fit(
+    folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int, tracking_uri: str
+) -> tuple[dict[str, BaseException], int]:
+    """Run Ray Tune on the trials that are left; return why trials failed, and how many of a search are still left."""
     known = {trial.trial_id: s for trial in folder.trials() if (s := trial.summary()) is not None}
     shutil.rmtree(folder.ray_path, ignore_errors=True)  # Ray's scratch of an earlier driver; nothing is read from it
     fixed = {
@@ -83,15 +88,19 @@ def _fit(folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int) -
         "trial_dirname_creator": _name_of,
     }
     param_space: dict[str, Any] = {}
+    book: Book | None = None
     if spec.search is not None:
-        searcher = OptunaSearcher(spec, folder.study_path, known.get, fixed)
+        book = Book(spec, folder, tracking_uri)
+        searcher = OptunaSearcher(book, fixed)
         tune_config |= {"search_alg": searcher, "num_samples": -1}
-        if searcher.num_left() == 0:
-            return {}
+        if spec.search.stopping is not None:
+            tune_config |= {"scheduler": StoppingScheduler(searcher)}
+        if book.num_left() == 0:
+            return {}, 0
     else:
         left = members(spec, known)
         if not left:
-            return {}
+            return {}, 0
         population = [{"trial_id": trial_id, "values": values} for trial_id, values in left.items()]
         param_space = {**fixed, "trial": tune.grid_search(population)}
         reached = max((known[trial_id].step for trial_id in left if trial_id in known), default=0)
@@ -101,7 +110,10 @@ def _fit(folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int) -
     with Dashboard(console, folder.path.name, spec.num_trials, first_config(spec).num_steps) as dashboard:
         for summary in known.values():
             dashboard.known(summary)
-        callback = DashboardCallback(dashboard)
+        standing = book.standing if book is not None else {}
+        for trial_id, state in standing.items():
+            dashboard.rows[trial_id].status = state
+        callback = DashboardCallback(dashboard, standing)
         tuner = Tuner(
             tune.with_resources(SweepTrainable, resources),
             param_space=param_space,
@@ -119,8 +131,12 @@ def _fit(folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int) -
             tuner.fit()
         except KeyboardInterrupt:
             dashboard.note = "stopping; work up to the last checkpoint of each trial is safe"
+        for trial_id, state in standing.items():  # those that waited to the end are stopped by now
+            dashboard.rows[trial_id].status = state
     shutil.rmtree(folder.ray_path, ignore_errors=True)
-    return callback.failures
+    if book is not None:
+        book.close()
+    return callback.failures, book.num_left() if book is not None else 0
 
 
 def _checkpoints(spec: SweepSpec) -> CheckpointConfig:
@@ -136,10 +152,15 @@ def _checkpoints(spec: SweepSpec) -> CheckpointConfig:
 
 
 class DashboardCallback(Callback):
-    """Feeds Ray Tune's events to the dashboard, and keeps the reason why a trial failed."""
+    """Feeds Ray Tune's events to the dashboard, and keeps the reason why a trial failed.
 
-    def __init__(self, dashboard: Dashboard) -> None:
-        self._dashboard = dashboard
+    Args:
+        dashboard: where trials are shown.
+        standing: what trials are that a search has taken off before their end.
+    """
+
+    def __init__(self, dashboard: Dashboard, standing: Mapping[str, str] | None = None) -> None:
+        self._dashboard, self._standing = dashboard, standing if standing is not None else {}
         self.failures: dict[str, BaseException] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,7 +172,7 @@ class DashboardCallback(Callback):
         results = (result or {}).get("members", {})
         for each in members_of(trial):
             news = results.get(each["trial_id"], {}) if results else result or {}
-            ended = "diverged" if news.get("diverged") else "finished" if news.get("done") else status
+            ended = "diverged" if news.get("diverged") else "finished" if news.get("ended") else status
             self._dashboard.update(each["trial_id"], each["values"], ended if results else status, news)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -167,8 +188,8 @@ class DashboardCallback(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the end of a trial."""
         result = trial.last_result or {}
-        status = "diverged" if result.get("diverged") else "finished" if result.get("done") else "waiting"
-        self._update(trial, status, result)
+        ended = "diverged" if result.get("diverged") else "finished" if result.get("ended") else "waiting"
+        self._update(trial, self._standing.get(str(trial), ended), result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the failure; called once, when no attempt is left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -11,7 +12,7 @@ from landscape_ray.data import DataConfig, TextConfig
 from landscape_ray.errors import UserError
 from landscape_ray.models import GPTConfig, ModelConfig
 from landscape_ray.registry import resolve
-from landscape_ray.schedules import SCHEDULES, Schedule
+from landscape_ray.schedules import SCHEDULES, Schedule, monotone_points
 from landscape_ray.training.averaging import AveragingConfig
 from landscape_ray.training.clipping import ClippingConfig
 from landscape_ray.training.loss import LossConfig
@@ -54,7 +55,8 @@ class ScheduleConfig(Model):
     momentum_high: float = Field(default=0.95, ge=0, lt=1)
     """Of one_cycle: momentum at both ends; equal to momentum_low, it does not move."""
     points: list[tuple[float, float]] = []
-    """Of table: corners [progress, height], both in [0, 1]; `landscape-ray refine` makes them from a run."""
+    """Of table: corners [progress, height], both in [0, 1]; `landscape-ray refine` makes them from a run. Or a table of
+    free coordinates of a curve that falls, for searches: warmup = 0.05, ratio_1 = 0.9, ratio_2 = 0.5 ..."""
     range_ratio: float = Field(default=1e-5, gt=0, le=1)
     """Of range: first learning rate divided by the last, which is peak_lr."""
     range_shape: Literal["exponential", "linear"] = "exponential"
@@ -63,6 +65,8 @@ class ScheduleConfig(Model):
     @field_validator("points", mode="before")
     @classmethod
     def _pairs(cls, points: Any) -> Any:
+        if isinstance(points, Mapping):
+            return _monotone(points)
         # TOML and JSON have lists, and nothing is converted silently elsewhere
         if not isinstance(points, list):
             return points
@@ -87,6 +91,17 @@ class ScheduleConfig(Model):
             points=tuple(self.points),
             **shape,
         )
+
+
+def _monotone(coordinates: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Return the corners of a table that is given by free coordinates: warmup, ratio_1, ratio_2 ..."""
+    names = [f"ratio_{k}" for k in range(1, len(coordinates) + ("warmup" not in coordinates))]
+    if set(names) != coordinates.keys() - {"warmup"}:
+        raise ValueError(f"points as a table must be ratio_1, ratio_2 ... and maybe warmup, got {sorted(coordinates)}")
+    try:
+        return list(monotone_points([coordinates[name] for name in names], coordinates.get("warmup", 0.0)))
+    except (UserError, TypeError) as error:
+        raise ValueError(str(error)) from None
 
 
 class EvalConfig(Model):

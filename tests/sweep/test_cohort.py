@@ -138,12 +138,13 @@ def test_the_member_that_is_damaged_is_named(cohort_spec: SweepSpec, cohort_text
 
 def test_after_a_failure_the_bad_trial_goes_alone(cohort_spec: SweepSpec, tmp_path: Path) -> None:
     """In a cohort it would take the sound ones along again."""
-    from landscape_ray.sweep.searcher import OptunaSearcher
+    from landscape_ray.sweep.searching.book import Book
+    from landscape_ray.sweep.searching.searcher import OptunaSearcher
 
-    known: dict[str, RunSummary] = {}
+    folder = SweepFolder(tmp_path)
 
     def searcher() -> OptunaSearcher:
-        return OptunaSearcher(cohort_spec, tmp_path / "study.log", known.get, {})
+        return OptunaSearcher(Book(cohort_spec, folder), {})
 
     def proposed(suggestion: Any) -> list[str]:
         return [each["trial_id"] for each in suggestion["trial"]["members"]]
@@ -151,7 +152,8 @@ def test_after_a_failure_the_bad_trial_goes_alone(cohort_spec: SweepSpec, tmp_pa
     first = searcher().suggest("a")
     assert proposed(first) == ["t0000", "t0001", "t0002"]
     for name, status in (("t0000", "finished"), ("t0001", "failed"), ("t0002", "pending")):
-        known[name] = RunSummary(run_id=name, status=status, config={}, varied={}, final_loss_nats=1.0)  # type: ignore[arg-type]
+        summary = RunSummary(run_id=name, status=status, config={}, varied={}, final_loss_nats=1.0)  # type: ignore[arg-type]
+        folder.trial(name).commit(summary, 0)
     again = searcher()
     assert proposed(again.suggest("b")) == ["t0001"]
     assert proposed(again.suggest("c")) == ["t0002", "t0003", "t0004"]

@@ -41,7 +41,11 @@ def test_the_examples_are_valid(path: Path) -> None:
         (BASE, {"name": "../evil"}, r"name must be letters, digits"),
         (BASE, {"train__seed": 3}, r"train.seed must not be given; set `seed` at the top"),
         (BASE, {"population": {"interval_steps": 20}}, r"one of \[search\] and \[population\], got both"),
-        (BASE, {"search__sampler": "tpee"}, r"'search.sampler' input should be 'tpe', 'random'"),
+        (
+            BASE,
+            {"search__sampler": "tpee"},
+            r"search.sampler must be a known name or a path .*, got 'tpee'; did you mean 'tpe'",
+        ),
         (BASE, {"search__num_trials": 0}, r"'search.num_trials' .* greater than or equal to 1, got 0"),
         (
             BASE,

@@ -1,0 +1,536 @@
+"""The book of a search: what was proposed, what is open, what came out; in a journal file that survives the driver.
+
+Two studies of Optuna hold the same trials. The journal (`study.journal`, which optuna-dashboard reads) is the durable
+one: a line is appended when a trial is handed out and when something becomes of it, and nothing else is written there.
+The other lives in memory (`Proposer`) and is what samplers see. Proposals are computed on it in a thread of their own
+while trials run; what comes in meanwhile is kept back until the next proposal begins. So a proposal depends on what was
+known when it began, not on how long it took, and the driver never waits for a sampler while it has trials to serve.
+
+A killed driver leaves open trials. The next one reads the journal and the committed rows of the trials' folders: it
+settles those that ended, observes every evaluation again in the order in which they were made, which puts the paused
+ones back on their rungs, and hands out the rest under their old numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from landscape_ray.domains import Value
+from landscape_ray.errors import UserError
+from landscape_ray.records import RunSummary
+from landscape_ray.search import StoppingRule, Verdict
+from landscape_ray.sweep.run import trial_id_of
+from landscape_ray.sweep.searching.guard import Hold, LearningRateGuard
+from landscape_ray.sweep.searching.measures import History, direction, measures, objective_values, violations
+from landscape_ray.sweep.searching.proposer import STATES, Outcome, Proposal, Proposer
+from landscape_ray.sweep.searching.warm import PRIOR, warm_start
+from landscape_ray.sweep.spec import SweepSpec
+from landscape_ray.tracking.folder import SweepFolder, TrialFolder
+
+Standing: TypeAlias = Literal["paused", "stopped"]
+"""What a trial is that was taken off before its end."""
+
+
+class Job(NamedTuple):
+    """A run to make."""
+
+    number: int
+    """Of the proposal in this sweep."""
+    trial_id: str
+    values: dict[str, Value]
+    note: dict[str, Any]
+    """What was changed about the proposal before it was handed out; empty for nothing."""
+
+
+@dataclasses.dataclass
+class _Entry:
+    """What the book knows of one proposal."""
+
+    values: dict[str, Value]
+    note: dict[str, Any] = dataclasses.field(default_factory=dict)
+    level: int = 0
+    """Index of its present value in [search.fidelity]."""
+    losses: dict[int, float] = dataclasses.field(default_factory=dict)
+    """Held-out loss by step, or under [search.fidelity] the final one by value."""
+
+
+class Book:
+    """The trials of one search.
+
+    Args:
+        spec: the sweep; must have a [search] table.
+        folder: of the sweep; its journal is created when absent.
+        tracking_uri: of the MLflow server that [search.warm_start] may name.
+
+    Raises:
+        UserError: no [search] table, a sampler or warm start that does not work, or a journal that cannot be read.
+    """
+
+    def __init__(self, spec: SweepSpec, folder: SweepFolder, tracking_uri: str = "") -> None:
+        if spec.search is None:
+            raise UserError(f"sweep '{spec.name}' has no [search] table; add one")
+        self.spec, self.folder, self.search = spec, folder, spec.search
+        self.proposer = Proposer(
+            spec.space,
+            sampler=self.search.sampler,
+            options=self.search.options,
+            seed=spec.seed,
+            directions=[direction(name) for name in self.search.objectives],
+        )
+        self.guard = LearningRateGuard(spec) if self.search.guard is not None else None
+        self.rule = _rule_of(spec)
+        self.standing: dict[str, Standing] = {}
+        """Trials that were taken off, by identifier; for whoever shows them."""
+        self._entries: dict[int, _Entry] = {}
+        self._outcomes: dict[int, Outcome] = {}
+        """What is settled, by number of the proposal."""
+        self._news: dict[int, Outcome] = {}
+        """What the proposer has not been told yet."""
+        self._open: set[int] = set()
+        self._paused: set[int] = set()
+        self._verdicts: dict[int, Verdict] = {}
+        self._reissue: deque[int] = deque()
+        self._alone = 0
+        self._failed: set[int] = set()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="proposals")
+        self._asked: Future[list[tuple[Proposal, dict[str, Any]]]] | None = None
+        self._ready: deque[int] = deque()
+        self._points: list[dict[str, Value]] = []
+        self._open_journal(folder.study_path, tracking_uri)
+        self._catch_up()
+
+    # --- the journal ---------------------------------------------------------------------------------------------
+
+    def _open_journal(self, path: Path, tracking_uri: str) -> None:
+        """Open the durable study, or make it, with what earlier sweeps know as its first trials."""
+        # The lock file of a killed driver is cleared here: the sweep's own lock allows one driver at a time.
+        path.with_name(path.name + ".lock").unlink(missing_ok=True)
+        mend_journal(path)
+        self._journal = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+        names = [study.study_name for study in self._journal.get_all_studies()]
+        if self.spec.name in names:
+            self._study_id = self._journal.get_study_id_from_name(self.spec.name)
+        else:
+            ways = {"minimize": StudyDirection.MINIMIZE, "maximize": StudyDirection.MAXIMIZE}
+            directions = [ways[direction(name)] for name in self.search.objectives]
+            self._study_id = self._journal.create_new_study(directions, self.spec.name)
+            if len(self.search.objectives) > 1:
+                self._journal.set_study_user_attr(self._study_id, "objectives", self.search.objectives)
+        trials = self._journal.get_all_trials(self._study_id)
+        if any(trial.state == TrialState.WAITING for trial in trials):
+            raise UserError(f"{path} was written by an earlier version of landscape_ray; start a new sweep")
+        attributes = self._journal.get_study_user_attrs(self._study_id)
+        if self.search.warm_start is not None:
+            if "points" not in attributes:
+                found = warm_start(self.spec, self.search.warm_start, tracking_uri)
+                for prior in found.results:
+                    self._journal.create_new_trial(self._study_id, prior.frozen(self.spec.space))
+                self._journal.set_study_user_attr(self._study_id, "points", found.points)
+                trials = self._journal.get_all_trials(self._study_id)
+                attributes = self._journal.get_study_user_attrs(self._study_id)
+            self._points = attributes["points"]
+        self.num_priors = sum(PRIOR in trial.user_attrs for trial in trials)
+        own = trials[self.num_priors :]
+        for index, trial in enumerate(own):
+            self._entries[index] = _Entry(dict(trial.params), note=trial.user_attrs.get("note", {}))
+            if trial.state.is_finished():
+                self._outcomes[index] = self._news[index] = _outcome_of(trial)
+        opened = [_as_running(trial, {}) for trial in own]
+        self.proposer.load([*trials[: self.num_priors], *opened], self._journal.get_study_system_attrs(self._study_id))
+
+    @property
+    def study(self) -> optuna.Study:
+        """The durable study, to read from."""
+        return optuna.load_study(study_name=self.spec.name, storage=self._journal)
+
+    def _write_proposal(self, index: int, note: Mapping[str, Any]) -> None:
+        """Append a proposal to the journal, in one line, together with what samplers noted with it."""
+        trial = self.proposer.frozen(self.num_priors + index)
+        self._journal.create_new_trial(self._study_id, _as_running(trial, {"note": dict(note)} if note else {}))
+        known = self._journal.get_study_system_attrs(self._study_id)
+        for key, value in self.proposer.study_attributes().items():
+            if known.get(key) != value:
+                self._journal.set_study_system_attr(self._study_id, key, value)
+
+    def _settle(self, index: int, outcome: Outcome) -> None:
+        """Append to the journal what became of a proposal; the proposer hears of it when it next begins."""
+        trial_id = self._journal.get_trial_id_from_study_id_trial_number(self._study_id, self.num_priors + index)
+        for step, loss in outcome.intermediate.items():
+            self._journal.set_trial_intermediate_value(trial_id, step, loss)
+        for key, value in outcome.constraint_attributes().items():
+            self._journal.set_trial_system_attr(trial_id, key, value)
+        self._journal.set_trial_state_values(trial_id, STATES[outcome.state], outcome.told_values)
+        self._outcomes[index] = self._news[index] = outcome
+        self._paused.discard(index)
+        self._entries[index].losses.clear()
+
+    # --- after a driver that is gone ------------------------------------------------------------------------------
+
+    def _catch_up(self) -> None:
+        """Settle, pause or hand out again what an earlier driver left open."""
+        unsettled = [index for index in self._entries if index not in self._outcomes]
+        if self.rule is not None:
+            self._observe_again(self.rule)
+        failed, unfinished = [], []
+        for index in unsettled:
+            trial = self._folder(index)
+            summary = trial.summary()
+            if self.rule is None:
+                self.note(index, [(step, loss) for step, loss, _ in History(trial).evals])
+            if summary is not None and summary.status in ("finished", "diverged") and not self._goes_on(index, summary):
+                self._settle(index, self._outcome(index, measures(summary, History(trial).probes)))
+            elif (summary is not None and summary.status == "stopped") or self._verdicts.get(index) == "stop":
+                self._stop(index)
+            elif self._verdicts.get(index) == "pause":
+                self._paused.add(index)
+                self.standing[self._trial_id(index)] = "paused"
+            elif summary is not None and summary.status == "failed":
+                failed.append(index)
+            else:
+                unfinished.append(index)
+            self._verdicts.pop(index, None)
+        # Those that failed come first and one by one: in a cohort, one of them took the others along.
+        self._alone = len(failed)
+        self._reissue.extend(failed + unfinished)
+        if self.guard is not None:
+            for index in self._entries:
+                self.guard.learn(index, self._entries[index].values, History(self._folder(index)).first)
+
+    def _goes_on(self, index: int, summary: RunSummary) -> bool:
+        """Return whether a run that ended is only the first of several of its proposal; its level is set then."""
+        fidelity = self.search.fidelity
+        if fidelity is None or summary.status == "diverged" or self._is_last(self._entries[index].level):
+            return False
+        if self._verdicts.get(index) != "pause":  # promoted when it ended: the next run is to be made
+            self._verdicts.pop(index, None)
+            self._entries[index].level += 1
+        return True
+
+    def _is_last(self, level: int) -> bool:
+        fidelity = self.search.fidelity
+        return fidelity is None or level == len(fidelity.values) - 1
+
+    def _observe_again(self, rule: StoppingRule) -> None:
+        """Rebuild what the rule knew, from committed rows, in the order in which they were made."""
+        seen: list[tuple[float, int, int, float]] = []
+        ended: dict[int, float] = {}
+        levels = self.search.fidelity.values if self.search.fidelity is not None else []
+        for index, entry in self._entries.items():
+            if not levels:
+                trial = self._folder(index)
+                summary = trial.summary()
+                self._begin(rule, index)
+                if summary is None:
+                    continue
+                seen += [(time, index, step, loss) for step, loss, time in History(trial).evals]
+                if summary.status in ("finished", "diverged"):
+                    ended[index] = summary.final_loss_nats if summary.status == "finished" else float("nan")
+                continue
+            for level, value in enumerate(levels):
+                trial = self.folder.trial(trial_id_of(index, level))
+                summary = trial.summary()
+                if summary is None or not summary.config:
+                    break
+                entry.level = level
+                if summary.status == "diverged":
+                    ended[index] = float("nan")
+                elif summary.status == "finished":
+                    history = History(trial).evals
+                    seen.append((history[-1][2] if history else 0.0, index, value, summary.final_loss_nats))
+        for _, index, step, loss in sorted(seen):
+            self._entries[index].losses[step] = loss
+            verdict = rule.observe(index, step, loss)
+            if verdict == "continue":
+                self._verdicts.pop(index, None)
+            else:
+                self._verdicts[index] = verdict
+        for index, loss in ended.items():
+            rule.end(index, loss)
+            if not levels:
+                self._verdicts.pop(index, None)
+        for index, entry in self._entries.items():
+            if levels and levels[entry.level] not in entry.losses and self._verdicts.pop(index, None) == "pause":
+                rule.promote(index)  # its next run has begun
+
+    def _begin(self, rule: StoppingRule, index: int) -> None:
+        config = self.spec.train_config(self._entries[index].values, index)
+        rule.begin(index, config.schedule.build(config.num_steps).values().tolist(), config.schedule.warmup_steps)
+
+    # --- handing out ----------------------------------------------------------------------------------------------
+
+    def _trial_id(self, index: int) -> str:
+        return trial_id_of(index, self._entries[index].level)
+
+    def _folder(self, index: int) -> TrialFolder:
+        return self.folder.trial(self._trial_id(index))
+
+    def num_left(self) -> int:
+        """Return how many proposals are not settled: to be made, to be handed out again, paused or running."""
+        return max(self.search.num_trials, len(self._entries)) - len(self._outcomes)
+
+    def next(self, size: int = 1) -> list[Job] | None:
+        """Return the next runs to make, at most `size`.
+
+        Returns:
+            An empty list while there is nothing to do now, but may be later; None at the end.
+        """
+        if self._alone:
+            size, self._alone = 1, self._alone - 1
+        again: list[int] = []
+        while len(again) < size and (index := self._again()) is not None:
+            again.append(index)
+        new = self._propose(size - len(again)) if len(again) < size and not self._all_proposed() else []
+        if again and self._asked is not None and size > 1:  # a cohort waits for all of its members
+            self._reissue.extendleft(reversed(again))
+            return []
+        if again or new:
+            return [self._hand_out(index) for index in again + new]
+        if self._asked is not None or (self._open and (self.rule is not None or not self._all_proposed())):
+            return []
+        if self._all_proposed() and not self._failed:  # else another driver goes on from here
+            for index in sorted(self._paused):
+                self._stop(index)
+        self.close()
+        return None
+
+    def _all_proposed(self) -> bool:
+        return len(self._entries) >= self.search.num_trials
+
+    def close(self) -> None:
+        """End the thread that makes proposals."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _again(self) -> int | None:
+        """Return a trial that was handed out before: promoted, or left open by a driver that is gone."""
+        if self._ready:
+            return self._ready.popleft()
+        for index in self.rule.promotable() if self.rule is not None and self._paused else ():
+            if index in self._paused and self.rule is not None:
+                self.rule.promote(index)
+                self._promoted(index)
+                return index
+        return self._reissue.popleft() if self._reissue else None
+
+    def _promoted(self, index: int) -> None:
+        self._paused.discard(index)
+        self.standing.pop(self._trial_id(index), None)
+        if self.search.fidelity is not None:
+            self._entries[index].level += 1
+
+    def _hand_out(self, index: int) -> Job:
+        entry = self._entries[index]
+        self._open.add(index)
+        values = dict(entry.values)
+        if self.search.fidelity is not None:
+            values[self.search.fidelity.name] = self.search.fidelity.values[entry.level]
+        return Job(index, self._trial_id(index), values, entry.note)
+
+    def _propose(self, size: int) -> list[int]:
+        """Return up to `size` new proposals if they are there; else see to it that they are being made.
+
+        Where no trial is running that needs the driver, they are waited for.
+        """
+        if self._asked is None:
+            first = len(self._entries)
+            count = min(size, self.search.num_trials - first)
+            if not self._tell_news(first + count - 1):
+                return []
+            hold = None if self.guard is None else self.guard.holder(self._known_before(first + count - 1))
+            self._asked = self._pool.submit(self._ask, first, count, hold)
+        if self._open and not self._asked.done():
+            return []
+        found, self._asked = self._asked.result(), None
+        new = []
+        for proposal, note in found:
+            index = proposal.number - self.num_priors
+            self._entries[index] = _Entry(proposal.values, note)
+            self._write_proposal(index, note)
+            if self.rule is not None and self.search.fidelity is None:
+                self._begin(self.rule, index)
+            new.append(index)
+        return new
+
+    def _tell_news(self, last: int) -> bool:
+        """Tell the proposer what came in since it last began.
+
+        Args:
+            last: number of the last proposal that is going to be made.
+
+        Returns:
+            Whether it knows what it is to know; under a lag, a result that is needed may be outstanding.
+        """
+        known = self._known_before(last)
+        if self.search.lag is not None and any(index not in self._outcomes for index in range(known)):
+            return False
+        for index in sorted(index for index in self._news if index < known):
+            self.proposer.tell(self.num_priors + index, self._news.pop(index))
+        return True
+
+    def _known_before(self, last: int) -> int:
+        """Return how many of the first trials proposal `last` may know the results of."""
+        return len(self._entries) if self.search.lag is None else max(last - self.search.lag + 1, 0)
+
+    def _ask(self, first: int, count: int, hold: Hold | None) -> list[tuple[Proposal, dict[str, Any]]]:
+        """Make proposals; in the thread of the pool, the only one to touch the proposer meanwhile."""
+        found = []
+        given = [*self.search.initial, *self._points]
+        for index in range(first, first + count):
+            note: dict[str, Any] = {}
+            adjust = None if hold is None else functools.partial(hold, note=note)
+            point = given[index] if index < len(given) else None
+            found.append((self.proposer.ask(point, adjust), note))
+        return found
+
+    # --- what comes back ------------------------------------------------------------------------------------------
+
+    def note(self, index: int, evals: Sequence[tuple[int, float]]) -> None:
+        """Take note of evaluations of a running trial: steps and held-out losses."""
+        if self.search.fidelity is None:  # there, what compares is the loss at the end of every run
+            self._entries[index].losses.update(evals)
+
+    def observe(self, index: int, evals: Sequence[tuple[int, float]]) -> Verdict:
+        """Return what becomes of a running trial after new evaluations: steps and held-out losses."""
+        self.note(index, evals)
+        if self.rule is None or self.search.fidelity is not None:
+            return "continue"
+        verdict: Verdict = "continue"
+        for step, loss in evals:
+            verdict = self.rule.observe(index, step, loss)
+            if verdict == "stop":
+                break
+        if verdict != "continue":
+            self._verdicts[index] = verdict
+        return verdict
+
+    def learn(self, index: int, probes: Mapping[str, float]) -> None:
+        """Take note of what a run's probes have measured first."""
+        if self.guard is not None:
+            self.guard.learn(index, self._entries[index].values, probes)
+
+    def taken_off(self, index: int) -> None:
+        """Take note that a trial is no longer running and has not ended: by the last verdict, or interrupted."""
+        self._open.discard(index)
+        verdict = self._verdicts.pop(index, None)
+        if verdict == "stop":
+            self._stop(index)
+        elif verdict == "pause":
+            self._pause(index)
+
+    def _pause(self, index: int) -> None:
+        self._paused.add(index)
+        self.standing[self._trial_id(index)] = "paused"
+        # samplers may learn from what is known of it; told again when more is
+        self._news[index] = Outcome(state="pruned", intermediate=dict(self._entries[index].losses))
+
+    def _stop(self, index: int) -> None:
+        """Settle a trial as stopped, in its folder first: what the journal says is then true whenever this is cut."""
+        trial = self._folder(index)
+        summary = trial.summary()
+        if summary is not None and summary.status not in ("finished", "diverged", "stopped"):
+            assert self.rule is not None
+            trial.set_status("stopped", f"stopped by rule '{self.rule.name}' at step {summary.step}")
+        self.standing[self._trial_id(index)] = "stopped"
+        self._settle(index, Outcome(state="pruned", intermediate=dict(self._entries[index].losses)))
+
+    def ended(self, index: int, measured: Mapping[str, float]) -> None:
+        """Take note that a run ended by itself.
+
+        Args:
+            index: number of its proposal.
+            measured: see `measures`; a loss that is not finite is a divergence.
+        """
+        self._open.discard(index)
+        self._verdicts.pop(index, None)
+        outcome = self._outcome(index, measured)
+        entry, loss = self._entries[index], measured.get("loss_nats", float("nan"))
+        fidelity = self.search.fidelity
+        if fidelity is not None and outcome.state == "complete" and not self._is_last(entry.level):
+            assert self.rule is not None
+            entry.losses[fidelity.values[entry.level]] = loss
+            if self.rule.observe(index, fidelity.values[entry.level], loss) == "continue":
+                self._promoted(index)
+                self._ready.append(index)
+            else:
+                self._pause(index)
+            return
+        if self.rule is not None:
+            self.rule.end(index, loss if outcome.state == "complete" else float("nan"))
+        self._settle(index, outcome)
+
+    def failed(self, index: int) -> None:
+        """Take note that a run failed: it stays open, and the next driver tries it again."""
+        self._open.discard(index)
+        self._failed.add(index)
+        self._verdicts.pop(index, None)
+
+    def _outcome(self, index: int, measured: Mapping[str, float]) -> Outcome:
+        values = objective_values(self.search.objectives, measured)
+        losses = dict(self._entries[index].losses)
+        if values is None:
+            return Outcome(state="failed", intermediate=losses)
+        return Outcome(
+            state="complete",
+            values=tuple(values),
+            intermediate=losses,
+            constraints=violations(self.search.constraints, measured),
+        )
+
+
+def _rule_of(spec: SweepSpec) -> StoppingRule | None:
+    assert spec.search is not None
+    if spec.search.fidelity is not None:
+        return spec.search.fidelity.build()
+    if spec.search.stopping is not None:
+        return spec.search.stopping.build(spec.num_steps)
+    return None
+
+
+def _outcome_of(trial: FrozenTrial) -> Outcome:
+    """Return what a settled trial of the journal was told as."""
+    state = next(name for name, known in STATES.items() if known == trial.state)
+    return Outcome(
+        state=state,
+        values=tuple(trial.values) if state == "complete" else None,
+        intermediate=dict(trial.intermediate_values),
+        constraints=dict(trial.constraints),
+    )
+
+
+def _as_running(trial: FrozenTrial, user_attributes: dict[str, Any]) -> FrozenTrial:
+    """Return a copy of a trial as it was when it was handed out."""
+    told = _outcome_of(trial).constraint_attributes() if trial.state.is_finished() else {}
+    return FrozenTrial(
+        number=trial.number,
+        trial_id=trial._trial_id,
+        state=TrialState.RUNNING,
+        value=None,
+        datetime_start=trial.datetime_start,
+        datetime_complete=None,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs=user_attributes,
+        system_attrs={key: value for key, value in trial.system_attrs.items() if key not in told},
+        intermediate_values={},
+    )
+
+
+def mend_journal(path: Path) -> None:
+    """Cut off a last line that a killed driver has not finished; Optuna could never read past it again."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        with open(path, "rb+") as file:
+            file.truncate(content.rfind(b"\n") + 1)

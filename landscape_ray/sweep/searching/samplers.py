@@ -1,0 +1,142 @@
+"""Optuna's samplers by name, the user's own by dotted path, and those of OptunaHub where that package is installed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+
+from landscape_ray.errors import UserError
+from landscape_ray.registry import resolve
+from landscape_ray.sweep.searching.config import HUB, SearchConfig
+
+START_UP_TRIALS = 5
+"""Finished trials before a model-based sampler trusts its model."""
+
+_QUIET = {"warn_independent_sampling": False}
+"""Conditional entries are sampled at random by some samplers; a warning at every proposal says it too often."""
+
+_MODEL = {"n_startup_trials": START_UP_TRIALS} | _QUIET
+
+SEARCHERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+    "tpe": lambda **options: optuna.samplers.TPESampler(**{"n_startup_trials": START_UP_TRIALS} | options),
+    "random": optuna.samplers.RandomSampler,
+    "gp": lambda **options: optuna.samplers.GPSampler(**_MODEL | options),
+    "cmaes": lambda **options: optuna.samplers.CmaEsSampler(**_MODEL | options),
+    "nsgaii": optuna.samplers.NSGAIISampler,
+    "nsgaiii": optuna.samplers.NSGAIIISampler,
+    "qmc": lambda **options: optuna.samplers.QMCSampler(**{"scramble": True} | _QUIET | options),
+}
+"""Samplers by name: functions of a seed and of their own options."""
+
+WHOLE_STUDY = ("qmc",)
+"""Samplers that are one sequence for the whole study, counted by Optuna under one seed."""
+
+
+def seed_of_trial(seed: int, number: int) -> int:
+    """Return the seed of one trial's sampler: a proposal depends on (seed, number, history), not on the process."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+def build_sampler(
+    name: str, seed: int, number: int, options: Mapping[str, Any] | None = None
+) -> optuna.samplers.BaseSampler:
+    """Return the sampler for one proposal.
+
+    Args:
+        name: a key of SEARCHERS; a path package.module:Name; or optunahub:<package>:<Name>.
+        seed: of the sweep.
+        number: of the proposal.
+        options: keyword arguments beside the seed.
+
+    Raises:
+        UserError: no such sampler, or it does not take these options.
+    """
+    make = _from_hub(name) if name.startswith(HUB) else resolve(name, SEARCHERS, "search.sampler")
+    options = dict(options or {})
+    if "seed" in options:
+        raise UserError("search.options must not hold a seed, got one; `seed` at the top of the file seeds everything")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = make(seed=seed_of_trial(seed, 0 if name in WHOLE_STUDY else number), **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"search.options must be what sampler '{name}' takes beside a seed, got {options} ({error}); "
+            f"it takes: {_takes(make)}"
+        ) from None
+    if not isinstance(sampler, optuna.samplers.BaseSampler):
+        raise UserError(
+            f"search.sampler must make an optuna.samplers.BaseSampler, got {type(sampler).__name__} from '{name}'; "
+            "give the path of a class or a function that does"
+        )
+    return sampler
+
+
+def check_sampler(search: SearchConfig) -> None:
+    """Check that the sampler of a search can be made; one of OptunaHub only so far that its package is there.
+
+    Raises:
+        UserError: see `build_sampler`.
+    """
+    if search.sampler.startswith(HUB):
+        _hub(search.sampler)
+    else:
+        build_sampler(search.sampler, 0, 0, search.options)
+
+
+def _takes(make: Callable[..., Any]) -> str:
+    """Return what options a sampler takes, as far as its signature says."""
+    classes = {
+        "tpe": optuna.samplers.TPESampler,
+        "gp": optuna.samplers.GPSampler,
+        "cmaes": optuna.samplers.CmaEsSampler,
+        "qmc": optuna.samplers.QMCSampler,
+    }
+    known = next((classes[name] for name, known in SEARCHERS.items() if known is make and name in classes), make)
+    try:
+        names = [name for name in inspect.signature(known).parameters if name not in ("seed", "self")]
+    except (TypeError, ValueError):
+        names = []
+    return ", ".join(names) or "nothing"
+
+
+def _from_hub(name: str) -> Callable[..., optuna.samplers.BaseSampler]:
+    """Return a sampler of OptunaHub, which downloads its code: only ever because the sweep file names it.
+
+    Raises:
+        UserError: see `_hub`; or there is no such sampler, or no network.
+    """
+    hub, package, attribute = _hub(name)
+    try:
+        found: Callable[..., optuna.samplers.BaseSampler] = getattr(hub.load_module(package), attribute)
+    except Exception as error:  # a download that failed raises what the network raises
+        raise UserError(
+            f"search.sampler: OptunaHub has no '{name}' ({error}); check the name and the network"
+        ) from None
+    return found
+
+
+def _hub(name: str) -> tuple[Any, str, str]:
+    """Return the package optunahub, and which package and name of it are meant.
+
+    Raises:
+        UserError: not of the form optunahub:<package>:<Name>, or optunahub is not installed.
+    """
+    package, _, attribute = name.removeprefix(HUB).partition(":")
+    if not package or not attribute:
+        raise UserError(
+            f"search.sampler from OptunaHub must be optunahub:<package>:<Name>, got '{name}'; "
+            "for example optunahub:samplers/auto_sampler:AutoSampler"
+        )
+    try:
+        return importlib.import_module("optunahub"), package, attribute
+    except ImportError:
+        raise UserError(
+            f"search.sampler '{name}' needs the package optunahub, which is not installed; pip install optunahub"
+        ) from None

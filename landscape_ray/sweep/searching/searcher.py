@@ -1,0 +1,121 @@
+"""The book of a search as Ray Tune's searcher, and its stopping rule as Ray Tune's scheduler.
+
+A trial that is paused by its rule ends as far as Ray is concerned: its checkpoint is in its folder, and its actor goes
+on with another trial. When the rule promotes it, the searcher hands it out again under its old name. Ray's own pauses
+live in the memory of the driver and die with it; these survive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from landscape_ray.sweep.searching.book import Book
+
+OBJECTIVE = "loss_nats"
+"""Key of the last held-out loss in the results of a trial."""
+
+
+class OptunaSearcher(Searcher):
+    """Hands out the trials of one sweep and tells its book what became of them.
+
+    Args:
+        book: of the sweep.
+        fixed: entries that every trial's configuration gets.
+    """
+
+    def __init__(self, book: Book, fixed: dict[str, Any]) -> None:
+        super().__init__(metric=OBJECTIVE, mode="min")
+        self.book, self._fixed = book, fixed
+        cohort = book.spec.cohort
+        self._size = cohort.num_members if cohort is not None else 1
+        self._open: dict[str, list[tuple[int, str]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: Ray pickles the searcher into its experiment state, which is never read."""
+        return {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the next run, or the next ones as one cohort; None while there is none yet; at the end a word."""
+        jobs = self.book.next(self._size)
+        if jobs is None:
+            return str(Searcher.FINISHED)
+        if not jobs:
+            return None
+        self._open[trial_id] = [(job.number, job.trial_id) for job in jobs]
+        trials = [{"trial_id": job.trial_id, "values": job.values, "note": job.note} for job in jobs]
+        if self._size == 1:
+            return {**self._fixed, "trial": trials[0]}
+        name = f"{trials[0]['trial_id']}-{trials[-1]['trial_id']}"
+        return {**self._fixed, "trial": {"trial_id": name, "members": trials}}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass on the new evaluations, and what the probes have measured first."""
+        for index, prefix in self._members(trial_id):
+            self.book.note(index, _evals(result.get(f"{prefix}evals")))
+            self.book.learn(index, _pairs(result.get(f"{prefix}first_probes")))
+
+    def judge(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """Return whether a trial is to train on, given its new evaluations."""
+        ((index, _),) = self._open[trial_id]
+        return self.book.observe(index, _evals(result.get("evals"))) == "continue"
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell the book how a trial left its actor: ended, taken off by the rule, failed or interrupted."""
+        for index, prefix in self._members(trial_id):
+            if error:
+                self.book.failed(index)
+            elif result is None or not result.get(f"{prefix}ended"):
+                self.book.taken_off(index)
+            else:
+                self.book.note(index, _evals(result.get(f"{prefix}evals")))
+                self.book.learn(index, _pairs(result.get(f"{prefix}first_probes")))
+                measured = _pairs(result.get(f"{prefix}measures"))
+                if result.get(f"{prefix}diverged"):
+                    measured[OBJECTIVE] = math.nan
+                self.book.ended(index, measured)
+        self._open.pop(trial_id, None)
+
+    def _members(self, trial_id: str) -> list[tuple[int, str]]:
+        """Return number and prefix of the results of each trial that a trial of Ray's stands for."""
+        # Ray flattens what it hands over
+        return [(i, f"members/{name}/" if self._size > 1 else "") for i, name in self._open.get(trial_id, [])]
+
+    def save(self, checkpoint_path: str) -> None:
+        """Do nothing: the journal file is always current."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Do nothing: a new book reads the journal file."""
+
+
+class StoppingScheduler(FIFOScheduler):
+    """Takes a trial off its actor when the stopping rule of the search says pause or stop.
+
+    Args:
+        searcher: of the same sweep; it keeps the rule, because what is promoted is handed out by it.
+    """
+
+    def __init__(self, searcher: OptunaSearcher) -> None:
+        super().__init__()
+        self._searcher = searcher
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing, see the searcher."""
+        return {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Return whether the trial goes on; called for trials that have not ended."""
+        goes_on = self._searcher.judge(trial.trial_id, result)
+        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
+
+
+def _evals(found: Any) -> list[tuple[int, float]]:
+    return [(int(step), float(loss)) for step, loss in found or ()]
+
+
+def _pairs(found: Any) -> dict[str, float]:
+    return {str(name): float(value) for name, value in found or ()}
