@@ -66,8 +66,9 @@ class Decision:
     """What a member does next.
 
     An executor keeps the weights of each member's last observation until its next one. Decisions that come together
-    refer to the weights from before any of them. Each is carried out in this order: take the weights of the donor's last observation, if there is a donor; restart, if asked; apply
-    `values`, which win over whatever came with the weights; train until `until_step`, evaluate, and report.
+    refer to the weights from before any of them. Each is carried out in this order: take the weights of the donor's
+    last observation, if there is a donor; restart, if asked; apply `values`, which win over whatever came with the
+    weights; train until `until_step`, evaluate, and report.
 
     Attributes:
         member: which.

@@ -205,7 +205,9 @@ class Lineage:
             if schedule is None:
                 parts.append(np.full(len(steps), float(value)))
             else:
-                parts.append(np.asarray(dataclasses.replace(schedule, peak=float(value))(steps)))
+                # one by one, as training asks for them: powers of arrays may differ from those of numbers in a last bit
+                own = dataclasses.replace(schedule, peak=float(value))
+                parts.append(np.array([own(int(step)) for step in steps]))
         return np.concatenate(parts) if parts else np.empty(0)
 
     def replay(self, member: int, name: str, schedule: Schedule | None = None) -> Schedule:
@@ -273,6 +275,8 @@ class Lineage:
 
 def table_of(values: Array) -> Schedule:
     """Return the table schedule whose value in each update equals `values`, shape (num_steps,), to the bit.
+
+    But for values below 1e-300 of the largest, which have no exact share of it.
 
     Raises:
         UserError: no values, or one that is negative or not finite.

@@ -11,6 +11,7 @@ gives one history.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -146,7 +147,7 @@ class Strategy(ABC):
         if not observation.points:
             raise UserError(f"points of member {number} must hold an evaluation, got none; evaluate before reporting")
         steps = [member.step, *(point.step for point in observation.points)]
-        if any(later < earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+        if any(later < earlier for earlier, later in itertools.pairwise(steps)):
             raise UserError(f"points of member {number} must come after step {member.step}, got steps {steps[1:]}")
         self.lineage.end(observation)
         member.step, member.loss, member.tested = observation.step, observation.loss, True

@@ -104,11 +104,16 @@ class CohortPopulation:
         if isinstance(record, StepRecord):
             self._rates[k].append(record.lr)
             self.num_updates += 1
-        diverged = isinstance(record, EventRecord) and record.event == "diverged"
-        if diverged or (isinstance(record, EvalRecord) and self._rates[k]):
-            rates, self._rates[k] = self._rates[k], []
-            mean = float(np.mean(rates)) if rates else self._last_rate(k)
-            self._points[k].append(Point(record.step, math.inf if diverged else record.loss_nats, mean))
+            return
+        if isinstance(record, EvalRecord) and self._rates[k]:
+            loss = record.loss_nats
+        elif isinstance(record, EventRecord) and record.event == "diverged":
+            loss = math.inf
+        else:
+            return
+        rates, self._rates[k] = self._rates[k], []
+        mean = float(np.mean(rates)) if rates else self._last_rate(k)
+        self._points[k].append(Point(record.step, loss, mean))
 
     def _last_rate(self, k: int) -> float:
         config = self.cohort.members[k].config
@@ -138,14 +143,15 @@ class CohortPopulation:
         self._note(decisions)
 
     def _content(self, k: int) -> dict[str, Any]:
-        return _copied(self.cohort.members[k].content())
+        content: dict[str, Any] = _copied(self.cohort.members[k].content())
+        return content
 
     def _mixed(self, content: dict[str, Any], decision: Decision, restart: Restart) -> dict[str, Any]:
         """Return a state whose weights are mixed with fresh ones, with the counters of the old one."""
         self._restarts += 1
         seed = int(np.random.SeedSequence([self._seed, FRESH_STREAM, self._restarts]).generate_state(1)[0])
         config = self._config(decision)
-        fresh = _copied(TrainState(config.model_copy(update={"seed": seed}), self._data).content())
+        fresh: dict[str, Any] = _copied(TrainState(config.model_copy(update={"seed": seed}), self._data).content())
         old: dict[str, Tensor] = content["module"]
         fresh["module"] = {
             name: restart.shrink * old[name] + restart.perturb * tensor if tensor.is_floating_point() else tensor

@@ -92,7 +92,8 @@ class TriangleWave:
 class NoisyQuadratic:
     """Stochastic gradient descent on a quadratic with a spectrum: where a low learning rate looks good and is not.
 
-    loss = L0 + 1/2 sum_i h_i theta_i^2,  theta_i <- (1 - eta h_i) theta_i + eta sqrt(c_i) xi,  h_i = i^-p, c_i = s^2 h_i
+    loss = L0 + 1/2 sum_i h_i theta_i^2,  theta_i <- (1 - eta h_i) theta_i + eta sqrt(c_i) xi,
+    h_i = i^-p,  c_i = s^2 h_i
 
     The noise of a high rate hides the progress that it makes along flat directions; once the rate comes down, the noise
     is gone within a few updates. Whoever ranks by the loss of the moment brings the rate down too early (short-horizon
@@ -253,7 +254,8 @@ class LawCurves:
         if state.diverged:
             return math.inf
         signal = self.amplitude * state.scale * (1 + state.progress / self.start_area) ** -self.alpha
-        return self.floor + signal + sum(b * n for b, n in zip(self.shares, state.noise, strict=True))
+        noise = sum(b * n for b, n in zip(self.shares, state.noise, strict=True))
+        return float(self.floor + signal + noise)
 
     def expected(self, rates: Array) -> float:
         """Return the loss at the end of a schedule, shape (num_steps,), for a run of median A."""
@@ -270,8 +272,8 @@ class LawCurves:
 class Tabulated:
     """Loss curves that were measured: each value of one hyperparameter has a table of losses by step.
 
-    A copy goes on along the curve of its own value from the donor's step: what a change of the value does to the weights
-    is not in a table, so that this is for searches and for the timing of populations, not for their quality.
+    A copy goes on along the curve of its own value from the donor's step. What a change of the value does to weights is
+    not in a table: this is for searches and for the timing of populations, not for their quality.
 
     Values: `name`, a choice.
 

@@ -85,7 +85,7 @@ class Simulator:
             while self._queue and self._free > 0:
                 decision, step, weights = self._queue.popleft()
                 self._free -= 1
-                seconds = decision.until_step - step
+                seconds = float(decision.until_step - step)
                 if self._spread:
                     seconds *= math.exp(self._spread * self._generator(decision.member, 1).standard_normal())
                 # of two that end at the same time, the one with the lower number is first

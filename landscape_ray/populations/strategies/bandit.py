@@ -136,7 +136,7 @@ class Bandit(Truncation):
     def _coordinates(self, values: Values) -> list[float]:
         return [position(self.space[name], values[name]) for name in self._names]
 
-    def _categorical(self) -> Array:
+    def _categorical(self) -> NDArray[np.bool_]:
         return np.array([self.space[name].choices is not None for name in self._names])
 
 

@@ -161,7 +161,8 @@ class Forecaster:
             if best is None:
                 return None
             residual = np.abs(loss / best.loss(progress, noise) - 1)
-            weight = (step / step.max()) / loss * np.sqrt(1 / np.maximum(residual / max(2 * np.median(residual), 1e-12), 1))
+            excess = np.maximum(residual / max(2 * float(np.median(residual)), 1e-12), 1)
+            weight = (step / step.max()) / loss / np.sqrt(excess)
         return best
 
     def state_dict(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Frequencies(Truncation):
 
     def decide(self, ready: list[int]) -> dict[int, Choice]:
         """Let the parts that are due evolve."""
-        choices = {}
+        choices: dict[int, Choice] = {}
         for part, frequency in enumerate(self.frequencies):
             members = range(part * self._size, (part + 1) * self._size)
             due = [n for n in ready if n in members and self._round(n) % frequency == 0]
