@@ -27,6 +27,13 @@ class Point(NamedTuple):
     """Held-out loss, lower is better; nan or inf where the run has diverged."""
     lr: float = math.nan
     """Mean learning rate of the updates since the point before; nan where there is none to speak of."""
+    averaged: float = math.nan
+    """Held-out loss of weights averaged over the last updates; nan where nobody averages."""
+
+    @property
+    def annealed(self) -> float:
+        """What is known of the loss without the noise of the learning rate: the lower one of both losses."""
+        return self.averaged if self.averaged < self.loss else self.loss
 
 
 class Restart(NamedTuple):
@@ -125,12 +132,12 @@ def decode(value: Any) -> float:
 
 def points_to_json(points: tuple[Point, ...]) -> list[list[Any]]:
     """Return points as lists that JSON can hold."""
-    return [[p.step, encode(p.loss), encode(p.lr)] for p in points]
+    return [[p.step, *map(encode, p[1:])] for p in points]
 
 
 def points_from_json(rows: list[list[Any]]) -> tuple[Point, ...]:
     """Return the points that `points_to_json` wrote."""
-    return tuple(Point(int(step), decode(loss), decode(lr)) for step, loss, lr in rows)
+    return tuple(Point(int(step), *map(decode, rest)) for step, *rest in rows)
 
 
 def decision_to_json(decision: Decision) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from landscape_ray.config import parse, with_values
 from landscape_ray.data import Data, open_data
 from landscape_ray.populations import Decision, Observation, Point, Restart, Strategy
-from landscape_ray.records import EvalRecord, EventRecord, Record, StepRecord
+from landscape_ray.records import EvalRecord, EventRecord, Record, StepRecord, VariantRecord
 from landscape_ray.training.cohort import Cohort
 from landscape_ray.training.config import TrainConfig
 from landscape_ray.training.state import TrainState
@@ -105,6 +105,11 @@ class CohortPopulation:
             self._rates[k].append(record.lr)
             self.num_updates += 1
             return
+        points, averaging = self._points[k], self.cohort.members[k].config.averaging
+        if isinstance(record, VariantRecord):
+            if averaging is not None and record.variant == averaging.name and points:
+                points[-1] = points[-1]._replace(averaged=record.loss_nats)
+            return
         if isinstance(record, EvalRecord) and self._rates[k]:
             loss = record.loss_nats
         elif isinstance(record, EventRecord) and record.event == "diverged":
@@ -113,7 +118,7 @@ class CohortPopulation:
             return
         rates, self._rates[k] = self._rates[k], []
         mean = float(np.mean(rates)) if rates else self._last_rate(k)
-        self._points[k].append(Point(record.step, loss, mean))
+        points.append(Point(record.step, loss, mean))
 
     def _last_rate(self, k: int) -> float:
         config = self.cohort.members[k].config

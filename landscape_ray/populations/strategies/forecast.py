@@ -39,18 +39,22 @@ class Check(NamedTuple):
 class Forecast(Truncation):
     """Truncation selection by the forecast final loss.
 
-    The forecast of a member is the law at the end of its remaining schedule, plus what its last loss is above the law:
-    members differ, and what a lineage has over others stays with it.
+    The forecast of a member is the law at the end of its remaining schedule, plus what its last losses are above the
+    law: members differ, and what a lineage has over others stays with it.
+
+    Where observations carry the loss of averaged weights, law and forecasts go by it wherever it is the lower one: an
+    average of the last updates has lost most of the noise of the learning rate, as after a cooldown, and costs one
+    evaluation. (Sandler et al. 2023, arXiv 2301.02312.) Where they don't, the law itself has to tell noise from progress.
 
     The law is trusted while it has been fitted, and its forecasts of the population's next losses, made an interval
-    ahead, have over the last rounds been better than the forecast that nothing changes. Until it is, members are ranked
-    by their losses; but for the first `patience` of the horizon nobody is replaced on the ground of the loss alone,
-    unless diverged: early losses mislead most.
+    ahead, have over the last rounds been better than the forecast that nothing changes. While it is not, members are
+    ranked by their losses, of averaged weights where there are any. Where there are none, a member is then replaced only
+    by a donor that is lower at a learning rate at least as high. No cooldown can turn such a pair around: the donor has
+    more noise to lose, and moves faster.
 
     Args:
         schedule: of the learning rate; what the member's value is the peak of. Its cooldown is the common cooldown.
         lr_name: the name of the peak learning rate in the space.
-        patience: share of the horizon, in [0, 1].
         certainty: standard errors of the difference of two forecasts by which the donor must be better.
         **options: of every strategy.
     """
@@ -62,7 +66,6 @@ class Forecast(Truncation):
         *args: Any,
         schedule: Schedule,
         lr_name: str = "schedule.peak_lr",
-        patience: float = 0.25,
         certainty: float = 0.0,
         **options: Any,
     ) -> None:
@@ -75,20 +78,22 @@ class Forecast(Truncation):
         domain = self.space[lr_name]
         if domain.choices is not None or domain.bounds[0] <= 0:
             raise UserError(f"{lr_name} must be a range of positive numbers, got {domain.extremes}; use log_uniform")
-        if not 0 <= patience <= 1:
-            raise UserError(f"patience must be in [0, 1], got {patience}; it is a share of the horizon")
         if not certainty >= 0:
             raise UserError(f"certainty must be >= 0, got {certainty}; 0 compares the forecasts alone")
-        self.lr_name, self.patience, self.certainty = lr_name, patience, certainty
+        self.lr_name, self.certainty = lr_name, certainty
         self.schedule = dataclasses.replace(schedule, peak=1.0)
         self._forecaster = Forecaster(*domain.bounds, self.num_steps)
         self._states = {number: self._forecaster.fresh() for number in self.members}
         self._fit: Fit | None = None
         self._unfitted = 0
         """Observations since the last fit."""
+        self._recent: dict[int, list[list[float]]] = {}
+        """What the forecaster made of the evaluations of each member's last observation."""
         self._offsets: dict[int, float] = {}
-        """How far the last loss of each member is above the law."""
+        """How far these are above the law."""
         self._checks: list[Check] = []
+        self._averaged = False
+        """Whether observations carry the loss of averaged weights."""
 
     # the law
 
@@ -111,10 +116,13 @@ class Forecast(Truncation):
         if self._fit is None:
             return math.nan
         state = self._states[member]
-        peak = float(self.members[member].values[self.lr_name]) if lr is None else lr
+        peak = self._peak(member) if lr is None else lr
         rates = peak * np.asarray(self.schedule(np.arange(state.step, self.num_steps)))
         end = self._forecaster.follow(state, rates)
         return float(self._fit.loss(end.progress, end.noise)) + self._offsets.get(member, 0.0)
+
+    def _peak(self, member: int) -> float:
+        return float(self.members[member].values[self.lr_name])
 
     def learn(self, observation: Observation) -> None:
         """Check the forecast of this observation, and take it in."""
@@ -123,17 +131,14 @@ class Forecast(Truncation):
             raise UserError(
                 f"points of member {number} must carry the mean learning rate, got nan; forecasts need what was applied"
             )
-        state, sound = self._states[number], self.members[number].sound
-        before = self.lineage.path(number)[-2:-1]
-        if self._fit is not None and number in self._offsets and before and sound:
-            end = state.copy()
-            for point in observation.points:
-                self._forecaster.advance(end, point.lr, point.step - end.step)
-            expected = float(self._fit.loss(end.progress, end.noise)) + self._offsets[number]
-            still = before[0].points[-1].loss
-            self._checks.append(Check(abs(expected - observation.loss), abs(still - observation.loss)))
+        before = self._recent.get(number)
+        rows = self._forecaster.learn(self._states[number], observation.points)
+        if self._fit is not None and number in self._offsets and before and rows and self.members[number].sound:
+            expected = self._forecaster.law(self._fit, rows[-1:]) + self._offsets[number]
+            self._checks.append(Check(abs(expected - rows[-1][1]), abs(before[-1][1] - rows[-1][1])))
             del self._checks[: -CHECKED_ROUNDS * len(self.members)]
-        self._forecaster.learn(state, observation.points)
+        self._recent[number] = rows
+        self._averaged = self._averaged or any(not math.isnan(point.averaged) for point in observation.points)
         self._unfitted += 1
 
     def _refit(self) -> None:
@@ -144,20 +149,27 @@ class Forecast(Truncation):
         self._fit = self._forecaster.fit(max(self.schedule.warmup_steps, self.num_steps // 50))
         self._offsets = {}
         if self._fit is not None:
-            for number, member in self.members.items():
-                if member.sound:
-                    state = self._states[number]
-                    self._offsets[number] = member.loss - float(self._fit.loss(state.progress, state.noise))
+            self._offsets = {n: self._forecaster.excess(self._fit, rows) for n, rows in self._recent.items() if rows}
 
     # the rule
 
     def scores(self, members: list[int]) -> dict[int, float]:
-        """Return forecasts while the law is trusted, else losses."""
-        return {n: self.forecast(n) for n in members} if self.trusted else super().scores(members)
+        """Return forecasts while the law is trusted, else losses, as far as known without the noise."""
+        if self.trusted:
+            return {n: self.forecast(n) for n in members}
+        return {n: self._annealed(n) for n in members}
+
+    def _annealed(self, member: int) -> float:
+        rows = self._recent.get(member)
+        return rows[-1][1] if rows else self.members[member].loss
 
     def replaces(self, donor: int, member: int) -> bool:
-        """Return whether the donor's forecast is better by enough."""
-        if not self.certainty or not self.trusted:
+        """Return whether the donor's forecast is better by enough; without a law, whether nothing speaks against it."""
+        if not self.trusted:
+            return self._annealed(donor) < self._annealed(member) and (
+                self._averaged or self._peak(donor) >= self._peak(member)
+            )
+        if not self.certainty:
             return True
         error = math.sqrt(2 * float(np.mean(np.square([check.law for check in self._checks]))))
         return self.forecast(member) - self.forecast(donor) > self.certainty * error
@@ -165,9 +177,6 @@ class Forecast(Truncation):
     def decide(self, ready: list[int]) -> dict[int, Choice]:
         """Fit, rank and replace."""
         self._refit()
-        furthest = max(member.step for member in self.members.values())
-        if not self.trusted and furthest <= self.patience * self.num_steps:
-            return {}
         choices = self.truncate(ready, self.members)
         self._inherit(choices)
         return choices
@@ -182,6 +191,8 @@ class Forecast(Truncation):
         """Give members the past of the weights that they take."""
         past = {n: self._states[choice.donor].copy() for n, choice in choices.items() if choice.donor is not None}
         self._states |= past
+        recent = {n: self._recent[c.donor] for n, c in choices.items() if c.donor is not None}
+        self._recent |= recent
         for number, choice in choices.items():
             if choice.donor is not None and choice.donor in self._offsets:
                 self._offsets[number] = self._offsets[choice.donor]
@@ -196,7 +207,9 @@ class Forecast(Truncation):
             "states": [[n, s.progress.tolist(), s.noise.tolist(), s.step] for n, s in self._states.items()],
             "fit": None if fit is None else dataclasses.asdict(fit) | {"coefficients": fit.coefficients.tolist()},
             "unfitted": self._unfitted,
+            "recent": [[number, rows] for number, rows in self._recent.items()],
             "offsets": [[number, encode(offset)] for number, offset in self._offsets.items()],
+            "averaged": self._averaged,
             "checks": [list(check) for check in self._checks],
         }
 
@@ -207,5 +220,7 @@ class Forecast(Truncation):
         fit = state["fit"]
         self._fit = None if fit is None else Fit(**fit | {"coefficients": np.array(fit["coefficients"])})
         self._unfitted = state["unfitted"]
+        self._recent = dict(map(tuple, state["recent"]))
         self._offsets = {number: decode(offset) for number, offset in state["offsets"]}
+        self._averaged = state["averaged"]
         self._checks = [Check(*check) for check in state["checks"]]

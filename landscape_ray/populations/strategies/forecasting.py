@@ -124,13 +124,27 @@ class Forecaster:
         end.step += len(rates)
         return end
 
-    def learn(self, state: LineageState, points: Sequence[Point]) -> None:
-        """Take evaluations of a lineage in, advancing its state."""
+    def learn(self, state: LineageState, points: Sequence[Point]) -> list[list[float]]:
+        """Take evaluations of a lineage in, advancing its state; return their rows."""
+        rows = []
         for point in points:
             self.advance(state, point.lr, point.step - state.step)
             if math.isfinite(point.loss):
-                self.rows.append([float(point.step), point.loss, *state.progress.tolist(), *state.noise.tolist()])
-        del self.rows[:-MAX_ROWS]
+                # averaged weights have lost their noise, as after a cooldown
+                noise = state.noise if math.isnan(point.averaged) else np.zeros_like(state.noise)
+                rows.append([float(point.step), point.annealed, *state.progress.tolist(), *noise.tolist()])
+        self.rows = [*self.rows, *rows][-MAX_ROWS:]
+        return rows
+
+    def law(self, fit: Fit, rows: list[list[float]]) -> float:
+        """Return the mean loss of the law at evaluations."""
+        table = np.array(rows)
+        split = 2 + len(self.limits)
+        return float(np.mean(fit.loss(table[:, 2:split], table[:, split:])))
+
+    def excess(self, fit: Fit, rows: list[list[float]]) -> float:
+        """Return how far evaluations are above the law on average."""
+        return float(np.mean([row[1] for row in rows])) - self.law(fit, rows)
 
     def fit(self, skip_steps: int = 0) -> Fit | None:
         """Return the law fitted to everything seen after `skip_steps`, later evaluations counting more; None if few."""
@@ -142,7 +156,13 @@ class Forecaster:
         step, loss = rows[:, 0], rows[:, 1]
         progress, noise = rows[:, 2 : 2 + len(self.limits)], rows[:, 2 + len(self.limits) :]
         scale = np.maximum(noise.max(axis=0), 1e-300)
-        weight = (step / step.max()) / loss
+        # Later evaluations count more, and those far above the best so far less: the law need not hold for runs that
+        # nobody will copy, such as those that have not left the first plateau.
+        order = np.argsort(step, kind="stable")
+        lowest = np.empty_like(loss)
+        lowest[order] = np.minimum.accumulate(loss[order])
+        base = (step / step.max()) * (lowest / loss) ** 2 / loss
+        weight = base
         best: Fit | None = None
         for _ in range(2):  # the second time with the outliers of the first held down
             best = None
@@ -162,7 +182,7 @@ class Forecaster:
                 return None
             residual = np.abs(loss / best.loss(progress, noise) - 1)
             excess = np.maximum(residual / max(2 * float(np.median(residual)), 1e-12), 1)
-            weight = (step / step.max()) / loss / np.sqrt(excess)
+            weight = base / np.sqrt(excess)
         return best
 
     def state_dict(self) -> dict[str, Any]:

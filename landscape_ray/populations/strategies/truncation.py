@@ -61,8 +61,9 @@ class Truncation(Strategy):
         for number in ready:
             if number not in worst:
                 continue
-            donors = self.donors(number, best)
-            if donors and self.replaces(donor := self.draw(donors), number):
+            donors = [donor for donor in self.donors(number, best) if self.replaces(donor, number)]
+            if donors:
+                donor = self.draw(donors)
                 choices[number] = Choice(self.propose(donor), donor)
         return choices
 
