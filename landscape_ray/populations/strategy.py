@@ -41,6 +41,7 @@ class Member:
         loss: held-out loss of these weights; nan before any.
         status: training, waiting for a decision, finished (reached the horizon) or stopped.
         tested: whether its last observation was made under `values`.
+        spent: updates that it has made itself.
     """
 
     values: Values
@@ -48,6 +49,7 @@ class Member:
     loss: float = math.nan
     status: Status = "training"
     tested: bool = False
+    spent: int = 0
 
     @property
     def sound(self) -> bool:
@@ -150,6 +152,7 @@ class Strategy(ABC):
         if any(later < earlier for earlier, later in itertools.pairwise(steps)):
             raise UserError(f"points of member {number} must come after step {member.step}, got steps {steps[1:]}")
         self.lineage.end(observation)
+        member.spent += observation.step - member.step
         member.step, member.loss, member.tested = observation.step, observation.loss, True
         member.status = "waiting"
         self._waiting.add(number)
@@ -240,10 +243,12 @@ class Strategy(ABC):
     def donors(self, member: int, among: Iterable[int] | None = None) -> list[int]:
         """Return the members whose weights this one may take, in order.
 
-        They are sound, tested under their present values, still in the race, and not behind: a lineage that goes back
-        would have to be paid twice. For one that has diverged, any step will do.
+        They are sound, tested under their present values, still in the race, and at most one interval behind: what a
+        lineage goes back has to be paid again. A member that has spent twice the horizon goes back no more, so that
+        every population ends. For one that has diverged, any step will do.
         """
         own = self.members[member]
+        least = own.step - (self.interval_steps if own.spent < 2 * self.num_steps else 0)
         return [
             number
             for number in (self.members if among is None else among)
@@ -252,7 +257,7 @@ class Strategy(ABC):
             and other.tested
             and other.status in ("training", "waiting")
             and other.step < self.num_steps
-            and (other.step >= own.step or not own.sound)
+            and (other.step >= least or not own.sound)
         ]
 
     def draw(self, options: Sequence[int]) -> int:

@@ -44,13 +44,13 @@ class Forecast(Truncation):
 
     Where observations carry the loss of averaged weights, law and forecasts go by it wherever it is the lower one: an
     average of the last updates has lost most of the noise of the learning rate, as after a cooldown, and costs one
-    evaluation. (Sandler et al. 2023, arXiv 2301.02312.) Where they don't, the law itself has to tell noise from progress.
+    evaluation (Sandler et al. 2023, arXiv 2301.02312). Where they don't, the law has to tell noise from progress.
 
     The law is trusted while it has been fitted, and its forecasts of the population's next losses, made an interval
     ahead, have over the last rounds been better than the forecast that nothing changes. While it is not, members are
-    ranked by their losses, of averaged weights where there are any. Where there are none, a member is then replaced only
-    by a donor that is lower at a learning rate at least as high. No cooldown can turn such a pair around: the donor has
-    more noise to lose, and moves faster.
+    ranked by their losses, of averaged weights where there are any. Where there are none, a member is then replaced
+    only by a donor that is lower at a learning rate at least as high. No cooldown can turn such a pair around: the
+    donor has more noise to lose, and moves faster.
 
     Args:
         schedule: of the learning rate; what the member's value is the peak of. Its cooldown is the common cooldown.

@@ -76,7 +76,7 @@ class Significance(Truncation):
 
     Args:
         significance: largest p-value of the one-sided test.
-        num_points: evaluations compared, of each lineage.
+        num_points: evaluations compared, of each lineage; nobody is replaced before there are so many.
         **options: of every strategy.
     """
 
@@ -93,7 +93,7 @@ class Significance(Truncation):
     def replaces(self, donor: int, member: int) -> bool:
         """Return whether the donor's last losses are significantly lower."""
         curves = [self.lineage.curve(number)[-self.num_points :] for number in (donor, member)]
-        if min(map(len, curves)) < 2:
+        if min(map(len, curves)) < self.num_points:
             return False
         return (
             welch(
