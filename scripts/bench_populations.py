@@ -12,7 +12,8 @@ they draw any, and end with the lowest held-out loss of a member. The population
 search draws peak and schedule (constant, linear, cosine or wsd); "best fixed wsd" spaces its peaks evenly over the
 domain. "stock rules" are the decision rules of Ray Tune's scheduler with its defaults, carried out in the same process:
 perturbation by 0.8 or 1.2 without a domain, a draw from the domain with probability 0.25, members that report NaN out
-of the race; all members meet at each interval, as with its option synch. Paired columns are against them under a constant schedule: median difference, wins.
+of the race; all members meet at each interval, as with its option synch. Paired columns are against them under a
+constant schedule: median difference, wins.
 
 Populations under a wsd schedule share its cooldown; those marked "constant" have to find one. The forecast row also
 evaluates averaged weights: the same updates, more evaluations. With --save every run is appended to a file as a line of

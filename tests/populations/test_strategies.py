@@ -88,7 +88,7 @@ def test_a_difference_within_the_noise_replaces_nobody() -> None:
         strategy = population(Significance, num_points=4, significance=0.01)
         generator = np.random.default_rng(0)
         decisions: list[Decision] = []
-        for round_ in range(1, 4):
+        for round_ in range(1, 7):
             for number in range(8):
                 losses = 1.0 + gap * number + 0.1 * generator.standard_normal(2)
                 points = tuple(Point(10 * round_ - 5 + 5 * k, float(v)) for k, v in enumerate(losses))
