@@ -6,6 +6,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,6 +61,21 @@ def _multiplied(value: float, factor: float, *, whole: bool) -> float:
         return moved
     upwards = (factor > 1) == (value >= 0)
     return max(moved, value + 1) if upwards else min(moved, value - 1)
+
+
+def position(domain: Domain, value: Value) -> float:
+    """Return where in [0, 1] of its domain a value lies: the middle of what `Domain.at` maps to it.
+
+    >>> position(Domain(log_uniform=[1e-4, 1e-2]), 1e-3), position(Domain(choices=["a", "b"]), "b")
+    (0.5, 0.75)
+    """
+    if domain.choices is not None:
+        return (domain.choices.index(value) + 0.5) / len(domain.choices)
+    (low, high), number = domain.bounds, float(value)
+    if domain.integers is not None:
+        return (number - low + 0.5) / (high - low + 1)
+    share = math.log(number / low) / math.log(high / low) if domain.log_uniform else (number - low) / (high - low)
+    return min(max(share, 0.0), 1.0)
 
 
 def initial_members(

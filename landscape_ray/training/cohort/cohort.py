@@ -312,6 +312,14 @@ class Cohort:
         """
         self._replace(target, config or self._members[target].config, self._members[source].content())
 
+    def restore(self, k: int, content: dict[str, Any], config: TrainConfig | None = None) -> None:
+        """Replace a member by what `TrainState.content` held: weights, optimizer state, averages and counters.
+
+        Raises:
+            UserError: as for `copy`.
+        """
+        self._replace(k, config or self._members[k].config, content)
+
     def configure(self, k: int, config: TrainConfig) -> None:
         """Let a member go on under other hyperparameters, from the next update on.
 

@@ -1,0 +1,186 @@
+"""A population in one process: the members of a cohort, copied and mutated in memory as a strategy decides.
+
+The same strategies run on Ray Tune trials and in the simulator; here weights never leave the process. Members advance
+together, a stretch at a time, and report in their order.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from landscape_ray.config import parse, with_values
+from landscape_ray.data import Data, open_data
+from landscape_ray.populations import Decision, Observation, Point, Restart, Strategy
+from landscape_ray.records import EvalRecord, EventRecord, Record, StepRecord, VariantRecord
+from landscape_ray.training.cohort import Cohort
+from landscape_ray.training.config import TrainConfig
+from landscape_ray.training.state import TrainState
+
+FRESH_STREAM = 1
+"""Second entry of the seed of weights that are mixed in at a restart; 0 seeds the first weights of the members."""
+
+
+class CohortPopulation:
+    """Carries a strategy's decisions out on a cohort.
+
+    Attributes:
+        strategy: who decides.
+        cohort: the members.
+        decisions: all decisions so far.
+        num_updates: updates made by all members together.
+    """
+
+    def __init__(
+        self,
+        train: Mapping[str, Any],
+        strategy: Strategy,
+        *,
+        seed: int = 0,
+        vary_seed: bool = True,
+        data: Data | None = None,
+        route: str = "auto",
+    ) -> None:
+        """Draw the members at step 0.
+
+        Args:
+            train: the table [train] that all members share, without a seed.
+            strategy: a new one; its names are dotted names in the table.
+            seed: of the members' weights and data.
+            vary_seed: whether members differ in weights and order of data.
+            data: what the table describes, where it is open already.
+            route: as for `Cohort.create`.
+
+        Raises:
+            UserError: values that the table can't hold, or members that don't go together.
+        """
+        self._train, self._seed, self._vary = dict(train), seed, vary_seed
+        self.strategy = strategy
+        self.decisions: list[Decision] = []
+        self.num_updates = 0
+        start = strategy.start()
+        configs = [self._config(decision) for decision in start]
+        self._data = open_data(configs[0].data) if data is None else data
+        self.cohort = Cohort.create(configs, self._data, route=route)
+        self._until: dict[int, int] = {}
+        self._points: dict[int, list[Point]] = {d.member: [] for d in start}
+        self._rates: dict[int, list[float]] = {d.member: [] for d in start}
+        self._snapshots: dict[int, dict[str, Any]] = {}
+        self._restarts = 0
+        self._note(start)
+
+    def run(self) -> Iterator[tuple[int, Record]]:
+        """Train to the end, yielding (member, record) for everything that happens to one."""
+        while self._until:
+            for member, record in self.cohort.train(min(self._until.values())):
+                self._collect(member, record)
+                yield member, record
+            reached = [
+                k
+                for k, until in sorted(self._until.items())
+                if self.cohort.members[k].step >= until or self.cohort.members[k].diverged is not None
+            ]
+            for k in reached:
+                del self._until[k]
+                self._carry_out(self.strategy.observe(self._observation(k)))
+
+    def _observation(self, k: int) -> Observation:
+        member = self.cohort.members[k]
+        if not self.strategy.synchronous:
+            # another member may take these weights when this one has gone on
+            self._snapshots[k] = _copied(member.content())
+        points, self._points[k] = tuple(self._points[k]), []
+        return Observation(k, points, member.num_tokens)
+
+    def _collect(self, k: int, record: Record) -> None:
+        """Turn records into points."""
+        if k not in self._until:
+            return
+        if isinstance(record, StepRecord):
+            self._rates[k].append(record.lr)
+            self.num_updates += 1
+            return
+        points, averaging = self._points[k], self.cohort.members[k].config.averaging
+        if isinstance(record, VariantRecord):
+            if averaging is not None and record.variant == averaging.name and points:
+                points[-1] = points[-1]._replace(averaged=record.loss_nats)
+            return
+        if isinstance(record, EvalRecord) and self._rates[k]:
+            loss = record.loss_nats
+        elif isinstance(record, EventRecord) and record.event == "diverged":
+            loss = math.inf
+        else:
+            return
+        rates, self._rates[k] = self._rates[k], []
+        mean = float(np.mean(rates)) if rates else self._last_rate(k)
+        points.append(Point(record.step, loss, mean))
+
+    def _last_rate(self, k: int) -> float:
+        config = self.cohort.members[k].config
+        return float(config.schedule.build(config.num_steps)(self.cohort.members[k].step))
+
+    def _carry_out(self, decisions: list[Decision]) -> None:
+        """Copy, restart, and apply values; all weights are those from before the first of these decisions."""
+        donors = {d.donor for d in decisions if d.donor is not None}
+        before = {k: self._snapshots[k] if k in self._snapshots else self._content(k) for k in donors}
+        for decision in decisions:
+            k = decision.member
+            if decision.action == "stop":
+                continue
+            content = self.cohort.members[k].content() if decision.donor is None else before[decision.donor]
+            step = content["counters"]["step"]
+            if decision.donor_step not in (None, step):
+                raise RuntimeError(f"decision names step {decision.donor_step} of weights that are of step {step}")
+            config = self._config(decision)
+            if decision.restart is not None:
+                content = self._mixed(content, decision, decision.restart)
+            if decision.donor is not None or decision.restart is not None:
+                self.cohort.restore(k, content, config)
+                if not self.strategy.synchronous:
+                    self._snapshots[k] = _copied(content)
+            elif config != self.cohort.members[k].config:
+                self.cohort.configure(k, config)
+        self._note(decisions)
+
+    def _content(self, k: int) -> dict[str, Any]:
+        content: dict[str, Any] = _copied(self.cohort.members[k].content())
+        return content
+
+    def _mixed(self, content: dict[str, Any], decision: Decision, restart: Restart) -> dict[str, Any]:
+        """Return a state whose weights are mixed with fresh ones, with the counters of the old one."""
+        self._restarts += 1
+        seed = int(np.random.SeedSequence([self._seed, FRESH_STREAM, self._restarts]).generate_state(1)[0])
+        config = self._config(decision)
+        fresh: dict[str, Any] = _copied(TrainState(config.model_copy(update={"seed": seed}), self._data).content())
+        old: dict[str, Tensor] = content["module"]
+        fresh["module"] = {
+            name: restart.shrink * old[name] + restart.perturb * tensor if tensor.is_floating_point() else tensor
+            for name, tensor in fresh["module"].items()
+        }
+        return fresh | {"counters": content["counters"]}
+
+    def _note(self, decisions: list[Decision]) -> None:
+        self.decisions += decisions
+        self._until |= {d.member: d.until_step for d in decisions if d.action != "stop"}
+
+    def _config(self, decision: Decision) -> TrainConfig:
+        index = decision.member if self._vary else 0
+        seed = int(np.random.SeedSequence([self._seed, index]).generate_state(1)[0])
+        data = with_values(self._train, {**decision.values, "seed": seed})
+        return parse(TrainConfig, data, f"member {decision.member}")
+
+
+def _copied(content: Any) -> Any:
+    """Return a copy of nested dictionaries and lists with tensors of its own."""
+    if isinstance(content, Tensor):
+        return content.detach().clone()
+    if isinstance(content, dict):
+        return {key: _copied(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(_copied(value) for value in content)
+    return copy.deepcopy(content)

@@ -1,0 +1,204 @@
+"""What every strategy has to keep, in both modes, among members of different speed of which some diverge."""
+
+import itertools
+import math
+
+import pytest
+
+from landscape_ray.domains import Domain
+from landscape_ray.errors import UserError
+from landscape_ray.populations import STRATEGIES, Decision, Observation, Point, Strategy
+from landscape_ray.populations.simulation import LawCurves, Simulator
+from landscape_ray.registry import resolve
+from tests.populations.conftest import NUM_STEPS, OPTIONS, SCHEDULE, SPACE, make, name, resumed, simulate, synchronous
+
+__all__ = ["name", "synchronous"]
+
+
+def test_everything_registered_is_in_the_suite() -> None:
+    assert set(STRATEGIES) == set(OPTIONS)
+    assert all(key == strategy.name for key, strategy in STRATEGIES.items())
+
+
+def test_a_path_names_a_strategy_of_ones_own() -> None:
+    found = resolve("landscape_ray.populations.strategies:Truncation", STRATEGIES, "population.strategy")
+    assert found is STRATEGIES["truncation"]
+
+
+def test_values_stay_inside_their_domains(name: str, synchronous: bool) -> None:
+    history = simulate(make(name, synchronous=synchronous, factors=(0.1, 10.0), resample_probability=0.2))
+    decided = [decision for _, decisions in history for decision in decisions]
+    assert len(decided) >= 8
+    for decision in decided:
+        assert all(domain.contains(decision.values[key]) for key, domain in SPACE.items()), decision
+
+
+@pytest.mark.acceptance
+def test_one_seed_gives_one_history(name: str, synchronous: bool) -> None:
+    histories = [simulate(make(name, synchronous=synchronous, seed=seed)) for seed in (5, 5, 6)]
+    assert histories[0] == histories[1]
+    assert histories[0] != histories[2]
+
+
+@pytest.mark.acceptance
+def test_resuming_at_every_decision_gives_the_same_history(name: str, synchronous: bool) -> None:
+    def fresh() -> Strategy:
+        return make(name, synchronous=synchronous)
+
+    straight = simulate(fresh())
+    strategy = fresh()
+    simulator = Simulator(LawCurves(SCHEDULE), strategy, seed=3, spread=0.3)
+    broken = []
+    for step in simulator.run():
+        broken.append(step)
+        simulator.strategy = resumed(simulator.strategy, fresh)
+    assert broken == straight
+    assert simulator.strategy.finished
+    assert simulator.strategy.state_dict() == resumed(simulator.strategy, fresh).state_dict()
+
+
+def test_the_donor_step_is_the_step_of_the_copied_weights(name: str, synchronous: bool) -> None:
+    at: dict[int, int] = {}  # the step of the weights that each member holds as its last observation
+    for observation, decisions in simulate(make(name, synchronous=synchronous)):
+        at[observation.member] = observation.step
+        before = dict(at)
+        for decision in decisions:
+            assert (decision.donor is None) == (decision.donor_step is None)
+            if decision.donor is not None:
+                assert decision.donor_step == before[decision.donor]
+                at[decision.member] = before[decision.donor]
+            assert decision.action == "stop" or at[decision.member] < decision.until_step <= NUM_STEPS
+
+
+@pytest.mark.acceptance
+def test_diverged_members_are_replaced(name: str, synchronous: bool) -> None:
+    if name == "independent":
+        pytest.skip("members of a random search are not replaced")
+    strategy = make(name, synchronous=synchronous)
+    history = simulate(strategy, divergence=0.01)  # a third of the initial members
+    state: dict[int, Observation] = {}
+    num_replaced = 0
+    for observation, decisions in history:
+        state[observation.member] = observation
+        racing = [o for o in state.values() if math.isfinite(o.loss) and o.step < NUM_STEPS]
+        for decision in decisions:
+            if not math.isfinite(state[decision.member].loss):
+                num_replaced += decision.action == "exploit"
+                # only where everybody else is at the horizon, or as bad, is there nobody left to copy
+                assert decision.action in ("exploit", "restart") or not racing
+    assert num_replaced >= 1
+    assert strategy.finished
+
+
+def test_nobody_is_copied_once_it_has_diverged(name: str, synchronous: bool) -> None:
+    losses: dict[int, float] = {}
+    for observation, decisions in simulate(make(name, synchronous=synchronous), divergence=0.01):
+        losses[observation.member] = observation.loss
+        before = dict(losses)
+        for decision in decisions:
+            if decision.donor is not None:
+                assert math.isfinite(before[decision.donor])
+                losses[decision.member] = before[decision.donor]
+
+
+def test_a_population_that_diverges_whole_ends(name: str, synchronous: bool) -> None:
+    strategy = make(name, synchronous=synchronous)
+    history = simulate(strategy, divergence=1e-9)
+    assert len(history) == 8
+    assert strategy.finished
+    with pytest.raises(UserError, match="a member must have a finite loss, got none"):
+        strategy.best()
+
+
+def test_in_synchrony_all_members_are_decided_about_together(name: str) -> None:
+    for position, (_, decisions) in enumerate(simulate(make(name, synchronous=True))):
+        assert len(decisions) == (8 if position % 8 == 7 else 0)
+
+
+def test_out_of_synchrony_nobody_waits(name: str) -> None:
+    for observation, decisions in simulate(make(name, synchronous=False)):
+        assert [decision.member for decision in decisions] == [observation.member]
+
+
+def test_every_member_has_a_lineage_that_begins_with_fresh_weights(name: str, synchronous: bool) -> None:
+    strategy = make(name, synchronous=synchronous)
+    simulate(strategy)
+    assert strategy.lineage.members
+    for member in strategy.lineage.members:
+        path = strategy.lineage.path(member)
+        assert path[0].parent is None
+        assert path[0].start_step == 0
+        assert path[-1].stop_step == strategy.members[member].step == NUM_STEPS
+        assert all(a.stop_step == b.start_step for a, b in itertools.pairwise(path))
+        assert strategy.lineage.applied(member, "lr").shape == (NUM_STEPS,)
+
+
+def test_the_longest_history_goes_to_the_horizon_with_a_finite_loss(name: str, synchronous: bool) -> None:
+    strategy = make(name, synchronous=synchronous)
+    simulate(strategy)
+    best = strategy.members[strategy.best()]
+    assert best.step == NUM_STEPS
+    assert best.loss == min(m.loss for m in strategy.members.values() if m.step == NUM_STEPS and m.sound)
+
+
+@pytest.mark.parametrize(
+    ("observation", "message"),
+    [
+        (Observation(99, (Point(40, 1.0, 0.1),)), "member 99 must be training to report, got one that is unknown"),
+        (Observation(0, ()), "points of member 0 must hold an evaluation, got none"),
+        (Observation(0, (Point(40, 1.0, 0.1), Point(20, 1.0, 0.1))), "points of member 0 must come after step 0"),
+    ],
+)
+def test_reports_that_cannot_be_are_refused(name: str, observation: Observation, message: str) -> None:
+    strategy = make(name)
+    strategy.start()
+    with pytest.raises(UserError, match=message):
+        strategy.observe(observation)
+
+
+def test_a_member_reports_once(name: str) -> None:
+    strategy = make(name, synchronous=True)
+    strategy.start()
+    report = Observation(0, (Point(40, 1.0, 0.1),))
+    assert strategy.observe(report) == []
+    with pytest.raises(UserError, match="member 0 must be training to report, got one that is waiting"):
+        strategy.observe(report)
+
+
+def test_state_of_another_strategy_is_refused(name: str) -> None:
+    other = "truncation" if name != "truncation" else "pb2"
+    with pytest.raises(UserError, match=f"state must be of strategy '{name}', version 1, got '{other}'"):
+        make(name).load_state_dict(make(other).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_members": 0}, "num_members must be >= 1, got 0"),
+        ({"interval_steps": 0}, r"interval_steps must be in \[1, num_steps = 400\], got 0"),
+        ({"quantile_fraction": 0.6}, r"quantile_fraction must be in \(0, 0.5\], got 0.6"),
+        ({"factors": ()}, r"factors must be positive and at least one, got \[\]"),
+        ({"factors": (0.0, 2.0)}, "factors must be positive"),
+        ({"resample_probability": 1.5}, r"resample_probability must be in \[0, 1\], got 1.5"),
+        ({"initial": [{"lr": 1.0, "depth": 1, "shape": "a"}]}, r"initial\[0\] must hold lr inside its domain, got 1.0"),
+        ({"initial": [{"lr": 0.01, "depth": 1}]}, r"initial\[0\] must hold shape inside its domain, got None"),
+    ],
+)
+def test_options_out_of_range_are_refused(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(name, **options)
+
+
+def test_an_empty_space_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="space must name at least one hyperparameter, got none"):
+        STRATEGIES[name]({}, num_members=8, num_steps=10, interval_steps=5, **OPTIONS[name])
+
+
+def test_given_members_come_first(name: str) -> None:
+    first = {"lr": 0.02, "depth": 3, "shape": "b"}
+    start: list[Decision] = make(name, initial=[first]).start()
+    assert [d.member for d in start] == list(range(8))
+    assert start[0].values == first
+    assert all(d.action == "start" and d.until_step == 40 for d in start)
+    assert len({d.values["lr"] for d in start}) == 8
+    assert isinstance(SPACE["lr"], Domain)
