@@ -81,7 +81,7 @@ def test_a_table_equals_the_values_to_the_bit(stretches: list[tuple[int, float]]
     assert np.array_equal(table_of(values).values(), values)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(["constant", "wsd", "cosine", "one_cycle", "step"]))
 def test_a_replayed_lineage_equals_the_values_applied(seed: int, shape: str) -> None:
     """The property that replay from scratch rests on: update by update, the table has what the population applied."""
