@@ -111,8 +111,7 @@ def _fit(
         for summary in known.values():
             dashboard.known(summary)
         standing = book.standing if book is not None else {}
-        for trial_id, state in standing.items():
-            dashboard.rows[trial_id].status = state
+        _show(standing, dashboard)
         callback = DashboardCallback(dashboard, standing)
         tuner = Tuner(
             tune.with_resources(SweepTrainable, resources),
@@ -131,12 +130,18 @@ def _fit(
             tuner.fit()
         except KeyboardInterrupt:
             dashboard.note = "stopping; work up to the last checkpoint of each trial is safe"
-        for trial_id, state in standing.items():  # those that waited to the end are stopped by now
-            dashboard.rows[trial_id].status = state
+        _show(standing, dashboard)  # those that waited to the end are stopped by now
     shutil.rmtree(folder.ray_path, ignore_errors=True)
     if book is not None:
         book.close()
     return callback.failures, book.num_left() if book is not None else 0
+
+
+def _show(standing: Mapping[str, str], dashboard: Dashboard) -> None:
+    """Give trials that a search has taken off their status in the table."""
+    for trial_id, status in standing.items():
+        if trial_id in dashboard.rows:
+            dashboard.rows[trial_id].status = status
 
 
 def _checkpoints(spec: SweepSpec) -> CheckpointConfig:

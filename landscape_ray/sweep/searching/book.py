@@ -64,6 +64,8 @@ class _Entry:
     """Index of its present value in [search.fidelity]."""
     losses: dict[int, float] = dataclasses.field(default_factory=dict)
     """Held-out loss by step, or under [search.fidelity] the final one by value."""
+    observed: int = -1
+    """Last step that the stopping rule has seen."""
 
 
 class Book:
@@ -251,6 +253,7 @@ class Book:
                     seen.append((history[-1][2] if history else 0.0, index, value, summary.final_loss_nats))
         for _, index, step, loss in sorted(seen):
             self._entries[index].losses[step] = loss
+            self._entries[index].observed = step
             verdict = rule.observe(index, step, loss)
             if verdict == "continue":
                 self._verdicts.pop(index, None)
@@ -408,6 +411,7 @@ class Book:
         verdict: Verdict = "continue"
         for step, loss in evals:
             verdict = self.rule.observe(index, step, loss)
+            self._entries[index].observed = step
             if verdict == "stop":
                 break
         if verdict != "continue":
@@ -466,6 +470,9 @@ class Book:
                 self._pause(index)
             return
         if self.rule is not None:
+            if fidelity is None:  # those that came with the end, as a new driver would see them on disk
+                for step in sorted(step for step in entry.losses if step > entry.observed):
+                    self.rule.observe(index, step, entry.losses[step])
             self.rule.end(index, loss if outcome.state == "complete" else float("nan"))
         self._settle(index, outcome)
 

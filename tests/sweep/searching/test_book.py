@@ -109,6 +109,32 @@ def test_with_a_lag_one_seed_gives_one_sequence_however_it_is_run(spec: Any, dri
 
 
 @pytest.mark.acceptance
+@pytest.mark.parametrize(
+    "stopping",
+    [
+        {"name": "median", "min_steps": 20, "min_trials": 3},
+        {"name": "forecast", "min_steps": 60, "min_finished": 2},
+    ],
+    ids=["median", "forecast"],
+)
+def test_a_rule_that_stops_is_the_same_after_a_kill(spec: Any, drive: Any, stopping: dict[str, Any]) -> None:
+    """What is stopped stays so and is told as PRUNED; what the rule has learnt is learnt again from the rows."""
+    one = spec(stopping=stopping, num_trials=9, sampler="random", train={"num_steps": 120})
+    whole = drive(one, loss_of, "whole").run()
+    drive(one, loss_of, "killed").run(30)
+    again = drive(one, loss_of, "killed").run()
+    for driver in (whole, again):
+        assert driver.book.num_left() == 0
+        trials = driver.book.study.get_trials()
+        stopped = [trial for trial in trials if trial.state == TrialState.PRUNED]
+        assert stopped
+        for trial in stopped:
+            summary = driver.folder.trial(f"t{trial.number:04d}").summary()
+            assert (summary.status, summary.step) == ("stopped", max(trial.intermediate_values))
+    assert [t.state for t in whole.book.study.get_trials()] == [t.state for t in again.book.study.get_trials()]
+
+
+@pytest.mark.acceptance
 def test_paused_trials_are_on_their_rungs_again_after_a_kill(spec: Any, drive: Any) -> None:
     one = spec(stopping=ASHA, num_trials=12)
     first = drive(one, loss_of, num_workers=2).run(24)
