@@ -202,7 +202,7 @@ def sgd(
 @check.command(name="sharpness")
 def sharpness_over_widths(
     spec: Spec,
-    widths: Widths = "64,128,256,512",
+    widths: Widths = "128,256,512",
     parametrisations: Parametrisations = "standard,mup",
     out: Figures = Path("checks"),
 ) -> None:

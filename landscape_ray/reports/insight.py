@@ -12,7 +12,7 @@ from landscape_ray import text
 from landscape_ray.analysis.runs import Run
 from landscape_ray.reports.charts import BEST_COLORS, STEP, describe
 from landscape_ray.reports.figures import Axis, Figure, Floats, Panel, Series, series, thin
-from landscape_ray.reports.stability import CURVATURES, Limit, limit_of_stability
+from landscape_ray.reports.stability import CURVATURES, Limit, limit_of_stability, shares_of_noise
 from landscape_ray.reports.views import Sweep, cost, label, loss_unit
 
 SHARPNESS_NOTE = (
@@ -26,6 +26,15 @@ LIMIT_NOTE = (
     " Dashed: the curvature above which the optimizer is unstable on a quadratic, with the learning rate and momentum "
     "of each update (Cohen et al. 2021, arXiv 2103.00065; 2022, arXiv 2207.14484). That is derived for full batches: "
     "the noise of small ones often keeps the curvature lower."
+)
+
+NOISE_NOTE = (
+    " Dotted: what must stay below 2/LR for the noise of small batches not to grow, tr(H)/B + (1 − 1/B) |H|²/tr(H) at "
+    "batch size B, where the training loss comes to zero (Ma and Ying 2021, arXiv 2105.13462)."
+)
+
+BATCH_NOTE = (
+    " SGD settles where the sharpness of its own batches is 2/LR (Andreyev and Beneventano 2024, arXiv 2412.20553)."
 )
 
 AXES = {"sharpness": "sharpness λ", "preconditioned_sharpness": "preconditioned sharpness"}
@@ -42,6 +51,7 @@ def sharpness(sweeps: Sequence[Sweep]) -> Figure | str:
     lower: list[Series] = []
     found: list[tuple[float, str, Limit]] = []
     limits: list[Limit] = []
+    noisy: list[str] = []
     for sweep, run in sorted(probed, key=lambda pair: pair[1] in chosen):
         curvatures = {probe: rows for probe in CURVATURES if len((rows := measured(run, probe, positive=True)).step)}
         limit = limit_of_stability(run, curvatures)
@@ -68,6 +78,10 @@ def sharpness(sweeps: Sequence[Sweep]) -> Figure | str:
         dash = {"color": color, "dash": "dash", "weight": "muted", "name": entry}
         dashed[limit.probe].append(series("line", step[known], drawn[known], **dash))
         lower.append(series("line", rows.step, ratio, hover=f"{name}, share of the limit", **style))
+        for what, (at, share) in shares_of_noise(run).items():
+            noisy.append(what)
+            dotted = {"color": color, "dash": "dot", "name": f"{what} of the same run"}
+            lower.append(series("line", at, share, hover=f"{name}, {what}, share of 2/LR", **dotted))
         if np.isfinite(ratio).any():
             found.append((float(np.nanmax(ratio)), name, limit))
     # in a warm-up and at the end of a decay the ratio goes to zero, which says nothing: keep the middle in view
@@ -90,7 +104,9 @@ def sharpness(sweeps: Sequence[Sweep]) -> Figure | str:
             ),
             Panel(y=ratio_axis, series=tuple(lower), share=0.6),
         ),
-        note=_sharpness_note(limits, bool(panels["preconditioned_sharpness"])),
+        note=_sharpness_note(limits, bool(panels["preconditioned_sharpness"]))
+        + (NOISE_NOTE if "SGD's trace condition" in noisy else "")
+        + (BATCH_NOTE if "batch sharpness" in noisy else ""),
     )
 
 

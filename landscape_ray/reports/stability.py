@@ -99,6 +99,57 @@ def limit_of_stability(run: Run, measured: Collection[str]) -> Limit:
     return Limit(probe=probe, formula=formula, optimizer=shown, holds=holds, steps=steps, values=values)
 
 
+def shares_of_noise(run: Run) -> dict[str, tuple[Floats, Floats]]:
+    """Return limits by the noise of small batches of SGD without momentum: name to (steps, shares of 2 / LR).
+
+        SGD's trace condition   p tr(H) + (1 - p) |H|^2 / tr(H), p = 1 / batch size, with |H| where it was measured;
+                                of the Hessian, or else of the Gauss-Newton matrix
+        batch sharpness         on minibatches of the size of an update
+
+    The first is necessary for stability in the mean square at an interpolating minimum; SGD settles where the second is
+    2 / LR. Nothing for other optimizers and with momentum, for which no such limits are known.
+
+    References:
+        Wu, Ma and E, NeurIPS 2018; Ma and Ying 2021, arXiv 2105.13462. Andreyev and Beneventano 2024, arXiv 2412.20553.
+    """
+    config = run.summary.config
+    optimizer, probes = _table(config, "optimizer"), _table(config, "probes")
+    size = config.get("batch_size")
+    beta = np.asarray(run.steps["momentum"], dtype=np.float64)
+    moves = bool(np.nan_to_num(beta).any()) or bool(optimizer.get("momentum", 0))
+    if optimizer.get("name") != "sgd" or moves or config.get("sam") or not isinstance(size, int):
+        return {}
+    found: dict[str, tuple[Floats, Floats]] = {}
+    values = {name: _by_step(run, name) for name in ("trace", "trace/frobenius", "ggn_trace", "batch_sharpness")}
+    traces = values["trace"] or values["ggn_trace"]
+    if traces:
+        norms = values["trace/frobenius"]
+        told = {
+            step: trace / size + (1 - 1 / size) * norms.get(step, 0.0) ** 2 / trace
+            for step, trace in traces.items()
+            if trace > 0
+        }
+        found["SGD's trace condition"] = _shares(run, told)
+    if _table(probes, "batch_sharpness").get("batch_size", size) == size:
+        found["batch sharpness"] = _shares(run, values["batch_sharpness"])
+    return {name: rows for name, rows in found.items() if len(rows[0])}
+
+
+def _by_step(run: Run, name: str) -> dict[float, float]:
+    rows = run.probe(name)
+    pairs = zip(np.asarray(rows["step"], dtype=float), np.asarray(rows["value"], dtype=float), strict=True)
+    return {step: value for step, value in pairs if np.isfinite(value)}
+
+
+def _shares(run: Run, values: Mapping[float, float]) -> tuple[Floats, Floats]:
+    steps = np.array(sorted(values), dtype=np.float64)
+    lr = np.asarray(run.steps["lr"], dtype=np.float64)
+    if not len(steps) or not len(lr):
+        return steps[:0], steps[:0]
+    at = np.clip(np.searchsorted(run.steps["step"], steps, side="left"), 0, len(lr) - 1)
+    return steps, np.array([values[step] for step in steps]) * lr[at] / 2
+
+
 def formula_of(optimizer: Mapping[str, Any], *, moving: bool = False) -> str | None:
     """Return the limit of an optimizer as it is written on a page; None where none is known.
 

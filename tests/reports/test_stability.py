@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from landscape_ray.analysis.runs import Run
-from landscape_ray.probes.sharpness.stability import threshold
+from landscape_ray.probes.sharpness.stability import sgd_curvature, threshold
 from landscape_ray.reports import insight
 from landscape_ray.reports.figures import Figure, Series
-from landscape_ray.reports.stability import CURVATURES, GAINS, Limit, limit_of_stability
+from landscape_ray.reports.stability import CURVATURES, GAINS, Limit, limit_of_stability, shares_of_noise
 from landscape_ray.reports.static import render
 from landscape_ray.reports.views import Sweep
 
@@ -165,3 +165,49 @@ def test_what_other_runs_measure_far_above_is_cut_off(search: Sweep, fabricate: 
     highest = max(2 / min(run.peak_lr for run in shown), max(float(r.probe("sharpness")["value"].max()) for r in shown))
     assert figure.panels[0].y.limits is not None
     assert figure.panels[0].y.limits[1] <= 25.001 * highest
+
+
+@pytest.mark.acceptance
+def test_sgd_has_its_trace_condition_and_its_batch_sharpness(search: Sweep, fabricate: ModuleType) -> None:
+    probes = {
+        "trace": lambda step: 50.0 + step,
+        "trace/frobenius": lambda step: np.full(len(step), 20.0),
+        "batch_sharpness": lambda step: np.full(len(step), 7.0),
+    }
+    sweep = fabricate.probed(search, probes)
+    plain = fabricate.configured(sweep, 0.0, optimizer={"name": "sgd"})
+    run = plain.best
+    found = shares_of_noise(run)
+    steps, shares = found["SGD's trace condition"]
+    B = run.summary.config["batch_size"]
+    lr = run.steps["lr"][np.maximum(steps.astype(int) - 1, 0)]
+    wanted = [sgd_curvature(50.0 + step, batch_size=B, frobenius_norm=20.0) for step in steps]
+    np.testing.assert_allclose(shares, np.array(wanted) * lr / 2)
+    np.testing.assert_allclose(found["batch sharpness"][1], 7.0 * lr / 2)
+    figure = insight.sharpness([plain])
+    assert isinstance(figure, Figure)
+    drawn = named(figure, "SGD's trace condition of the same run", panel=1)
+    assert {one.dash for one in drawn} == {"dot"}
+    assert "tr(H)/B" in figure.note
+    assert "2412.20553" in figure.note
+    assert render(figure)[:4] == b"\x89PNG"
+    # with momentum, under other optimizers and under SAM nothing is known; nor of batches of another size
+    for momentum, tables in (
+        (0.9, {"optimizer": {"name": "sgd"}}),
+        (0.0, {"optimizer": {"name": "adamw"}}),
+        (0.0, {"optimizer": {"name": "sgd"}, "sam": {"rho": 0.05}}),
+    ):
+        assert shares_of_noise(fabricate.configured(sweep, momentum, **tables).best) == {}
+    other = fabricate.configured(
+        sweep, 0.0, optimizer={"name": "sgd"}, probes={"batch_sharpness": {"batch_size": B + 1}}
+    )
+    assert list(shares_of_noise(other.best)) == ["SGD's trace condition"]
+
+
+def test_without_a_hessian_the_trace_is_that_of_the_gauss_newton_matrix(search: Sweep, fabricate: ModuleType) -> None:
+    sweep = fabricate.probed(search, {"ggn_trace": lambda step: np.where(step > 0, 64.0, -1.0)})
+    run = fabricate.configured(sweep, 0.0, optimizer={"name": "sgd"}).best
+    steps, shares = shares_of_noise(run)["SGD's trace condition"]
+    assert steps.min() > 0  # a negative trace has no condition
+    lr = run.steps["lr"][steps.astype(int) - 1]
+    np.testing.assert_allclose(shares, 64.0 / run.summary.config["batch_size"] * lr / 2)

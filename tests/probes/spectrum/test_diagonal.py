@@ -4,11 +4,16 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from landscape_ray.errors import UserError
 from landscape_ray.probes.fixed_loss import FixedLoss
+from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.operators import HessianOperator
-from landscape_ray.probes.spectrum.diagonal import diagonal
+from landscape_ray.probes.spectrum.diagonal import curvature_diagonal, diagonal
+from landscape_ray.probes.spectrum.eigenpairs import curvature_operator
+
+CROSS_ENTROPY = OutputLoss(nn.CrossEntropyLoss(reduction="none"), "categorical")
 
 
 def symmetric(size=40):
@@ -79,3 +84,62 @@ def test_hessian_of_a_network(smooth_case, dense_hessian):
 def test_refused(settings, message):
     with pytest.raises(UserError, match=message):
         diagonal(**{"matvec": lambda v: v, "size": 3, **settings})
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "empirical_fisher"])
+@pytest.mark.parametrize("num_outliers", [0, 3])
+def test_diagonal_of_a_module_is_that_of_the_dense_matrix(smooth_case, curvature, num_outliers):
+    arguments = smooth_case.module, CROSS_ENTROPY, [smooth_case.batch]
+    function = FixedLoss(*arguments)
+    exact = curvature_operator(function, curvature).dense().diagonal()
+    found = curvature_diagonal(
+        *arguments, curvature=curvature, num_outliers=num_outliers, tol=1e-9, max_matvecs=600, seed=3
+    )
+    assert not found.converged
+    errors = (found.values - exact).abs() / found.standard_errors
+    assert float((errors < 2).double().mean()) > 0.9
+    assert float((found.values - exact).norm()) < 0.15 * float(exact.norm())
+    assert found.price_gradients > 600
+    assert found.num_matvecs >= 600 + num_outliers
+
+
+def test_outliers_make_the_diagonal_cheaper():
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Linear(40, 1, bias=False).double()
+    direction = torch.randn(40, generator=generator).double()
+    x = (
+        torch.randn(200, 1, generator=generator).double() * direction
+        + 0.05 * torch.randn(200, 40, generator=generator).double()
+    )
+
+    def half_square(module, x):
+        return 0.5 * module(x).square().mean()
+
+    plain, better = (
+        curvature_diagonal(module, half_square, [x], num_outliers=k, tol=0.05, max_matvecs=200) for k in (0, 1)
+    )
+    exact = (x.square().sum(0) / 200).double()
+    assert not plain.converged
+    assert better.converged
+    assert better.num_matvecs < 50
+    torch.testing.assert_close(better.values, exact, rtol=0.05, atol=0.05 * float(exact.max()))
+
+
+def test_diagonals_of_what_is_not_finite(smooth_case):
+    def explodes(module, batch):
+        return smooth_case.loss(module, batch) * float("inf")
+
+    assert bool(curvature_diagonal(smooth_case.module, explodes, [smooth_case.batch]).values.isnan().all())
+    with torch.no_grad():
+        next(smooth_case.module.parameters())[0] = float("nan")
+    found = curvature_diagonal(smooth_case.module, smooth_case.loss, [smooth_case.batch], num_outliers=2)
+    assert bool(found.values.isnan().all())
+    assert not found.converged
+
+
+def test_refused_outliers(smooth_case):
+    with pytest.raises(UserError, match="num_outliers must be at least 0, got -1"):
+        curvature_diagonal(smooth_case.module, smooth_case.loss, [smooth_case.batch], num_outliers=-1)
+    with pytest.raises(UserError, match="tol must be positive"):
+        curvature_diagonal(smooth_case.module, smooth_case.loss, [smooth_case.batch], tol=0.0)
