@@ -134,7 +134,7 @@ def _near(centre: Mapping[str, float], spread: float = 1.0) -> Law:
 
     The penalty leaves one basin; that it does is what the agreement of several starts shows.
     """
-    starts = {name: (value,) for name, value in centre.items()}
+    starts: dict[str, tuple[float, ...]] = {name: (value,) for name, value in centre.items()}
     if spread > 1:
         starts |= {name: (centre[name] / spread, centre[name] * spread) for name in ("C", "gamma")}
     return dataclasses.replace(
