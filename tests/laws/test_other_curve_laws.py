@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from landscape_ray.errors import UserError
@@ -122,6 +122,7 @@ def test_functional_law_asks_for_batches_and_variation(synthetic):
 
 
 @pytest.mark.acceptance
+@settings(deadline=None)
 @given(st.integers(1, 200), st.floats(1e-3, 10), st.floats(0.1, 10), st.floats(0.1, 10))
 def test_convex_bound_of_a_constant_schedule(num_steps, gamma, norm, distance):
     found = convex_bound(np.full(num_steps, gamma), norm, distance)
