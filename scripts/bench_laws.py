@@ -6,8 +6,9 @@ the whole call, certificate included.
 Annealing law: the peer gets the areas ready and only minimises, with L-BFGS-B and numeric gradients from a grid of
 starts. Chinchilla law: the peer is L-BFGS-B with numeric gradients from the 4,500 starts of approach 3; of these every
 `--every`-th is run, and its time multiplied. Bootstraps of the Chinchilla law: 4,000 resamples of the points, the peer
-is one BFGS run a resample from the optimum of all points, with exact gradients; of these the first `--resamples` are
-run, and their time scaled up. The objectives are then means over those resamples.
+is one BFGS run a resample from the optimum of all points, with numeric gradients (scipy's default) and, in a second
+line, with exact ones; of these the first `--resamples` are run, and their time scaled up. The objectives are then means
+over those resamples.
 
 Usage:
     python scripts/bench_laws.py [--starts 3] [--every 10] [--resamples 100] [--repeats 5] [--data FOLDER]
@@ -167,7 +168,7 @@ def chinchilla_fit(name: str, points: Points, every: int, repeats: int) -> None:
     row(name, len(points), float(np.median(seconds)), peer, found.objective["value"], best)
 
 
-def chinchilla_bootstrap(name: str, points: Points, num_resamples: int) -> None:
+def chinchilla_bootstrap(points: Points, num_resamples: int) -> None:
     """Time 4,000 bootstraps against one BFGS run a resample."""
     law = LAWS["chinchilla"]
     started = time.process_time()
@@ -178,10 +179,15 @@ def chinchilla_bootstrap(name: str, points: Points, num_resamples: int) -> None:
     mean = float(solution.refit(weights[:num_resamples]).objective.mean())
     p = {key: float(value[0]) for key, value in solution.natural(solution.best).items()}
     start = np.array([np.log(p["A"]), np.log(p["B"]), np.log(p["E"]), p["alpha"], p["beta"]])
-    started = time.process_time()
-    ends = [minimize(surface(points, w), start, jac=True, method="BFGS").fun for w in weights[:num_resamples]]
-    peer = (time.process_time() - started) * 4000 / num_resamples
-    row(f"{name}, 4,000 bootstraps", len(points), ours, peer, mean, float(np.mean(ends)))
+    for kind in ("numeric", "exact"):
+        ends = []
+        started = time.process_time()
+        for w in weights[:num_resamples]:
+            evaluate = surface(points, w)
+            function = evaluate if kind == "exact" else lambda q, evaluate=evaluate: evaluate(q)[0]
+            ends.append(minimize(function, start, jac=kind == "exact", method="BFGS").fun)
+        peer = (time.process_time() - started) * 4000 / num_resamples
+        row(f"4,000 bootstraps, {kind}", len(points), ours, peer, mean, float(np.mean(ends)))
 
 
 def multi_power_peer(curves: list[Curve]) -> tuple[float, float, dict[str, float]]:
@@ -308,9 +314,9 @@ def main() -> None:
         ours = float(np.median(seconds))
         peer, peer_objective = peer_fit(curves, decay, options.starts)
         row(name, found.data["num_points"], ours, peer, found.objective["value"], peer_objective)
-    points = chinchilla(options.data)
-    chinchilla_fit(*points, options.every, options.repeats)
-    chinchilla_bootstrap(*points, options.resamples)
+    name, points = chinchilla(options.data)
+    chinchilla_fit(name, points, options.every, options.repeats)
+    chinchilla_bootstrap(points, options.resamples)
     if (options.data / "multi_power_law").is_dir():
         bench_multi_power(options.data, options.repeats)
 

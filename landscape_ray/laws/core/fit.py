@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from landscape_ray.errors import UserError
 from landscape_ray.laws.core.bootstrap import Method, resample
 from landscape_ray.laws.core.certificate import certify, judge
-from landscape_ray.laws.core.fitting import Optimum, SeparableLaw, polish, search
+from landscape_ray.laws.core.fitting import Optimum, SeparableLaw, descend, search
 from landscape_ray.laws.core.law import Bound, Law, Review
 from landscape_ray.laws.core.objective import Objective
 from landscape_ray.laws.core.points import Data
@@ -59,7 +59,7 @@ class Solution(NamedTuple):
         """Return the optima under other weights (batch, n), or other observations too, from this one."""
         observed = np.broadcast_to(self.y if y is None else y, weights.shape)
         start = np.broadcast_to(self.best, (len(weights), self.best.shape[1]))
-        return polish(self.separable, observed, weights, self.objective.threshold, start)
+        return descend(self.separable, observed, weights, self.objective.threshold, start)
 
     def natural(self, parameters: Array) -> dict[str, Array]:
         """Return the fitter's parameters (batch, m + k) by name in natural units."""

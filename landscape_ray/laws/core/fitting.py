@@ -205,16 +205,30 @@ def search(law: SeparableLaw, y: Array, delta: float, weights: Array | None = No
         spread = rest[np.linspace(0, len(rest) - 1, _MAX_POLISHED - _MAX_POLISHED // 2).astype(int)]
         kept = np.concatenate([order[: _MAX_POLISHED // 2], spread])
         start, prediction, observed, weight = start[kept], prediction[kept], observed[kept], weight[kept]
-    residual = _residual(law, observed, prediction)
-    # Far below the size of the residuals the objective is almost piecewise linear: approach it from a smoother one.
-    stage = float(np.median(np.abs(residual)))
-    while stage > 10 * delta:
-        start = polish(law, observed, weight, stage, start, max_iterations=20).parameters
-        stage /= 10
-    found = polish(law, observed, weight, delta, start)
+    found = descend(law, observed, weight, delta, start)
     if not np.isfinite(found.objective).any():
         raise UserError("loss_nats must be described by some positive law, got none from any start; check the data")
     return found.rows(np.argsort(found.objective, kind="stable"))
+
+
+def descend(law: SeparableLaw, y: Array, weights: Array, delta: float, start: Array) -> Optimum:
+    """Return the local optima next to `start`, see :func:`polish`, by way of smoother objectives where that helps.
+
+    Far below the size of the residuals the objective is almost piecewise linear, and a direct polish stops short of its
+    kinks: it is approached by thresholds that fall from the residuals' size by tens.
+
+    Args:
+        law: see :func:`polish`.
+        y: see :func:`polish`.
+        weights: see :func:`polish`.
+        delta: see :func:`polish`.
+        start: see :func:`polish`.
+    """
+    stage = float(np.median(np.abs(_residual(law, y, law.predict(start)))))
+    while stage > 10 * delta:
+        start = polish(law, y, weights, stage, start, max_iterations=20).parameters
+        stage /= 10
+    return polish(law, y, weights, delta, start)
 
 
 def _residual(law: SeparableLaw, y: Array, prediction: Array) -> Array:

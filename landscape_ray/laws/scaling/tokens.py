@@ -145,9 +145,9 @@ def effective_tokens_law(features: Sequence[str], name: str = "effective_tokens"
         parameters=(
             linear("E", "loss that no size and no data removes"),
             linear("A", "factor of the size"),
-            nonlinear("alpha", "exponent of the size", 0.01, 3.0, starts=2),
+            nonlinear("alpha", "exponent of the size", 0.01, 3.0, starts=(0.2, 0.6)),
             linear("B", "factor of the data"),
-            nonlinear("beta", "exponent of the data", 0.01, 3.0, starts=2),
+            nonlinear("beta", "exponent of the data", 0.01, 3.0, starts=(0.2, 0.6)),
             *(
                 nonlinear(f"c_{f}", f"log worth of a token per {f}", -10.0, 10.0, starts=(-0.5, 0.5), scale=spread(f))
                 for f in features

@@ -198,3 +198,15 @@ def test_coverage_of_the_intervals():
         hits.setdefault("a", []).append(low <= truth["beta"] / (truth["alpha"] + truth["beta"]) <= high)
     coverage = {name: float(np.mean(values)) for name, values in hits.items()}
     assert all(0.92 <= share <= 0.98 for share in coverage.values()), coverage
+
+
+def test_resamples_reach_the_optimum_of_absolute_deviations():
+    """Weights of a resample are refitted as well as a search from all starts does."""
+    points = synthetic(noise=0.01)
+    solution, _ = solve(CHINCHILLA, points, objective=Objective("least_absolute"))
+    weights = np.random.default_rng(0).multinomial(36, np.full(36, 1 / 36), size=3).astype(float)
+    refitted = solution.refit(weights)
+    for row, weight in enumerate(weights):
+        weighted = Points(points.variables, points.response, weights=weight)
+        fresh, _ = solve(CHINCHILLA, weighted, objective=Objective("least_absolute"))
+        assert refitted.objective[row] <= fresh.found.objective[0] * (1 + 1e-3)

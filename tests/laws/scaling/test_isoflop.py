@@ -53,7 +53,7 @@ def test_intervals_hold_the_biased_truth():
     """What repeats of the experiment would give: the vertices of the noise-free profiles."""
     exact = fit_isoflops(profiles(4), num_bootstrap=0)
     inside = []
-    for seed in range(40):
+    for seed in range(24):
         found = fit_isoflops(profiles(4, noise=0.002, seed=seed), num_bootstrap=200)
         inside += ((found.size.low < exact.size.value) & (exact.size.value < found.size.high)).tolist()
         inside.append(bool(found.exponent.low[0] < exact.exponent.value[0] < found.exponent.high[0]))
