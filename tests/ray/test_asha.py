@@ -15,16 +15,19 @@ from optuna.trial import TrialState
 
 from landscape_ray.records import RunSummary
 from landscape_ray.tracking.collect import collect
-from tests.ray.test_kill import finish, launch, wait_until
+from tests.ray.driver import finish, launch, wait_until
 
 STEPS, RUNGS = 90, (10, 30)
+
+pytestmark = pytest.mark.timeout(600)
 
 
 def text_of(sweep_text: Callable[..., str], tiny: dict[str, Any], **search: Any) -> str:
     train = {**tiny, "num_steps": STEPS, "batch_size": 32, "eval": {**tiny["eval"], "every_steps": 5}}
     space = {"schedule.peak_lr": {"log_uniform": [1e-4, 1e-1]}}
     table = {"num_trials": 9, "sampler": "random", "stopping": {"name": "asha", "min_steps": 10}, **search}
-    return sweep_text(train={**train, "probes": {}}, space=space, search=table, commit_steps=30)
+    resources = {"cpus_per_trial": 1}
+    return sweep_text(train={**train, "probes": {}}, space=space, search=table, commit_steps=30, resources=resources)
 
 
 def check(path: Path, num_trials: int) -> None:
@@ -69,16 +72,15 @@ def check(path: Path, num_trials: int) -> None:
 def test_kill_9_in_the_middle_of_halving(sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text(text_of(sweep_text, tiny))
     path = tmp_path / "runs" / "halved"
-    driver = launch(tmp_path, "sweep", "s.toml", "--name", "halved")
 
     def some_wait(found: dict[str, RunSummary]) -> bool:
         return sum(s.step == 10 for s in found.values()) >= 3 and any(s.step > 10 for s in found.values())
 
-    wait_until(driver, path, some_wait)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    second = launch(tmp_path, "resume")
-    out = finish(second)
+    with launch(tmp_path, "sweep", "s.toml", "--name", "halved") as driver:
+        wait_until(driver, path, some_wait)
+        os.kill(driver.pid, signal.SIGKILL)
+    with launch(tmp_path, "resume") as second:
+        out = finish(second)
     assert second.returncode == 0, out
     assert "stopped" in out
     check(path, 9)
