@@ -66,6 +66,8 @@ class _Entry:
     """Held-out loss by step, or under [search.fidelity] the final one by value."""
     observed: int = -1
     """Last step that the stopping rule has seen."""
+    written: set[int] = dataclasses.field(default_factory=set)
+    """Keys of the losses that are in the journal."""
 
 
 class Book:
@@ -146,7 +148,8 @@ class Book:
         self.num_priors = sum(PRIOR in trial.user_attrs for trial in trials)
         own = trials[self.num_priors :]
         for index, trial in enumerate(own):
-            self._entries[index] = _Entry(dict(trial.params), note=trial.user_attrs.get("note", {}))
+            written = set(trial.intermediate_values)
+            self._entries[index] = _Entry(dict(trial.params), trial.user_attrs.get("note", {}), written=written)
             if trial.state.is_finished():
                 self._outcomes[index] = self._news[index] = _outcome_of(trial)
         opened = [_as_running(trial, {}) for trial in own]
@@ -168,15 +171,22 @@ class Book:
 
     def _settle(self, index: int, outcome: Outcome) -> None:
         """Append to the journal what became of a proposal; the proposer hears of it when it next begins."""
-        trial_id = self._journal.get_trial_id_from_study_id_trial_number(self._study_id, self.num_priors + index)
-        for step, loss in outcome.intermediate.items():
-            self._journal.set_trial_intermediate_value(trial_id, step, loss)
+        trial_id = self._write_losses(index, outcome.intermediate)
         for key, value in outcome.constraint_attributes().items():
             self._journal.set_trial_system_attr(trial_id, key, value)
         self._journal.set_trial_state_values(trial_id, STATES[outcome.state], outcome.told_values)
         self._outcomes[index] = self._news[index] = outcome
         self._paused.discard(index)
         self._entries[index].losses.clear()
+
+    def _write_losses(self, index: int, losses: Mapping[int, float]) -> int:
+        """Append losses that the journal does not have yet; return Optuna's identifier of the trial."""
+        trial_id: int = self._journal.get_trial_id_from_study_id_trial_number(self._study_id, self.num_priors + index)
+        entry = self._entries[index]
+        for step in [step for step in losses if step not in entry.written]:
+            self._journal.set_trial_intermediate_value(trial_id, step, losses[step])
+            entry.written.add(step)
+        return trial_id
 
     # --- after a driver that is gone ------------------------------------------------------------------------------
 
@@ -435,6 +445,7 @@ class Book:
     def _pause(self, index: int) -> None:
         self._paused.add(index)
         self.standing[self._trial_id(index)] = "paused"
+        self._write_losses(index, self._entries[index].losses)
         # samplers may learn from what is known of it; told again when more is
         self._news[index] = Outcome(state="pruned", intermediate=dict(self._entries[index].losses))
 

@@ -140,6 +140,9 @@ def test_paused_trials_are_on_their_rungs_again_after_a_kill(spec: Any, drive: A
     first = drive(one, loss_of, num_workers=2).run(24)
     paused, rungs = set(first.book._paused), first.book.rule.state()["rungs"]
     assert paused
+    for trial in first.book.study.get_trials(deepcopy=False):
+        if trial.number in paused:
+            assert trial.intermediate_values, "whoever looks at the study sees how far it got"
     second = drive(one, loss_of, num_workers=2)
     assert second.book.rule.state()["rungs"] == rungs
     assert second.book._paused == paused
