@@ -301,7 +301,9 @@ def test_the_edge_of_stability_is_drawn_for_every_file(here: Path, capsys: Any) 
     (here / "other.toml").write_text(EDGE.replace("small-edge", "other").replace("momentum = 0.0", "momentum = 0.9"))
     code, out, errors = run(capsys, "check", "edge", "edge.toml", "other.toml")
     assert code == 0, errors
-    assert "below the threshold of sgd" in " ".join(out.split())
+    said = " ".join(out.split())
+    assert "of the limit 2/LR = 200;" in said
+    assert "of the limit (2 + 2β)/LR = 380;" in said
     for name, limit in (("small-edge", 200.0), ("other", 380.0)):
         assert (here / "checks" / f"edge-{name}.png").read_bytes()[:4] == b"\x89PNG"
         numbers = json.loads((here / "checks" / f"edge-{name}.json").read_text())
@@ -346,6 +348,15 @@ def test_a_checkpoint_is_measured(here: Path, capsys: Any) -> None:
     numbers = json.loads((fits / "probes-t0000.json").read_text())
     assert set(numbers["estimates"]) == {"trace", "trace/frobenius", "preconditioned_sharpness"}
     assert (fits / "spectrum-t0000.png").read_bytes()[:4] == b"\x89PNG"
+
+    code, out, errors = run(capsys, "probe", "m", "--probes", "sharpness", "--batch-size", "16", "--outliers")
+    assert code == 0, errors
+    assert "examples whose loss the next update lowers most" in " ".join(out.split())
+    assert sum(line.startswith(("loss falls", "loss rises")) for line in out.splitlines()) == 2
+    assert (fits / "outliers-t0000.png").read_bytes()[:4] == b"\x89PNG"
+    groups = json.loads((fits / "probes-t0000.json").read_text())["outliers"]
+    assert len(groups["decreasing"]) == len(groups["increasing"]) == 4
+    assert groups["loss_changes"] == sorted(groups["loss_changes"][:4]) + sorted(groups["loss_changes"][4:])[::-1]
 
     code, out, errors = run(capsys, "probe", "m", "--run", "t0000", "--out", "found")
     assert code == 0, errors

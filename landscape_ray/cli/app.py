@@ -11,6 +11,7 @@ import typer
 
 from landscape_ray.cli import laws
 from landscape_ray.cli.checks import check
+from landscape_ray.cli.outliers import show_outliers
 from landscape_ray.cli.shared import (
     DEFAULT_RESULTS,
     Address,
@@ -145,6 +146,9 @@ def probe(
     ] = None,
     double: Annotated[bool, typer.Option("--double", help="Measure in double precision.")] = False,
     density: Annotated[bool, typer.Option("--density", help="Draw the spectral density of the Hessian.")] = False,
+    outliers: Annotated[
+        bool, typer.Option("--outliers", help="Show the examples that the next update helps and harms most.")
+    ] = False,
     results: Results = DEFAULT_RESULTS,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for numbers and figure; default: fits/ of the sweep.")
@@ -168,6 +172,7 @@ def probe(
             batch_size=batch_size,
             num_batches=num_batches,
             density=density,
+            outliers=outliers,
             double=double,
             progress=lambda name: status.update(f"measuring {name} ..."),
         )
@@ -205,6 +210,8 @@ def probe(
         )
         points = {"grid": spectrum.grid.tolist(), "density": spectrum.density.tolist()}
         save_study(figure, {**points, "outliers": spectrum.outliers.tolist()}, target, console)
+    if found.outliers is not None:
+        numbers["outliers"] = show_outliers(found.outliers, run_id, target, console)
     write_atomic(target / f"probes-{run_id}.json", json.dumps(plain(numbers), indent=1) + "\n")
     console.print(f"saved in {shown(target)}", highlight=False, soft_wrap=True)
 

@@ -7,9 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from landscape_ray.config import parse
+from landscape_ray.data import Batch, TextData
 from landscape_ray.errors import UserError
 from landscape_ray.probes import PROBES, Estimate, Host, Probe
+from landscape_ray.probes.gradients.opposing import OpposingGroups, OpposingSignalsProbe, opposing_groups
+from landscape_ray.probes.gradients.per_example import examples_at
 from landscape_ray.probes.spectrum.density import spectral_density
 from landscape_ray.probes.spectrum.quadrature import SpectralDensity
 from landscape_ray.training.loop import update
@@ -35,6 +41,7 @@ class Inspection:
         num_examples: that each probe looked at, by its name.
         unknown: probes that do not apply to the run, with the reason.
         density: of the Hessian's spectrum, where it was asked for.
+        outliers: the examples with opposing signals, where they were asked for.
     """
 
     step: int
@@ -43,6 +50,31 @@ class Inspection:
     num_examples: dict[str, int]
     unknown: dict[str, str]
     density: SpectralDensity | None = None
+    outliers: OutlyingExamples | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutlyingExamples:
+    """The examples that the next update helps and harms most, to be looked at.
+
+    Attributes:
+        found: the groups.
+        inputs: (2 k, ...), those whose loss falls first, as they go into the model.
+        targets: (2 k, ...).
+        texts: what each input says, where it is text.
+        num_examples: that were searched.
+    """
+
+    found: OpposingGroups
+    inputs: Tensor
+    targets: Tensor
+    texts: tuple[str, ...] | None
+    num_examples: int
+
+    @property
+    def changes(self) -> Tensor:
+        """Of the loss of each, (2 k,)."""
+        return self.found.loss_changes[torch.cat([self.found.decreasing, self.found.increasing])]
 
 
 def inspect(
@@ -52,6 +84,7 @@ def inspect(
     batch_size: int = 256,
     num_batches: int | None = None,
     density: bool = False,
+    outliers: bool = False,
     double: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Inspection:
@@ -65,7 +98,8 @@ def inspect(
         probes: names; none: those that the run had, or sharpness.
         batch_size: examples in the probe batch, whatever the run's was.
         num_batches: see `ProbeTable`; None keeps each probe's own.
-        density: whether to measure the spectral density of the Hessian, about 190 Hessian-vector products.
+        density: whether to measure the spectral density of the Hessian, about 160 Hessian-vector products.
+        outliers: whether to search the probe batch for groups of examples with opposing signals.
         double: whether to measure copies of the weights in float64.
         progress: called with the name of each probe before it runs.
 
@@ -117,6 +151,18 @@ def inspect(
         batches = probe_batches(state.data, state.device, state.config.seed, batch_size, num_batches or 1)
         state.optimizer.eval()
         found = spectral_density(state.module, state.objective, batches, route="auto", seed=state.config.seed)
+    groups: OutlyingExamples | None = None
+    if outliers:
+        if progress is not None:
+            progress("outlying examples")
+        moved = moved or _one_more(checkpoint)
+        after, host = moved
+        if host.update is None:
+            unknown["opposing_signals"] = _reason(state, OpposingSignalsProbe([]))
+        else:
+            searched = probe_batches(state.data, state.device, state.config.seed, batch_size, num_batches or 1)
+            after.optimizer.eval()
+            groups = _outliers(after, searched, host.update)
     return Inspection(
         step=state.step,
         num_params=sum(parameter.numel() for parameter in state.optimizer.parameters),
@@ -124,6 +170,23 @@ def inspect(
         num_examples=num_examples,
         unknown=unknown,
         density=found,
+        outliers=groups,
+    )
+
+
+def _outliers(state: TrainState, batches: list[tuple[Batch, int]], update: Sequence[Tensor]) -> OutlyingExamples:
+    found = opposing_groups(state.module, state.objective, batches, update, seed=state.config.seed)
+    inputs, targets = examples_at(batches, torch.cat([found.decreasing, found.increasing]))
+    texts: tuple[str, ...] | None = None
+    if isinstance(state.data, TextData) and (state.data.tokenizer is not None or state.data.vocab_size <= 256):
+        decode = bytes if state.data.tokenizer is None else state.data.tokenizer.decode
+        texts = tuple(decode(row).decode("utf-8", "replace") for row in inputs.tolist())
+    return OutlyingExamples(
+        found=found,
+        inputs=inputs.cpu(),
+        targets=targets.cpu(),
+        texts=texts,
+        num_examples=sum(weight for _, weight in batches),
     )
 
 
