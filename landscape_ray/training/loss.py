@@ -59,7 +59,9 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """
     outputs = _precise(outputs).flatten(0, -2)
     if not targets.is_floating_point():
-        targets = F.one_hot(targets.flatten(), outputs.shape[-1])
+        # not F.one_hot, which looks at the values and so makes a GPU wait
+        classes = torch.arange(outputs.shape[-1], device=targets.device)
+        targets = (targets.flatten()[:, None] == classes).to(outputs.dtype)
     return 0.5 * (outputs - targets.reshape(outputs.shape)).square().sum(-1)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from landscape_ray.models.layers import Dropout, Embedding, LayerNorm, Linear, RMSNorm
+from landscape_ray.models.layers import Dropout, Embedding, LayerNorm, Linear, RMSNorm, linear, reserved
 from landscape_ray.models.parametrisation import Rule
 
 RULE = Rule(init_std=1.0)
@@ -41,6 +41,52 @@ def test_stacked_layers_are_their_members(name: str, shape: tuple[int, ...]) -> 
     stacked = functional_call(members[0], state, (x,))
     for k, member in enumerate(members):
         torch.testing.assert_close(stacked[k], member(x[k]), rtol=1e-5, atol=1e-6)
+
+
+def stack(seed: int, *shape: int) -> Tensor:
+    return torch.randn(K, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_gradients_go_to_their_places() -> None:
+    x, weight, bias = stack(0, 4, 6), stack(1, 5, 6).requires_grad_(), stack(2, 5).requires_grad_()
+    wanted = torch.autograd.grad(linear(x, weight, bias).square().sum(), (weight, bias))
+    row = torch.zeros(K, 48)
+    places = [row[:, :30].view(K, 5, 6), row[:, 32:37]]
+    with reserved((weight, bias), places):
+        found = torch.autograd.grad(linear(x, weight, bias).square().sum(), (weight, bias))
+    for gradient, place, expected in zip(found, places, wanted, strict=True):
+        assert gradient.data_ptr() == place.data_ptr()
+        torch.testing.assert_close(place, expected, rtol=1e-6, atol=1e-6)
+    assert not row[:, 30:32].any()
+    place = places[0].clone()
+    again = torch.autograd.grad(linear(2 * x, weight, bias).square().sum(), weight)
+    assert again[0].data_ptr() != places[0].data_ptr()  # outside the block
+    assert torch.equal(place, places[0])
+
+
+def test_gradients_of_parameters_that_are_used_twice_add_up() -> None:
+    x, weight = stack(0, 4, 6), stack(1, 6, 6).requires_grad_()
+
+    def loss() -> Tensor:
+        return (linear(linear(x, weight, None), weight, None) * weight.sum()).square().sum()
+
+    (wanted,) = torch.autograd.grad(loss(), weight)
+    with reserved([weight], [torch.zeros(K, 6, 6)]):
+        (found,) = torch.autograd.grad(loss(), weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_that_are_to_be_differentiated_have_memory_of_their_own() -> None:
+    x, weight = stack(0, 4, 6), stack(1, 5, 6).requires_grad_()
+
+    def product() -> Tensor:
+        (gradient,) = torch.autograd.grad(linear(x, weight, None).square().sum(), weight, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), weight)
+        return second
+
+    wanted = product()
+    with reserved([weight], [torch.zeros(K, 5, 6)]):
+        torch.testing.assert_close(product(), wanted)
 
 
 def test_stacked_embeddings_are_their_members() -> None:

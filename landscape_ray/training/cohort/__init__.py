@@ -1,10 +1,12 @@
 """K runs of one architecture trained as one program, each with its own hyperparameters, seed and order of the data.
 
-    cohort.py    Cohort: members that advance, are observed, copied, replaced and saved
-    buffers.py   weights and optimizer states of all members as rows of matrices
-    routes.py    gradients of several members: stacked, by vmap, or one by one
-    plan.py      which route on how many members at once, by measurement
-    updates.py   clipping and optimizer by rows
+    cohort.py     Cohort: members that advance, are observed, copied, replaced and saved
+    buffers.py    weights and optimizer states of all members as rows of matrices
+    memory.py     where these are
+    routes.py     gradients of several members: stacked, by vmap, or one by one
+    recording.py  what a program does, to be done again at a lower price
+    plan.py       which route on how many members at once, by measurement
+    updates.py    clipping and optimizer by rows
 
 `Cohort` is the way in.
 """

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from landscape_ray.training.cohort.memory import zeros
 from landscape_ray.training.state import TrainState
 
 ALIGNMENT = 16
@@ -91,10 +92,10 @@ class Buffers:
         self.slots = tuple(slot for section in self.sections for slot in section.slots)
         size = self.sections[-1].stop
         device = first.device
-        self.weights = torch.zeros(len(members), size, device=device)
+        self.weights = zeros(len(members), size, device=device)
         self.updates = torch.zeros(len(members), len(self.slots), device=device)
         self.states = [
-            {name: torch.zeros(len(members), self._width(part), device=device) for name in STATE_NAMES[type(each)]}
+            {name: zeros(len(members), self._width(part), device=device) for name in STATE_NAMES[type(each)]}
             for part, each in enumerate(first.optimizer.parts)
         ]
         for row, member in enumerate(members):

@@ -112,10 +112,10 @@ class Cohort:
         Args:
             configs: one for each member; `SHARED_FIELDS` are equal in all.
             data: what `configs[0].data` describes, where it is open already.
-            route: stacked, vmap, single or alone; auto measures at the first update which is the fastest. Different
-                routes differ in the last bits of the weights, so that a run is repeated to the bit only where the route
-                is given (or comes from a checkpoint).
-            chunk: members that one program covers, for stacked and vmap; all by default.
+            route: recorded, stacked, vmap, single or alone; auto measures at the first update which is the fastest.
+                Different routes differ in the last bits of the weights, so that a run is repeated to the bit only where
+                the route is given (or comes from a checkpoint).
+            chunk: members that one program covers, but for single and alone; all by default.
 
         Raises:
             UserError: configurations that do not go together, or a route that the members cannot take.

@@ -19,6 +19,7 @@ from torch import Tensor
 from landscape_ray.data import Batch
 from landscape_ray.errors import UserError
 from landscape_ray.training.cohort.buffers import Buffers
+from landscape_ray.training.cohort.memory import zeros
 from landscape_ray.training.cohort.routes import ROUTES, Program, why_not
 from landscape_ray.training.cohort.updates import Updater
 from landscape_ray.training.state import TrainState
@@ -42,7 +43,7 @@ class Choice:
     """A way through a step, and how it was found.
 
     Attributes:
-        route: stacked, vmap or single; alone where members cannot share memory.
+        route: recorded, stacked, vmap or single; alone where members cannot share memory.
         chunk: members that a program covers.
         seconds: measured time of one update for each member, by `route` or `route/chunk`; empty where the route was
             given.
@@ -66,7 +67,7 @@ class Plan:
         chunk: int,
         gradients: Tensor | None = None,
     ) -> None:
-        """Cut the rows into chunks, which use the same memory for their gradients, one after the other.
+        """Cut the rows into chunks, which use the same memory, one after the other.
 
         Args:
             buffers: of the cohort.
@@ -76,12 +77,14 @@ class Plan:
             gradients: at least (chunk, P), zero in the gaps; made here by default.
         """
         if gradients is None:
-            gradients = torch.zeros(chunk, buffers.weights.shape[1], device=buffers.weights.device)
+            gradients = zeros(chunk, buffers.weights.shape[1], device=buffers.weights.device)
         self.programs: list[tuple[Program, Updater]] = []
         for start in range(0, len(members), chunk):
             rows = slice(start, min(start + chunk, len(members)))
             own = gradients[: rows.stop - rows.start]
             program = ROUTES[route](buffers, members, rows, own)
+            if self.programs:
+                program.follow(self.programs[0][0])
             self.programs.append((program, Updater(buffers, members, rows, own)))
 
 
@@ -120,7 +123,7 @@ def _measured(buffers: Buffers, members: Sequence[TrainState], batch: Batch) -> 
     excluded = {name: reason for name in ROUTES if (reason := why_not(name, members)) is not None}
     if "stacked" not in excluded:
         excluded["vmap"] = "the model takes stacked parameters itself, which was never slower"
-    gradients = torch.zeros_like(buffers.weights)
+    gradients = zeros(*buffers.weights.shape, device=buffers.weights.device)
     single = _Candidate(Plan(buffers, members, "single", 1, gradients), batch)
     try:
         single.measure()
@@ -147,6 +150,8 @@ def _measured(buffers: Buffers, members: Sequence[TrainState], batch: Batch) -> 
             best = min(each.seconds for each in candidates.values())
             if chunk >= LARGE and candidate.seconds > HOPELESS * best:
                 break
+        if name == "recorded" and not any(key.startswith(name) for key in excluded):
+            excluded["stacked"] = "a recording does the same in less time"
     start = time.perf_counter()
     for number in range(1, MAX_ROUNDS):
         if number >= MIN_ROUNDS and time.perf_counter() - start > SECONDS:

@@ -1,6 +1,7 @@
 """How the gradients of several members are computed: one program for all of them, or one after the other.
 
     stacked   the network works on stacked parameters itself: every layer is one batched product
+    recorded  as stacked, without asking the network again in every update
     vmap      torch.func.vmap turns the network's forward into one for stacked parameters
     single    the members' own modules, one after the other
 
@@ -15,14 +16,16 @@ import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from landscape_ray.models.layers import Dropout
+from landscape_ray.data import Batch
+from landscape_ray.models.layers import Dropout, reserved
 from landscape_ray.training.cohort.buffers import Buffers, stacked_views
+from landscape_ray.training.cohort.recording import Recording, record
 from landscape_ray.training.loss import LOSSES
 from landscape_ray.training.precision import autocast
 from landscape_ray.training.state import TrainState
@@ -61,6 +64,9 @@ class Program(ABC):
     def outputs(self, inputs: Tensor) -> Tensor:
         """Return the outputs of each member in evaluation mode, (c, B, ...), for inputs (B, ...) shared by all."""
 
+    def follow(self, leader: Program) -> None:  # noqa: B027 - most programs have nothing to share
+        """Share memory with a program of the same route that is run before this one."""
+
     def gradient(self, inputs: Tensor, targets: Tensor, steps: Sequence[int]) -> Tensor:
         """Put the gradient of each member's mean loss into its row of `gradients`; return the losses, (c,).
 
@@ -80,8 +86,8 @@ class Program(ABC):
         self.train(steps)
         with autocast(self.gradients.device, self.members[0].config.precision):
             losses = self.losses(inputs, targets)
-        # a sum couples nothing: the loss of a member depends on its own weights only
-        found = torch.autograd.grad(losses.sum(), self._leaves)
+        # one backward pass couples nothing: the loss of a member depends on its own weights only
+        found = torch.autograd.grad(losses, self._leaves, torch.ones_like(losses))
         if add:
             torch._foreach_add_(self._into, found)
         else:
@@ -197,6 +203,86 @@ class Stacked(_Joint):
         return outputs
 
 
+class Recorded(Stacked):
+    """Neighbouring members as stacked ones, by a recording of what that does in its first update.
+
+    Programs of one size have a recording in common, and all of its memory but for the weights.
+    """
+
+    name = "recorded"
+
+    def __init__(self, buffers: Buffers, members: Sequence[TrainState], rows: slice, gradients: Tensor) -> None:
+        super().__init__(buffers, members, rows, gradients)
+        self._weights = buffers.weights
+        self._rates = [layer.rate for layer, _ in self._noisy]
+        self._leader = self
+        self._batches: dict[torch.Size, Batch] = {}
+        self._recordings: dict[torch.Size, Recording[_Found]] = {}
+
+    def follow(self, leader: Program) -> None:
+        """Use the recording of a program whose members are as many, and drop out in the same layers."""
+        assert isinstance(leader, Recorded)
+        layers = [layer.salt for layer, _ in self._noisy]
+        if len(leader.members) == len(self.members) and layers == [layer.salt for layer, _ in leader._noisy]:
+            self._leader = leader
+            pairs = zip(leader._noisy, self._noisy, strict=True)
+            self._noisy = [(layer, own) for (layer, _), (_, own) in pairs]
+
+    def train(self, steps: Sequence[int]) -> None:
+        """Put the dropout of these members and steps where the recording reads it."""
+        super().train(steps)
+        for (layer, _), rate in zip(self._noisy, self._rates, strict=True):
+            layer.rate.copy_(rate)
+
+    def _part(self, inputs: Tensor, targets: Tensor, steps: Sequence[int], *, add: bool = False) -> Tensor:
+        recording = self._recording(inputs, targets)
+        self.train(steps)
+        for place, given in zip(self._leader._batches[inputs.shape], (inputs, targets), strict=True):
+            place.copy_(given)
+        losses, into, found = recording.replay()
+        if add:
+            torch._foreach_add_(into, found)
+        elif into:
+            torch._foreach_copy_(into, found)
+        return losses.clone()  # of the next program they will be in the same place
+
+    def _recording(self, inputs: Tensor, targets: Tensor) -> Recording[_Found]:
+        """Return the recording for batches of this shape; make it from this one where there is none yet."""
+        shape, leader = inputs.shape, self._leader
+        if shape not in self._recordings:
+            if leader is self:
+                self._batches[shape] = inputs.contiguous().clone(), targets.contiguous().clone()
+                self.train([0] * len(self.members))
+                self._recordings[shape] = record(lambda: self._found(*self._batches[shape]))
+            else:
+                rows = self.rows.start - leader.rows.start
+                self._recordings[shape] = leader._recording(inputs, targets).moved(self._weights, rows)
+        return self._recordings[shape]
+
+    def _found(self, inputs: Tensor, targets: Tensor) -> _Found:
+        config = self.members[0].config
+        with autocast(self.gradients.device, config.precision):
+            losses = self.losses(inputs, targets)
+        # several threads share a batched product whose result is in one piece, and only that
+        in_place = config.accumulation_steps == 1 and torch.get_num_threads() == 1
+        with reserved(self._leaves, self._into) if in_place else contextlib.nullcontext():
+            found = torch.autograd.grad(losses, self._leaves, torch.ones_like(losses))
+        pairs = zip(self._into, found, strict=True)
+        elsewhere = [(place, own) for place, own in pairs if place.data_ptr() != own.data_ptr()]
+        return _Found(losses.detach(), [place for place, _ in elsewhere], [own for _, own in elsewhere])
+
+
+class _Found(NamedTuple):
+    """What is computed at once."""
+
+    losses: Tensor
+    """(c,)."""
+    into: list[Tensor]
+    """Where gradients belong, of those that are not there."""
+    gradients: list[Tensor]
+    """The same gradients where they are."""
+
+
 class Vmapped(_Joint):
     """Neighbouring members by `torch.func.vmap` over the weights of one module.
 
@@ -226,7 +312,7 @@ class Vmapped(_Joint):
         return outputs
 
 
-ROUTES: dict[str, type[Program]] = {route.name: route for route in (Stacked, Vmapped, Single)}
+ROUTES: dict[str, type[Program]] = {route.name: route for route in (Recorded, Stacked, Vmapped, Single)}
 
 
 def why_not(name: str, members: Sequence[TrainState]) -> str | None:
@@ -240,8 +326,20 @@ def why_not(name: str, members: Sequence[TrainState]) -> str | None:
         return "members differ in values that are not trained (frozen parameters, buffers or other tensors)"
     if (reason := _loss_apart(first)) is not None:
         return reason
-    if name == "stacked" and not first.module.stackable:
+    if name in ("stacked", "recorded") and not first.module.stackable:
         return "the model does not take stacked parameters"
+    if name == "recorded":
+        return _why_not_recorded(first)
+    return None
+
+
+def _why_not_recorded(first: TrainState) -> str | None:
+    if first.device.type != "cpu":
+        return "recordings are for the CPU"
+    if first.config.compile:
+        return "the model is compiled"
+    if first.objective.name not in LOSSES:
+        return "the loss is the user's, and may do more than operations on tensors"
     return None
 
 

@@ -43,12 +43,16 @@ def clip(gradients: Tensor, members: Sequence[TrainState], active: Sequence[bool
         return norms
     bounds = [m.config.clipping.threshold if m.config.clipping.name == "norm" else math.inf for m in members]
     scales = (torch.tensor(bounds, device=norms.device) / (norms + 1e-6)).clamp(max=1.0)
+    scales = torch.where(norms.isfinite(), scales, 1.0)
     if gradients.device.type != "cpu":
-        gradients.mul_(torch.where(norms.isfinite(), scales, 1.0)[:, None])
+        gradients.mul_(scales[:, None])
         return norms
-    for row, scale in zip(gradients.unbind(), scales.tolist(), strict=True):
-        if scale < 1.0:  # most updates are not clipped, and a pass over memory is what an update costs
-            row.mul_(scale)
+    clipped = [row for row, scale in enumerate(scales.tolist()) if scale < 1.0]
+    if 2 * len(clipped) > len(members):
+        gradients.mul_(scales[:, None])
+    else:  # most are not clipped late in training, and a pass over memory is what an update costs
+        for row in clipped:
+            gradients[row].mul_(scales[row])
     return norms
 
 

@@ -26,7 +26,7 @@ from landscape_ray.training.state import TrainState
 
 from .conftest import DIGITS, Configs, memory, weights
 
-ROUTES = ("stacked", "vmap", "single")
+ROUTES = ("recorded", "stacked", "vmap", "single")
 
 BF16 = 2.0**-8
 """Muon's iterations are in bfloat16: products of other shapes differ by its rounding."""
@@ -89,7 +89,7 @@ def test_members_alone_are_equal_to_the_bit(configs: Configs) -> None:
         assert torch.equal(weights(member), weights(state))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize(("route", "chunk"), [("recorded", 1), ("recorded", 2), ("recorded", 3), ("stacked", 2)])
 @pytest.mark.parametrize(
     "shared",
     [
@@ -104,16 +104,55 @@ def test_members_alone_are_equal_to_the_bit(configs: Configs) -> None:
     ],
     ids=lambda shared: next(iter(shared)),
 )
-def test_every_option_is_that_of_a_run_alone(configs: Configs, shared: dict[str, Any], chunk: int) -> None:
+def test_every_option_is_that_of_a_run_alone(configs: Configs, shared: dict[str, Any], route: str, chunk: int) -> None:
     settings = configs(**shared)
-    cohort = Cohort.create(settings, route="stacked", chunk=chunk)
+    cohort = Cohort.create(settings, route=route, chunk=chunk)
     assert_same(cohort, list(cohort.train()), alone(settings))
 
 
-def test_bfloat16_agrees_to_its_precision(configs: Configs) -> None:
+@pytest.mark.parametrize("route", ["recorded", "stacked"])
+def test_bfloat16_agrees_to_its_precision(configs: Configs, route: str) -> None:
     settings = configs(precision="bfloat16", optimizer__name="sgd", model__dropout=0.0)
-    cohort = Cohort.create(settings, route="stacked")
+    cohort = Cohort.create(settings, route=route)
     assert_same(cohort, list(cohort.train()), alone(settings), BF16)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_a_recording_is_what_it_recorded(configs: Configs, threads: int, accumulation_steps: int) -> None:
+    settings = configs(accumulation_steps=accumulation_steps)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        pair = [Cohort.create(settings, route=route, chunk=2) for route in ("stacked", "recorded")]
+        for cohort in pair:
+            list(cohort.train())
+    finally:
+        torch.set_num_threads(before)
+    for k in range(3):
+        stacked, recorded = (memory(cohort, k) for cohort in pair)
+        if threads == 2 or accumulation_steps == 2:  # else gradients of weights are put where they belong one by one
+            assert all(map(torch.equal, stacked, recorded))
+        torch.testing.assert_close(stacked, recorded, rtol=1e-4, atol=1e-6)
+
+
+def test_recordings_without_dropout_are_not_for_members_with_it() -> None:
+    rates = (0.0, 0.0, 0.5, 0.2, 0.5, 0.0)
+    settings = [digits(k, model={"name": "mlp", "width": 8, "dropout": rate}) for k, rate in enumerate(rates)]
+    cohort = Cohort.create(settings, route="recorded", chunk=2)
+    assert_same(cohort, list(cohort.train()), alone(settings))
+
+
+def test_a_recording_is_there_for_others_where_its_own_members_are_not_trained() -> None:
+    settings = [digits(k) for k in range(4)]
+    cohort = Cohort.create(settings, route="recorded", chunk=2)
+    with torch.no_grad():
+        for member in cohort.members[:2]:
+            next(member.module.parameters()).fill_(math.nan)
+    list(cohort.train())
+    assert [member.step for member in cohort.members] == [0, 0, 6, 6]
+    for k in (2, 3):
+        torch.testing.assert_close(weights(cohort.members[k]), weights(alone([settings[k]])[0][0]))
 
 
 def gpt(**values: Any) -> tuple[list[TrainConfig], TextData]:
@@ -512,6 +551,11 @@ class Frozen(torch.nn.Module):
         return out
 
 
+def each_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """A user's loss that gives one value for each target."""
+    return torch.nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+
+
 def mean_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """A user's loss that gives the mean."""
     return torch.nn.functional.cross_entropy(outputs, targets)
@@ -536,7 +580,7 @@ def mixing(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def mine(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name under which those above can be imported."""
     module = types.ModuleType("a_users_own")
-    for each in (Plain, Frozen, mean_error, mean_of_one, second_axis, mixing):
+    for each in (Plain, Frozen, each_error, mean_error, mean_of_one, second_axis, mixing):
         setattr(module, each.__name__, each)
     monkeypatch.setitem(sys.modules, "a_users_own", module)
     return "a_users_own"
@@ -600,7 +644,16 @@ def test_a_loss_that_needs_members_apart(mine: str, name: str, reason: str) -> N
         Cohort.create(settings, route="stacked")
 
 
-@pytest.mark.parametrize("route", ["stacked", "vmap"])
+def test_what_is_the_user_s_or_compiled_is_not_recorded(mine: str) -> None:
+    settings = [digits(seed, loss={"name": f"{mine}:each_error"}) for seed in range(2)]
+    with pytest.raises(UserError, match="route must suit the members, got 'recorded' where the loss is the user's, "):
+        Cohort.create(settings, route="recorded")
+    settings = [digits(seed, compile=True) for seed in range(2)]
+    with pytest.raises(UserError, match="route must suit the members, got 'recorded' where the model is compiled"):
+        Cohort.create(settings, route="recorded")
+
+
+@pytest.mark.parametrize("route", ["recorded", "stacked", "vmap"])
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from landscape_ray.training.cohort import Cohort, plan
+from landscape_ray.training.cohort import Cohort, plan, recording
 from landscape_ray.training.cohort.plan import Choice
 from landscape_ray.training.cohort.routes import Stacked
 
@@ -26,13 +26,13 @@ def chosen(configs: Configs, **shared: Any) -> tuple[Cohort, Choice]:
 @pytest.mark.acceptance
 def test_one_by_one_is_always_measured_and_the_fastest_wins(configs: Configs) -> None:
     _, choice = chosen(configs)
-    assert choice.seconds.keys() == {"single", "stacked/2", "stacked/3"}
+    assert choice.seconds.keys() == {"single", "recorded/2", "recorded/3"}
     name = choice.route if choice.route == "single" else f"{choice.route}/{choice.chunk}"
     assert choice.seconds[name] == min(choice.seconds.values())
     assert min(choice.seconds.values()) > 0
 
 
-@pytest.mark.parametrize(("fastest", "expected"), [("single", ("single", 1)), ("stacked", ("stacked", 2))])
+@pytest.mark.parametrize(("fastest", "expected"), [("single", ("single", 1)), ("recorded", ("recorded", 2))])
 def test_the_measured_times_decide(
     configs: Configs, monkeypatch: pytest.MonkeyPatch, fastest: str, expected: tuple[str, int]
 ) -> None:
@@ -55,7 +55,16 @@ def test_large_chunks_are_not_tried_where_small_ones_are_slow(
     cohort = Cohort.create([config for _ in range(7) for config in configs()][:20])
     list(cohort.train(1))
     assert cohort.choice is not None
-    assert cohort.choice.seconds.keys() == {"single", "stacked/2", "stacked/4", "stacked/8"}
+    assert cohort.choice.seconds.keys() == {"single", "recorded/2", "recorded/4", "recorded/8"}
+
+
+def test_what_cannot_be_recorded_is_stacked(configs: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, choice = chosen(configs)
+    assert choice.excluded["stacked"] == "a recording does the same in less time"
+    monkeypatch.setattr(recording, "LIMIT", 0)
+    _, choice = chosen(configs)
+    assert choice.seconds.keys() == {"single", "stacked/2", "stacked/3"}
+    assert "makes more than 0 MB" in choice.excluded["recorded/2"]
 
 
 def test_a_route_with_other_gradients_is_out(configs: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
