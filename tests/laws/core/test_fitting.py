@@ -100,7 +100,7 @@ def test_gradient_equals_finite_differences(grid):
         assert gradient[i] == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-10)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000))
 def test_the_polish_never_rises(seed):
     rng = np.random.default_rng(seed)

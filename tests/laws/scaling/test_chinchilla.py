@@ -181,6 +181,7 @@ def test_counts_that_do_not_fit_each_other_are_named():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.acceptance
 def test_coverage_of_the_intervals():
     """The 95 % intervals of 200 data sets of 240 runs, heavy-tailed noise, hold the truth 92 to 98 % of the time."""
