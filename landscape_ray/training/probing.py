@@ -77,8 +77,8 @@ class PreconditionedSharpnessConfig(ProbeTable):
     tolerance: float = Field(default=0.03, gt=0, lt=1)
     """Lanczos stops when the residual is below this share of the eigenvalue."""
     max_matvecs: int = Field(default=40, ge=1, le=1000)
-    route: Literal["exact", "finite_difference"] = "exact"
-    """How Hessian-vector products are computed: by second derivatives, or by differences of gradients, cheaper."""
+    route: Literal["exact", "finite_difference", "auto"] = "auto"
+    """How Hessian-vector products are computed; auto: finite differences where a check with an exact one agrees."""
 
 
 class LayerSharpnessConfig(ProbeTable):

@@ -33,6 +33,8 @@ class Scaled(CurvatureOperator):
         _check("diagonal", operator, diagonal, diagonal >= 0, "at least 0")
         super().__init__(operator.size, operator.dtype, operator.device)
         self.operator = operator
+        self.setup_gradients = getattr(operator, "setup_gradients", 0.0)
+        self.matvec_gradients = getattr(operator, "matvec_gradients", 0.0)
         self.diagonal = diagonal.detach().to(dtype=self.dtype, device=self.device, copy=True)
 
     def _product(self, vector: Tensor) -> Tensor:

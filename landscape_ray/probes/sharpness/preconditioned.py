@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,8 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
 from landscape_ray.probes.fixed_loss import Batches, FixedLoss
 from landscape_ray.probes.losses import Loss
-from landscape_ray.probes.operators import FiniteDifferenceHessian, HessianOperator
-from landscape_ray.probes.operators.transforms import Preconditioned
 from landscape_ray.probes.probe import Host, Need, Probe
-from landscape_ray.probes.sharpness.top import MAX_ASYMMETRY
-from landscape_ray.probes.spectrum.lanczos import lanczos, unit_vector
-
-Route: TypeAlias = Literal["exact", "finite_difference"]
-"""How Hessian-vector products are computed; see :func:`preconditioned_sharpness`."""
+from landscape_ray.probes.sharpness.top import Route, top_pair
 
 
 def preconditioned_sharpness(
@@ -64,9 +58,7 @@ def preconditioned_sharpness(
             None draws one.
         tol: residual to reach, relative to the value, > 0.
         max_matvecs: most products, >= 1; memory: one vector of the size of the parameters for each.
-        route: exact, by second derivatives, 2.3 gradients a product on one micro-batch and 3.5 on several; or
-            finite_difference: one gradient a product, then value and residual anew by a finer central difference along
-            the vector.
+        route: see :func:`landscape_ray.probes.sharpness.top.sharpness`.
         seed: of the start vector.
         eval_mode: measure in eval mode: no dropout, running batch statistics. False keeps the modes of the host.
 
@@ -104,12 +96,13 @@ class PreconditionedSharpnessProbe(Probe):
     Where there is no such diagonal (before Adam's first update; Muon), or it is not finite: nan, not converged.
 
     As with the sharpness, a warm start can hold on to an eigenvector that another one has overtaken, so every
-    `cold_every`-th measurement starts from a random vector.
+    `cold_every`-th measurement starts from a random vector; and with `route="auto"` these are the ones that check
+    finite differences by an exact product.
     """
 
     name = "preconditioned_sharpness"
     needs: ClassVar[frozenset[Need]] = frozenset({"preconditioner"})
-    STATE: ClassVar[tuple[str, ...]] = ("_vector", "_price_gradients")
+    STATE: ClassVar[tuple[str, ...]] = ("_vector", "_differences_failed", "_difference_error", "_price_gradients")
 
     def __init__(
         self,
@@ -147,7 +140,8 @@ class PreconditionedSharpnessProbe(Probe):
         super().__init__(batches, eval_mode=eval_mode, seed=seed)
         self.tol, self.max_matvecs, self.route, self.cold_every = tol, max_matvecs, route, cold_every
         self._vector: Tensor | None = None
-        self._price_gradients = {"exact": 25.0, "finite_difference": 15.0}[route]
+        self._differences_failed, self._difference_error = False, 0.0
+        self._price_gradients = {"exact": 25.0, "finite_difference": 15.0, "auto": 18.0}[route]
 
     @property
     def price_gradients(self) -> float:
@@ -161,75 +155,30 @@ class PreconditionedSharpnessProbe(Probe):
             return {self.name: UNKNOWN}
         before = function.spent_gradients
         roots = diagonal.sqrt()
-        cold = self._num_measured > 0 and self._num_measured % self.cold_every == 0
-        start = None if self._vector is None or cold else self._vector.to(roots)
+        cold = self._vector is None or (self._num_measured > 0 and self._num_measured % self.cold_every == 0)
+        start = None if cold or self._vector is None else self._vector.to(roots)
         if start is not None and start.shape == roots.shape:
             start = roots * start
-        first = unit_vector(
-            function.size, start, seed=self.seed + self._num_measured, dtype=function.dtype, device=function.device
+        first = self._num_measured == 0  # also where a start was given
+        route = "exact" if self.route == "auto" and self._differences_failed and not cold else self.route
+        estimate, error, good = top_pair(
+            function,
+            start,
+            self.tol,
+            self.max_matvecs,
+            route,
+            self.seed + self._num_measured,
+            error=None if cold or first else self._difference_error,
+            allowance_gradients=host.allowance_gradients - before,
+            preconditioner=diagonal,
         )
-        found = self._by_differences if self.route == "finite_difference" else self._exactly
-        estimate = found(function, diagonal, first, host.allowance_gradients - before)
         if estimate.vector is None:
             return {self.name: estimate}
         vector = estimate.vector / roots
         self._vector = vector / torch.linalg.vector_norm(vector)
+        self._differences_failed, self._difference_error = not good, error
         self._price_gradients = function.spent_gradients - before
         return {self.name: dataclasses.replace(estimate, vector=self._vector)}
-
-    def _exactly(self, function: FixedLoss, diagonal: Tensor, first: Tensor, allowance_gradients: float) -> Estimate:
-        """Return the estimate, its vector in the coordinates of the symmetric matrix."""
-        hessian = HessianOperator(function)
-        operator = Preconditioned(hessian, diagonal)
-        found = lanczos(
-            operator,
-            function.size,
-            start=first,
-            tol=self.tol,
-            max_matvecs=hessian.most_products(allowance_gradients, self.max_matvecs),
-            dtype=function.dtype,
-            device=function.device,
-        )
-        if not math.isfinite(found.value):
-            return dataclasses.replace(UNKNOWN, num_matvecs=operator.num_matvecs)
-        return Estimate(
-            value=found.value,
-            standard_error=found.residual,
-            num_matvecs=operator.num_matvecs,
-            converged=found.converged,
-            route="exact",
-            vector=found.vector,
-        )
-
-    def _by_differences(
-        self, function: FixedLoss, diagonal: Tensor, first: Tensor, allowance_gradients: float
-    ) -> Estimate:
-        differences = FiniteDifferenceHessian(function)
-        operator = Preconditioned(differences, diagonal)
-        found = lanczos(
-            operator,
-            function.size,
-            start=first,
-            tol=self.tol / 2,  # the other half is left to the error of the differences
-            max_matvecs=differences.most_products(allowance_gradients - 2.0, self.max_matvecs),  # two for the check
-            max_asymmetry=MAX_ASYMMETRY,
-            dtype=function.dtype,
-            device=function.device,
-        )
-        if not math.isfinite(found.value):
-            return dataclasses.replace(UNKNOWN, num_matvecs=differences.num_matvecs)
-        product = operator.diagonal * differences.central(operator.diagonal * found.vector)
-        value = float(found.vector @ product)
-        residual = float(torch.linalg.vector_norm(product - value * found.vector))
-        symmetric = found.asymmetry <= MAX_ASYMMETRY * float(found.ritz_values.abs().max())
-        return Estimate(
-            value=value,
-            standard_error=residual,
-            num_matvecs=differences.num_matvecs,
-            converged=found.converged and symmetric and residual <= self.tol * abs(value),
-            route="finite_difference",
-            vector=found.vector,
-        )
 
 
 def _diagonal(function: FixedLoss, host: Host) -> Tensor | None:

@@ -16,7 +16,12 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes.estimate import UNKNOWN, Estimate
 from landscape_ray.probes.fixed_loss import Batches, FixedLoss, observing
 from landscape_ray.probes.losses import Loss
-from landscape_ray.probes.operators import FiniteDifferenceHessian, HessianOperator
+from landscape_ray.probes.operators import (
+    CurvatureOperator,
+    FiniteDifferenceHessian,
+    HessianOperator,
+    Preconditioned,
+)
 from landscape_ray.probes.probe import Host, Probe
 from landscape_ray.probes.spectrum.lanczos import LanczosResult, lanczos, unit_vector
 
@@ -113,6 +118,7 @@ def top_pair(
     *,
     error: float | None = None,
     allowance_gradients: float = math.inf,
+    preconditioner: Tensor | None = None,
 ) -> tuple[Estimate, float, bool]:
     """Return the sharpness at finite weights, the error of differences, and whether differences did.
 
@@ -120,18 +126,25 @@ def top_pair(
     differences are off along the vector, relative to the value, as an earlier check found it. None checks: in route
     auto by an exact product, else by a central difference. And `allowance_gradients`, which is exceeded only where it
     does not pay for a single product and its check; where it does not pay for exact products in the place of
-    differences, the estimate by differences stands, not converged.
+    differences, the estimate by differences stands, not converged. With a diagonal P > 0 as `preconditioner`, (size,),
+    it is that of `P^-1/2 H P^-1/2`, and so are start and vector.
     """
-    exact, differences = HessianOperator(function), FiniteDifferenceHessian(function, eps=_step(function.dtype))
+    hessian, differing = HessianOperator(function), FiniteDifferenceHessian(function, eps=_step(function.dtype))
+    exact: CurvatureOperator = hessian
+    differences: CurvatureOperator = differing
+    central: Callable[[Tensor], Tensor] = differing.central
+    if preconditioner is not None:
+        exact, differences = Preconditioned(hessian, preconditioner), Preconditioned(differing, preconditioner)
+        central = _between(differences.diagonal, differing.central)
     limit = function.spent_gradients + allowance_gradients
     first = unit_vector(function.size, start, seed=seed, dtype=function.dtype, device=function.device)
     solve = functools.partial(lanczos, size=function.size, dtype=function.dtype, device=function.device)
-    operator: HessianOperator | FiniteDifferenceHessian = exact
+    mean_loss_of: HessianOperator | FiniteDifferenceHessian = hessian
     found: LanczosResult | None = None
     good = False
     if route != "exact":
-        operator = differences
-        check = exact if route == "auto" else differences.central
+        mean_loss_of = differing
+        check = exact if route == "auto" else central
         price = exact.setup_gradients + exact.matvec_gradients if route == "auto" else 2.0
         left = allowance_gradients - (price if error is None else 0.0)
         most = differences.most_products(left, max_matvecs)
@@ -140,25 +153,29 @@ def top_pair(
         )
         first = found.vector
     left = limit - function.spent_gradients
-    if exact.num_matvecs:
+    if hessian.num_matvecs:
         left += exact.setup_gradients  # was paid for the check
     # one product alone would tell no more than the check
     pays = left >= exact.setup_gradients + 2 * exact.matvec_gradients
     if route == "exact" or (route == "auto" and not good and pays):
-        operator = exact
+        mean_loss_of = hessian
         found = solve(exact, start=first, tol=tol, max_matvecs=exact.most_products(left, max_matvecs))
-    num_matvecs = exact.num_matvecs + differences.num_matvecs
-    if found is None or not (math.isfinite(found.value) and math.isfinite(operator.mean_loss)):
+    num_matvecs = hessian.num_matvecs + differing.num_matvecs
+    if found is None or not (math.isfinite(found.value) and math.isfinite(mean_loss_of.mean_loss)):
         return dataclasses.replace(UNKNOWN, num_matvecs=num_matvecs), math.nan, good
     estimate = Estimate(
         value=found.value,
         standard_error=found.residual,
         num_matvecs=num_matvecs,
         converged=found.converged,
-        route="exact" if operator is exact else "finite_difference",
+        route="exact" if mean_loss_of is hessian else "finite_difference",
         vector=found.vector,
     )
     return estimate, 0.0 if error is None else error, good
+
+
+def _between(diagonal: Tensor, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda vector: diagonal * product(diagonal * vector)
 
 
 def _step(dtype: torch.dtype) -> float:
@@ -173,7 +190,7 @@ def _step(dtype: torch.dtype) -> float:
 
 def _by_differences(
     solve: Callable[..., LanczosResult],
-    differences: FiniteDifferenceHessian,
+    differences: CurvatureOperator,
     check: Callable[[Tensor], Tensor],
     first: Tensor,
     tol: float,
@@ -186,7 +203,8 @@ def _by_differences(
     other products would not mend that.
     """
     # What is left of the tolerance is for the error of the differences, which adds to the residual in squares.
-    found = solve(differences, start=first, tol=0.8 * tol, max_asymmetry=MAX_ASYMMETRY)
+    own = 0.8 * tol if error is None else math.sqrt(max(tol**2 - error**2, 0.25 * tol**2))
+    found = solve(differences, start=first, tol=own, max_asymmetry=MAX_ASYMMETRY)
     if not math.isfinite(found.value):
         return found, True, math.nan
     symmetric = found.asymmetry <= MAX_ASYMMETRY * float(found.ritz_values.abs().max())

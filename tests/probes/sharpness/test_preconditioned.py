@@ -24,7 +24,7 @@ def scales(module, seed=1):
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize("route", ["exact", "finite_difference"])
+@pytest.mark.parametrize("route", ["exact", "finite_difference", "auto"])
 def test_equals_the_dense_eigenvalue(case, dense_hessian, route):
     preconditioner = scales(case.module)
     diagonal = torch.cat([t.flatten() for t in preconditioner])
@@ -35,7 +35,7 @@ def test_equals_the_dense_eigenvalue(case, dense_hessian, route):
     )
     assert found.value == pytest.approx(float(eigenvalues[index].real), rel=1e-6 if route == "exact" else 1e-4)
     assert found.converged
-    assert found.route == route
+    assert found.route == ("finite_difference" if route == "auto" else route)
     assert 0 < found.standard_error <= 1e-4 * found.value
     vector = vectors[:, index].real
     assert abs(float(vector @ found.vector) / float(vector.norm())) == pytest.approx(1.0, abs=1e-4)
@@ -70,6 +70,50 @@ def test_warm_start_needs_fewer_products(smooth_case):
     warm = preconditioned_sharpness(*arguments, start=cold.vector)
     assert warm.num_matvecs < cold.num_matvecs
     assert warm.value == pytest.approx(cold.value, rel=1e-3)
+
+
+class Hinge(nn.Module):
+    """ReLU of another make: its kinks are not held."""
+
+    def forward(self, x):
+        return torch.where(x > 0, x, 0.0)
+
+
+def trainable(activation, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    module = nn.Sequential(nn.Linear(16, 48), activation(), nn.Linear(48, 48), activation(), nn.Linear(48, 5))
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[-1]))
+    inputs = torch.randn(128, 16, generator=generator)
+    batch = inputs, (inputs @ torch.randn(16, 5, generator=generator)).argmax(1)
+    return module, lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), batch
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("activation", [nn.GELU, nn.ReLU, Hinge])
+def test_differences_follow_adam_for_less_where_they_can(activation):
+    module, loss, batch = trainable(activation)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    auto, exact = (PreconditionedSharpnessProbe([batch], route=route, cold_every=5) for route in ("auto", "exact"))
+    spent = {"auto": 0.0, "exact": 0.0}
+    for step in range(1, 46):
+        optimizer.zero_grad()
+        loss(module, batch).backward()
+        optimizer.step()
+        if step % 5:
+            continue
+        second = [optimizer.state[p]["exp_avg_sq"] for p in module.parameters()]
+        diagonal = [(v / (1 - 0.99**step)).sqrt() + 1e-8 for v in second]
+        host = Host(step=step, momentum=0.9, optimizer="adam", preconditioner=lambda d=diagonal: d)
+        found, wanted = (p.measure(module, loss, host)[p.name] for p in (auto, exact))
+        assert found.converged
+        assert abs(found.value - wanted.value) <= found.standard_error + wanted.standard_error
+        assert found.route == ("exact" if activation is Hinge else "finite_difference")
+        spent["auto"] += found.price_gradients
+        spent["exact"] += wanted.price_gradients
+    if activation is not Hinge:
+        assert spent["auto"] < 0.75 * spent["exact"]
 
 
 def test_probe_starts_warm_and_sometimes_cold(smooth_case):
@@ -130,7 +174,7 @@ def test_probe_resumes(smooth_case):
     [
         ({"tol": 0.0}, "tol must be positive"),
         ({"max_matvecs": 0}, "max_matvecs must be at least 1"),
-        ({"route": "auto"}, "route must be one of exact, finite_difference"),
+        ({"route": "fast"}, "route must be one of exact, finite_difference, auto, got 'fast'"),
         ({"cold_every": 0}, "cold_every must be at least 1"),
     ],
 )
