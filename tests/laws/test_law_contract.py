@@ -1,6 +1,8 @@
 """What a registered law over points promises: exact derivatives, recovery without noise, a lossless record, errors."""
 
 import dataclasses
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,3 +115,8 @@ def test_draws_of_estimates_widen_intervals_and_need_their_shape():
     assert 2.0 * 1.64 * spread < high - low < 4.5 * 1.64 * spread  # draws alone give 2; weights of the points add to it
     with pytest.raises(UserError, match="draws must have shape"):
         fit(law, points, num_bootstrap=100, draws=draws)
+
+
+def test_every_registered_law_of_points_has_its_contract_tested():
+    scaling = runpy.run_path(str(Path(__file__).with_name("scaling") / "test_contract.py"))["EXAMPLES"]
+    assert {*EXAMPLES, *scaling} == {name for name, law in LAWS.items() if law.of == "points"}
