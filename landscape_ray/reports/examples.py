@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from rich.table import Table
 from rich.text import Text
 
-from landscape_ray.reports import text
+from landscape_ray import text
 from landscape_ray.reports.figures import palette
 
 MAX_SHOWN = 8
