@@ -6,7 +6,6 @@ knots.py      shapes of schedules as domains
 samplers.py   Optuna samplers by name
 proposer.py   ask and tell on domains: a study in memory
 book.py       the list of a sweep's trials, in a journal that survives the driver
-fidelity.py   which runs a proposal becomes
 guard.py      learning rates below the limit of stability
 warm.py       what earlier sweeps know
 searcher.py   all of it as Ray Tune's searcher and scheduler
