@@ -519,7 +519,7 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(UserError, match="configs must hold at least one configuration, got none"):
         Cohort.create([])
     with pytest.raises(
-        UserError, match="route must be auto, alone or one of stacked, vmap, single, got 'fast'; use 'auto'"
+        UserError, match="route must be auto, alone or one of recorded, stacked, vmap, single, got 'fast'; use 'auto'"
     ):
         Cohort.create([config_of()], route="fast")
     with pytest.raises(UserError, match="chunk must be between 1 and the number of members, 1, got 2"):
