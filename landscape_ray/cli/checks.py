@@ -204,6 +204,7 @@ def sharpness_over_widths(
     spec: Spec,
     widths: Widths = "128,256,512",
     parametrisations: Parametrisations = "standard,mup",
+    num_seeds: Annotated[int, typer.Option(min=1, help="Runs at each width, to average over.")] = 1,
     out: Figures = Path("checks"),
 ) -> None:
     """Sharpness transfer: does the sharpness along training coincide at every width?"""
@@ -213,8 +214,10 @@ def sharpness_over_widths(
     console = new_console()
     panels, numbers = {}, {}
     for name in parametrisations_of(parametrisations):
-        with advancing(console, name, len(whole_numbers(widths))) as progress:
-            found = sharpness_transfer(study_config(spec, name), whole_numbers(widths), progress=progress)
+        with advancing(console, name, len(whole_numbers(widths)) * num_seeds) as progress:
+            found = sharpness_transfer(
+                study_config(spec, name), whole_numbers(widths), num_seeds=num_seeds, progress=progress
+            )
         panels[name] = (found.widths, found.steps, found.sharpness, found.slope)
         numbers[name] = {
             "widths": found.widths,
@@ -222,6 +225,7 @@ def sharpness_over_widths(
             "sharpness": found.sharpness,
             "spread": found.spread,
             "slope": found.slope,
+            "num_seeds": num_seeds,
         }
     save_study(width_figure(panels), numbers, out, console)
 

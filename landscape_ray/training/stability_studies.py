@@ -223,7 +223,7 @@ class SharpnessTransfer:
     Attributes:
         widths: increasing, shape (W,).
         steps: of the measurements, shape (M,).
-        sharpness: shape (W, M); nan after a divergence.
+        sharpness: shape (W, M), geometric mean over seeds; nan after a divergence.
     """
 
     widths: tuple[int, ...]
@@ -247,7 +247,7 @@ class SharpnessTransfer:
 
 
 def sharpness_transfer(
-    config: TrainConfig, widths: Sequence[int], *, progress: Progress | None = None
+    config: TrainConfig, widths: Sequence[int], *, num_seeds: int = 1, progress: Progress | None = None
 ) -> SharpnessTransfer:
     """Return the sharpness along runs that differ in width only: same data, same schedule, same steps.
 
@@ -256,6 +256,7 @@ def sharpness_transfer(
             coordinates in which all weights have one learning rate. Under muP that is what has a limit at large width;
             for SGD under the standard parametrisation it is the sharpness.
         widths: two or more values of `model.width`.
+        num_seeds: to average over, >= 1: of the initial weights and the data alike.
         progress: called after each run.
 
     Raises:
@@ -267,22 +268,28 @@ def sharpness_transfer(
     if config.probes.preconditioned_sharpness is None:
         raise UserError("the file must measure sharpness along the run; add [train.probes.preconditioned_sharpness]")
     _, ordered = checked_widths(config, widths)
-    curves: list[dict[int, float]] = []
+    curves: list[list[dict[int, float]]] = []
     for width in ordered:
-        state = TrainState.create(with_width(config, width))
-        found = {
-            r.step: r.value
-            for r in train(state)
-            if isinstance(r, ProbeRecord) and r.probe == "preconditioned_sharpness"
-        }
-        if not found:
-            raise UserError(
-                f"the run at width {width} must be measured, got no value ({state.diverged or config.optimizer.name}); "
-                "take sgd or adamw, and a learning rate that it survives"
-            )
-        curves.append(found)
-        if progress is not None:
-            progress(f"width {width}: sharpness {list(found.values())[-1]:.3g}")
-    steps = sorted(set().union(*curves))
-    values = [[curve.get(step, math.nan) for step in steps] for curve in curves]
-    return SharpnessTransfer(widths=ordered, steps=np.array(steps, dtype=np.float64), sharpness=np.array(values))
+        curves.append([])
+        for seed in range(config.seed, config.seed + num_seeds):
+            state = TrainState.create(with_width(config, width, seed=seed))
+            found = {
+                r.step: r.value
+                for r in train(state)
+                if isinstance(r, ProbeRecord) and r.probe == "preconditioned_sharpness"
+            }
+            if not found:
+                raise UserError(
+                    f"the run at width {width} must be measured, got no value "
+                    f"({state.diverged or config.optimizer.name}); "
+                    "take sgd or adamw, and a learning rate that it survives"
+                )
+            curves[-1].append(found)
+            if progress is not None:
+                progress(f"width {width}: sharpness {list(found.values())[-1]:.3g}")
+    steps = sorted({step for runs in curves for run in runs for step in run})
+    values = np.array([[[run.get(step, math.nan) for step in steps] for run in runs] for runs in curves])
+    logs = np.log(np.where(values > 0, values, np.nan))  # a curvature below zero has no place on a logarithmic scale
+    return SharpnessTransfer(
+        widths=ordered, steps=np.array(steps, dtype=np.float64), sharpness=np.exp(logs.mean(axis=1))
+    )

