@@ -212,7 +212,7 @@ def test_a_foreign_table_through_the_command_line(file, tmp_path):
         (("fit", file, file, "--law", "chinchilla"), "a table must come alone"),
         (("fit", file, "--law", "chinchilla", "--fix", "E=low"), "--fix must be NAME=NUMBER, got 'E=low'"),
         (("predict", folder, "--set", "N=1e9"), "--set must give D"),
-        (("recommend", tmp_path, "--flops", "1e20"), "recommend needs a fit over N and D"),
+        (("recommend", tmp_path, "--flops", "1e20"), "a budget needs a fit over N and D"),
     ):
         failed = run(*arguments, cwd=tmp_path)
         assert failed.returncode == 2

@@ -28,7 +28,7 @@ INTERNAL = {
     "sweep": BASE | {"schedules", "populations", "search", "models", "data", "probes", "training", "tracking"},
     "analysis": BASE | {"schedules", "laws", "tracking"},
     "reports": BASE | {"schedules", "laws", "tracking", "analysis"},
-    "cli": BASE | {"sweep", "tracking", "analysis", "reports", "training", "schedules"},
+    "cli": BASE | {"sweep", "tracking", "laws", "analysis", "reports", "training", "schedules"},
 }
 EXTERNAL = {
     "torch": {"models", "data", "probes", "training", "sweep"},

@@ -109,5 +109,5 @@ def test_impossible_declarations(changes, message):
 def test_unknown_parameters_and_penalties():
     with pytest.raises(UserError, match="law 'saturating' has no parameter 'z'; it has a, b, k, c, q"):
         SATURATING.parameter("z")
-    with pytest.raises(UserError, match="penalty must be on a non-linear parameter, got 'a'"):
+    with pytest.raises(UserError, match="penalty must be on a non-linear parameter without a scale, got 'a'"):
         Bound(SATURATING, X, 12, {}).separable({"a": (1.0, 1.0)})
