@@ -79,6 +79,8 @@ class Strategy(ABC):
     """
 
     name: ClassVar[str]
+    rescues: ClassVar[bool] = True
+    """Whether a diverged member that finds nobody to copy waits until somebody has reported."""
 
     def __init__(
         self,
@@ -283,6 +285,10 @@ class Strategy(ABC):
         sound = [n for n in ready if self.members[n].sound]
         choices = self.decide(sound) if sound else {}
         choices |= {n: self.rescue(n) for n in ready if n not in sound}
+        if self.rescues and self._num_training:  # among those that train there may soon be somebody to copy
+            lost = {n for n in ready if n not in sound and choices[n].donor is None and choices[n].restart is None}
+            self._waiting |= lost
+            ready = [n for n in ready if n not in lost]
         # Donors' weights are those of before this round, whatever is decided about the donors themselves.
         before = {n: (self.members[n].step, self.members[n].loss) for n in ready}
         made = [self._carry_out(n, choices.get(n, Choice()), before) for n in ready]

@@ -202,9 +202,7 @@ class TrialRun:
 
     def save(self, path: Path, num_parts: int = 0) -> None:
         """Write the state with what a continuation or a copy needs to know about its origin."""
-        self.write_state(
-            path, num_parts=num_parts, run_id=self.folder.trial_id, attempt=self.attempt, **self._extra()
-        )
+        self.write_state(path, num_parts=num_parts, run_id=self.folder.trial_id, attempt=self.attempt, **self._extra())
 
     def _extra(self) -> dict[str, str | int]:
         """Return what else to save with the state."""

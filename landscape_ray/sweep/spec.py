@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from landscape_ray.config import Model, flatten, parse, read_toml, with_values
 from landscape_ray.domains import Domain, Value, allowed, applies, in_order
 from landscape_ray.errors import UserError
+from landscape_ray.populations.strategies import Iterated
 from landscape_ray.sweep.population.config import PopulationConfig, build_strategy
 from landscape_ray.sweep.searching.config import MLFLOW, AshaConfig, FidelityConfig, SearchConfig
 from landscape_ray.sweep.searching.knots import expand, is_knots
@@ -235,7 +236,7 @@ class SweepSpec(Model):
                 f"got {population.interval_steps}; decisions are made on a fresh evaluation"
             )
         try:
-            build_strategy(
+            strategy = build_strategy(
                 population,
                 self.space,
                 num_steps=train.num_steps,
@@ -245,6 +246,15 @@ class SweepSpec(Model):
             )
         except UserError as error:
             raise ValueError(str(error)) from None
+        interval = population.interval_steps
+        while isinstance(strategy, Iterated) and (interval := round(strategy.growth * interval)) < train.num_steps:
+            if interval % train.eval.every_steps:
+                raise ValueError(
+                    f"population.options.growth must keep intervals multiples of train.eval.every_steps = "
+                    f"{train.eval.every_steps}, got {strategy.growth:g}; whole numbers do"
+                )
+            if strategy.growth == 1:
+                break
 
     def _check_cohort(self, train: TrainConfig) -> None:
         """Check that all trials of a search can be members of one cohort."""

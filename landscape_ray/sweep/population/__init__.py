@@ -9,7 +9,7 @@ trainable.py  a member as a Ray actor
 scheduler.py  the book as Ray Tune's scheduler
 
 A member trains until the step that its order names, makes rows and weights durable, and reports. The strategy answers
-with decisions; they are written to the sweep's folder before anybody hears of them. Each becomes an order with a number.
-The checkpoint of a member says which order it was made under, so that whoever opens it, now or after a crash, knows
+with decisions; they are written to the sweep's folder before anybody hears of them. Each becomes a numbered order. The
+checkpoint of a member says which order it was made under, so that whoever opens it, now or after a crash, knows
 whether the order has been begun: nothing is done twice, and one history is continued.
 """

@@ -22,8 +22,8 @@ BOOK_VERSION = 1
 class PopulationBook:
     """The strategy of a sweep and its orders.
 
-    Decisions are on disk before they are returned. What has been reported since the last decision is not: a synchronous
-    strategy then decides nothing yet, and members that are asked again report the same again.
+    Decisions are on disk before they are returned. What has been reported since the last decision is not: members that
+    are asked again report the same again.
 
     Args:
         spec: the sweep; must have a [population] table.
@@ -117,8 +117,11 @@ class PopulationBook:
 
     def _clear(self) -> None:
         """Delete weights that nobody will ask for any more."""
-        needed = {self._weights[member] for member in self._weights if not self.orders[member].stops}
+        needed: set[Weights] = set()
         for member, order in self.orders.items():
+            if not order.stops:
+                present = Weights(member, order.serial)  # of a report that this driver may not have heard yet
+                needed |= {present, self._weights.get(member, present)}
             if order.source is not None and self._begun.get(member, -1) < order.serial:
                 needed.add(order.source)
         for weights in self._files - needed:
@@ -148,8 +151,12 @@ class PopulationBook:
         except (OSError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{self._path} is damaged ({error}); restore it from a copy, or start a new sweep") from None
+            raise UserError(
+                f"{self._path} is damaged ({error}); restore it from a copy, or start a new sweep"
+            ) from None
         self.orders = {order.decision.member: order for order in orders}
+        waiting = [member for member, known in self.strategy.members.items() if known.status == "waiting"]
+        self._reported = {member: self.orders[member].serial for member in waiting}
 
 
 def strategy_of(spec: SweepSpec, initial: Sequence[dict[str, Value]]) -> Strategy:
@@ -184,5 +191,7 @@ def population_of(spec: SweepSpec, folder: SweepFolder) -> Strategy:
         UserError: no population has been begun in this folder, or its book can't be read.
     """
     if not folder.population_path.exists():
-        raise UserError(f"{folder.path} must hold a population, got no {folder.population_path.name}; run the sweep first")
+        raise UserError(
+            f"{folder.path} must hold a population, got no {folder.population_path.name}; run the sweep first"
+        )
     return PopulationBook(spec, folder).strategy

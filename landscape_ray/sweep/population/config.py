@@ -90,12 +90,17 @@ def build_strategy(
         )
     takes = options_of(kind)
     known = sorted(takes - {*PopulationConfig.model_fields, *GIVEN})
+    field = "population.options"
     for name in population.options:
         if name in PopulationConfig.model_fields:
-            raise UserError(f"population.options must not hold '{name}', which every strategy has; set population.{name}")
+            raise UserError(
+                f"population.options must not hold '{name}', which every strategy has; set population.{name}"
+            )
         if name not in known:
             what = suggest(name, known) if known else "this strategy has none; remove it"
-            raise UserError(f"population.options must be what strategy '{population.strategy}' takes, got '{name}'; {what}")
+            raise UserError(
+                f"population.options must be what strategy '{population.strategy}' takes, got '{name}'; {what}"
+            )
     options = dict(population.options)
     if "schedule" in takes:
         lr_name = options.get("lr_name", "schedule.peak_lr")
@@ -124,7 +129,7 @@ def build_strategy(
         raise UserError(f"population (strategy '{population.strategy}'): {error}") from None
     except (TypeError, AttributeError) as error:
         raise UserError(
-            f"population.options must have the types that strategy '{population.strategy}' takes, got "
+            f"{field} must have the types that strategy '{population.strategy}' takes, got "
             f"{population.options} ({error}); it takes: {', '.join(known) or 'nothing'}"
         ) from None
     return strategy

@@ -66,7 +66,9 @@ def build_sampler(
     make = _from_hub(name) if name.startswith(HUB) else resolve(name, SEARCHERS, field)
     options = dict(options or {})
     if "seed" in options:
-        raise UserError(f"{options_field} must not hold a seed, got one; `seed` at the top of the file seeds everything")
+        raise UserError(
+            f"{options_field} must not hold a seed, got one; `seed` at the top of the file seeds everything"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
