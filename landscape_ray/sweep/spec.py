@@ -117,8 +117,7 @@ class SweepSpec(Model):
             self._check_population(self.population, train)
         if self.cohort is not None:
             self._check_cohort(train)
-        if self.search is not None or (self.population is not None and self.population.initialiser is not None):
-            _check_with_optuna(self)
+        _check_with_optuna(self)
         if train.device == "cuda" and self.resources.gpus_per_trial == 0 and (self.search or self.population):
             raise ValueError(
                 "train.device 'cuda' needs resources.gpus_per_trial > 0, got 0; a share such as 0.25 will do"
@@ -322,18 +321,19 @@ class SweepSpec(Model):
 
 def _check_with_optuna(spec: SweepSpec) -> None:
     """Check what can only be checked by making it: samplers and guard. Where Optuna is missing, no sweep can run."""
-    if importlib.util.find_spec("optuna") is None:
+    search, population = spec.search, spec.population
+    wanted: dict[str, Any] = {} if search is None else {"search": search}
+    if population is not None:
+        both = {"population.initialiser": population.initialiser, "population.explorer": population.explorer}
+        wanted |= {field: table for field, table in both.items() if table is not None}
+    if not wanted or importlib.util.find_spec("optuna") is None:
         return
     from landscape_ray.sweep.searching.samplers import check_sampler  # here: importing Optuna takes a while
 
     try:
-        if spec.population is not None and (initialiser := spec.population.initialiser) is not None:
-            field = "population.initialiser"
-            check_sampler(initialiser.sampler, initialiser.options, (f"{field}.sampler", f"{field}.options"))
-        if spec.search is None:
-            return
-        check_sampler(spec.search.sampler, spec.search.options)
-        if spec.search.guard is not None:
+        for field, table in wanted.items():
+            check_sampler(table.sampler, table.options, (f"{field}.sampler", f"{field}.options"))
+        if search is not None and search.guard is not None:
             from landscape_ray.sweep.searching.guard import check_guard
 
             check_guard(spec)

@@ -164,8 +164,19 @@ def strategy_of(spec: SweepSpec, initial: Sequence[dict[str, Value]]) -> Strateg
     assert spec.population is not None
     config = spec.train_config(spec.first_values(), 0)
     schedule = config.schedule.build(config.num_steps)
+    explorer = None
+    if (wanted := spec.population.explorer) is not None:
+        from landscape_ray.sweep.population.explorer import OptunaExplorer  # here: importing Optuna takes a while
+
+        explorer = OptunaExplorer(spec.space, wanted.sampler, wanted.options, spec.seed)
     return build_strategy(
-        spec.population, spec.space, num_steps=spec.num_steps, schedule=schedule, seed=spec.seed, initial=initial
+        spec.population,
+        spec.space,
+        num_steps=spec.num_steps,
+        schedule=schedule,
+        seed=spec.seed,
+        initial=initial,
+        explorer=explorer,
     )
 
 

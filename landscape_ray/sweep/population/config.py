@@ -11,7 +11,8 @@ from pydantic import Field, field_validator
 from landscape_ray.config import Model
 from landscape_ray.domains import Domain, Value
 from landscape_ray.errors import UserError
-from landscape_ray.populations import STRATEGIES, Strategy
+from landscape_ray.populations import STRATEGIES, Explorer, Strategy
+from landscape_ray.populations.strategies import Bandit, Independent
 from landscape_ray.registry import resolve, suggest
 from landscape_ray.schedules import Schedule
 
@@ -20,7 +21,7 @@ GIVEN = ("space", "num_steps", "seed", "schedule", "explorer")
 
 
 class SamplerConfig(Model):
-    """[population.initialiser]: values from an Optuna sampler."""
+    """[population.initialiser] and [population.explorer]: values from an Optuna sampler."""
 
     sampler: str
     """By a name as in [search]."""
@@ -51,6 +52,9 @@ class PopulationConfig(Model):
     """Values of the first members."""
     initialiser: SamplerConfig | None = None
     """Where those of the others come from. Default: a Latin hypercube."""
+    explorer: SamplerConfig | None = None
+    """Where the values of copies come from, given how fast the losses fell under earlier ones. Default: a perturbation
+    of the donor's."""
 
     @field_validator("factors")
     @classmethod
@@ -68,6 +72,7 @@ def build_strategy(
     schedule: Schedule,
     seed: int,
     initial: Sequence[dict[str, Value]] = (),
+    explorer: Explorer | None = None,
 ) -> Strategy:
     """Return a new strategy.
 
@@ -78,6 +83,7 @@ def build_strategy(
         schedule: of the learning rate, for strategies that forecast.
         seed: of every draw.
         initial: values of the first members.
+        explorer: of the values of copies, where the table asks for one.
 
     Raises:
         UserError: no such strategy, an option that it does not take, or a value out of range.
@@ -101,6 +107,11 @@ def build_strategy(
             raise UserError(
                 f"population.options must be what strategy '{population.strategy}' takes, got '{name}'; {what}"
             )
+    if population.explorer is not None and issubclass(kind, (Bandit, Independent)):
+        raise UserError(
+            f"population.explorer has no meaning for strategy '{population.strategy}', which proposes its own values "
+            "or none; remove it, or choose another strategy"
+        )
     options = dict(population.options)
     if "schedule" in takes:
         lr_name = options.get("lr_name", "schedule.peak_lr")
@@ -123,6 +134,7 @@ def build_strategy(
             quantile_fraction=population.quantile_fraction,
             factors=population.factors,
             resample_probability=population.resample_probability,
+            explorer=explorer,
             **options,
         )
     except UserError as error:

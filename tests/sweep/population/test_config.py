@@ -77,6 +77,14 @@ def test_options_are_those_of_the_class_and_its_parents() -> None:
             {"initialiser": {"sampler": "tpe", "options": {"n": 3}}},
             r"population.initialiser.options must be what sampler 'tpe' takes",
         ),
+        (
+            {"explorer": {"sampler": "tpee"}},
+            r"population.explorer.sampler must be a known name .*, got 'tpee'; did you mean 'tpe'",
+        ),
+        (
+            {"strategy": "pb2", "explorer": {"sampler": "tpe"}},
+            r"population.explorer has no meaning for strategy 'pb2', which proposes its own values or none; remove it",
+        ),
         ({"strategi": "pb2"}, r"unknown key 'population.strategi'; did you mean 'strategy'"),
         (
             {"strategy": "ipbt", "options": {"growth": 1.3}},
