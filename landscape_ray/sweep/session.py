@@ -238,7 +238,7 @@ def conclude(
     folder.update_meta(status=status, ended_unix=time.time())
     finished = [s for s in summaries if s.status == "finished" and _counts(spec, s)]
     best = min(finished, key=lambda s: s.final_loss_nats, default=None)
-    searcher = spec.search.sampler if spec.search else "pbt" if spec.population else "none"
+    searcher = spec.search.sampler if spec.search else spec.population.strategy if spec.population else "none"
     projector.set_parent(
         metrics={"sweep/best_loss_nats": best.final_loss_nats, "sweep/num_trials": float(ended)} if best else {},
         tags={"landscape_ray.status": status, "landscape_ray.searcher": searcher},

@@ -6,6 +6,7 @@
       trials/<trial_id>/trial.json          how far the trial is committed, and its summary
       trials/<trial_id>/records/part-000000.parquet ...
       trials/<trial_id>/checkpoint/         owned by the trainable
+      study.journal, population.json        what a search, or a population, has decided
       mlflow.json                           notes of the projector; may be deleted
       fits/*.json, report.html
 
@@ -159,6 +160,7 @@ class SweepFolder:
         self.report_path = path / "report.html"
         self.ray_path = path / "ray_results"
         self.study_path = path / "study.journal"
+        self.population_path = path / "population.json"
         self.notes_path = path / "mlflow.json"
 
     def __repr__(self) -> str:

@@ -7,7 +7,6 @@ together, a stretch at a time, and report in their order.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,10 +15,11 @@ from torch import Tensor
 
 from landscape_ray.config import parse, with_values
 from landscape_ray.data import Data, open_data
-from landscape_ray.populations import Decision, Observation, Point, Restart, Strategy
-from landscape_ray.records import EvalRecord, EventRecord, Record, StepRecord, VariantRecord
+from landscape_ray.populations import Decision, Observation, Restart, Strategy
+from landscape_ray.records import Record, StepRecord
 from landscape_ray.training.cohort import Cohort
 from landscape_ray.training.config import TrainConfig
+from landscape_ray.training.points import PointCollector
 from landscape_ray.training.state import TrainState
 
 FRESH_STREAM = 1
@@ -68,8 +68,7 @@ class CohortPopulation:
         self._data = open_data(configs[0].data) if data is None else data
         self.cohort = Cohort.create(configs, self._data, route=route)
         self._until: dict[int, int] = {}
-        self._points: dict[int, list[Point]] = {d.member: [] for d in start}
-        self._rates: dict[int, list[float]] = {d.member: [] for d in start}
+        self._collectors = {d.member: PointCollector() for d in start}
         self._snapshots: dict[int, dict[str, Any]] = {}
         self._restarts = 0
         self._note(start)
@@ -94,35 +93,16 @@ class CohortPopulation:
         if not self.strategy.synchronous:
             # another member may take these weights when this one has gone on
             self._snapshots[k] = _copied(member.content())
-        points, self._points[k] = tuple(self._points[k]), []
+        points = tuple(self._collectors[k].points)
+        self._collectors[k].clear()
         return Observation(k, points, member.num_tokens)
 
     def _collect(self, k: int, record: Record) -> None:
         """Turn records into points."""
         if k not in self._until:
             return
-        if isinstance(record, StepRecord):
-            self._rates[k].append(record.lr)
-            self.num_updates += 1
-            return
-        points, averaging = self._points[k], self.cohort.members[k].config.averaging
-        if isinstance(record, VariantRecord):
-            if averaging is not None and record.variant == averaging.name and points:
-                points[-1] = points[-1]._replace(averaged=record.loss_nats)
-            return
-        if isinstance(record, EvalRecord) and self._rates[k]:
-            loss = record.loss_nats
-        elif isinstance(record, EventRecord) and record.event == "diverged":
-            loss = math.inf
-        else:
-            return
-        rates, self._rates[k] = self._rates[k], []
-        mean = float(np.mean(rates)) if rates else self._last_rate(k)
-        points.append(Point(record.step, loss, mean))
-
-    def _last_rate(self, k: int) -> float:
-        config = self.cohort.members[k].config
-        return float(config.schedule.build(config.num_steps)(self.cohort.members[k].step))
+        self.num_updates += isinstance(record, StepRecord)
+        self._collectors[k].add(record, self.cohort.members[k].config)
 
     def _carry_out(self, decisions: list[Decision]) -> None:
         """Copy, restart, and apply values; all weights are those from before the first of these decisions."""
@@ -156,13 +136,7 @@ class CohortPopulation:
         self._restarts += 1
         seed = int(np.random.SeedSequence([self._seed, FRESH_STREAM, self._restarts]).generate_state(1)[0])
         config = self._config(decision)
-        fresh: dict[str, Any] = _copied(TrainState(config.model_copy(update={"seed": seed}), self._data).content())
-        old: dict[str, Tensor] = content["module"]
-        fresh["module"] = {
-            name: restart.shrink * old[name] + restart.perturb * tensor if tensor.is_floating_point() else tensor
-            for name, tensor in fresh["module"].items()
-        }
-        return fresh | {"counters": content["counters"]}
+        return restarted(content, restart, TrainState(config.model_copy(update={"seed": seed}), self._data))
 
     def _note(self, decisions: list[Decision]) -> None:
         self.decisions += decisions
@@ -173,6 +147,25 @@ class CohortPopulation:
         seed = int(np.random.SeedSequence([self._seed, index]).generate_state(1)[0])
         data = with_values(self._train, {**decision.values, "seed": seed})
         return parse(TrainConfig, data, f"member {decision.member}")
+
+
+def restarted(content: Mapping[str, Any], restart: Restart, fresh: TrainState) -> dict[str, Any]:
+    """Return what `TrainState.restore` takes: weights mixed with fresh ones, a fresh optimizer, the old counters.
+
+    Args:
+        content: what `TrainState.content` returned of the old weights.
+        restart: the shares of both.
+        fresh: a run at step 0.
+    """
+    new: dict[str, Any] = _copied(fresh.content())
+    old: Mapping[str, Tensor] = content["module"]
+    new["module"] = {
+        name: restart.shrink * old[name].to(tensor.device) + restart.perturb * tensor
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in new["module"].items()
+    }
+    return new | {"counters": content["counters"]}
 
 
 def _copied(content: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Mapping
 from operator import attrgetter
@@ -124,13 +125,17 @@ class TrainState:
         Raises:
             UserError: no space left, or no permission.
         """
-        payload = {
+        payload = self.payload(**extra)
+        write_atomic_with(path, lambda file: torch.save(payload, file))
+
+    def payload(self, **extra: str | int) -> dict[str, Any]:
+        """Return what `save` writes; tensors are not copied."""
+        return {
             "version": CHECKPOINT_VERSION,
             "config": self.config.model_dump(mode="json"),
             "extra": extra,
             **self.content(),
         }
-        write_atomic_with(path, lambda file: torch.save(payload, file))
 
     def content(self) -> dict[str, Any]:
         """Return what `restore` takes over: tensors (no copies) and plain values."""
@@ -205,14 +210,19 @@ class TrainState:
         self.monitor.load_state_dict(payload["probes"])
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, content: bytes | None = None) -> dict[str, Any]:
     """Return the content of a checkpoint, tensors and plain values only.
+
+    Args:
+        path: the file.
+        content: what is in the file, where it is known already.
 
     Raises:
         UserError: missing, truncated or foreign file, or an unknown version.
     """
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        source = path if content is None else io.BytesIO(content)
+        payload = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Exception as error:  # torch.load raises many types for a damaged file
