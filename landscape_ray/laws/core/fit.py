@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 from landscape_ray.errors import UserError
 from landscape_ray.laws.core.bootstrap import Method, resample
+from landscape_ray.laws.core.bound import Bound
 from landscape_ray.laws.core.certificate import certify, judge
-from landscape_ray.laws.core.fitting import Optimum, SeparableLaw, descend, search
-from landscape_ray.laws.core.law import Bound, Law, Review
+from landscape_ray.laws.core.fitting import Optimum, descend, search
+from landscape_ray.laws.core.law import Law, Review
 from landscape_ray.laws.core.objective import Objective
 from landscape_ray.laws.core.points import Data
 from landscape_ray.laws.core.result import FitResult
+from landscape_ray.laws.core.separable import SeparableLaw
 
 Array: TypeAlias = NDArray[np.float64]
 
