@@ -22,6 +22,9 @@ Array: TypeAlias = NDArray[np.float64]
 _STEP = 1e-100
 """Imaginary step of the derivatives: so small that its square is no number, which makes them exact."""
 
+_SIZED_BY = 128
+"""Points whose geometric mean a column is divided by: any fixed ones decouple a factor from its exponent."""
+
 MAX_STARTS = 256
 """Of a grid of starts with more points than this, a Halton sequence takes the place."""
 
@@ -29,10 +32,10 @@ MAX_STARTS = 256
 class Bound:
     """A law at the points of one data set, in the coordinates of the fitter.
 
-    The columns are divided by their geometric mean over the points (where they are not 0), whatever the non-linear
-    parameters: a coefficient is then the size of its term in the middle of the data. A factor and its exponent, which
-    trade off over ten orders of magnitude, are decoupled by that, for any formula. Columns of parameters that are not
-    `normalised` stay as they are.
+    The columns are divided by their geometric mean over points spread over the data (where they are not 0), whatever
+    the non-linear parameters: a coefficient is then the size of its term in the middle of the data. A factor and its
+    exponent, which trade off over ten orders of magnitude, are decoupled by that, for any formula. Columns of
+    parameters that are not `normalised` stay as they are.
 
     Args:
         law: the law.
@@ -49,13 +52,15 @@ class Bound:
         self.fixed = {name: value for name, value in fixed.items() if name not in self.held}
         self._kept = np.array([name not in self.held for name in law.linear_names], dtype=bool)
         self._normalised = np.array([law.parameter(name).normalised for name in self.names], dtype=bool)
+        self._some = np.unique(np.linspace(0, num_points - 1, min(num_points, _SIZED_BY)).astype(int))
 
     def raw(self, coordinates: Array) -> tuple[Array, Array]:
         """Return all columns (batch, n, m) and their slopes (batch, n, m, k) by the coordinates (batch, k)."""
         law, shape = self.law, (len(coordinates), self.num_points)
         axes = [coordinates[:, i, None] for i in range(len(self.inner))]
         values = self.values(axes)
-        columns = np.stack([np.broadcast_to(c, shape) for c in law.columns(self.x, values)], axis=2).astype(np.float64)
+        columns = np.stack([np.broadcast_to(c, shape) for c in law.columns(self.x, values)], axis=2)
+        columns = columns.astype(np.float64, copy=False)
         slopes = np.zeros((*columns.shape, len(self.inner)))
         if law.slopes is not None:
             for j, by_name in enumerate(law.slopes(self.x, values)):
@@ -83,13 +88,31 @@ class Bound:
         known = {name: value for name, value in values.items() if name not in scaled}
         return values | {name: values[name] * scale(self.x, known) for name, scale in scaled.items()}
 
+    def coordinates(self, values: Mapping[str, Array]) -> Array:
+        """Return the coordinates (batch, k) of non-linear parameters (batch,) by name: the inverse of `values`."""
+        given = {name: np.asarray(value)[:, None] for name, value in values.items()}
+        known = {p.name: given[p.name] for p in self.inner if p.scale is None}
+        columns = []
+        for p in self.inner:
+            if p.name in self.fixed:
+                held = 1.0 if p.scale is not None else self.fixed[p.name]
+                columns.append(np.full_like(given[p.name], p.inward(held)))
+            else:
+                scale = 1.0 if p.scale is None else p.scale(self.x, known)
+                columns.append(np.asarray(p.inward(given[p.name] / scale)))
+        batch = len(next(iter(given.values())))
+        return np.concatenate([np.empty((batch, 0)), *columns], axis=1)
+
     def columns(self, coordinates: Array) -> tuple[Array, Array]:
         """Return the columns of the free coefficients and their slopes, divided by their size."""
         columns, slopes = self.raw(coordinates)
-        columns, slopes = columns[:, :, self._kept], slopes[:, :, self._kept]
-        size, relative = _size(columns, slopes, self._normalised)
-        columns = columns / size[:, None]
-        slopes = slopes / size[:, None, :, None] - columns[..., None] * relative[:, None]
+        if self.held:
+            columns, slopes = columns[:, :, self._kept], slopes[:, :, self._kept]
+        size, relative = _size(columns[:, self._some], slopes[:, self._some], self._normalised)
+        columns /= size[:, None]  # in place: these are the large arrays of a fit
+        slopes /= size[:, None, :, None]
+        for j, i in zip(*np.nonzero(relative.any(axis=0)), strict=True):
+            slopes[:, :, j, i] -= columns[:, :, j] * relative[:, None, j, i]
         return columns, slopes
 
     def offset(self, coordinates: Array) -> tuple[Array, Array]:
@@ -154,7 +177,7 @@ class Bound:
             shape = (len(parameters[i : i + chunk]), self.num_points)
             columns = [np.broadcast_to(c, shape) for c in self.law.columns(self.x, inner)]
             kept = np.stack(columns, axis=2)[:, :, self._kept]
-            sizes.append(_size(kept.astype(np.float64), None, self._normalised)[0])
+            sizes.append(_size(kept[:, self._some].astype(np.float64), None, self._normalised)[0])
         scale = np.concatenate(sizes)
         values |= {name: parameters[:, j] / scale[:, j] for j, name in enumerate(self.names)}
         values |= {name: np.full(len(parameters), value) for name, value in self.held.items()}

@@ -37,6 +37,9 @@ Array = NDArray[np.float64]
 _CONVERGED = 1e-17
 """The polish stops when the quadratic model promises less than this decrease, relative to the objective ..."""
 
+_CONVERGED_NEAR = 1e-12
+"""... for resamples, whose optima are known well enough within 1e-4 of their spread ..."""
+
 _ROUNDING = 1e-13
 """... and steps that promise less than this are taken on trust: the objective itself can no longer tell."""
 
@@ -50,7 +53,7 @@ _MAX_POLISHED = 32
 """Of more starts than this, only so many are polished: half of them those whose projection fits best."""
 
 _MAX_ITERATIONS = 300
-_CHUNK_ELEMENTS = 1_000_000
+_CHUNK_ELEMENTS = 300_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +119,7 @@ def search(law: SeparableLaw, y: Array, delta: float, weights: Array | None = No
     return found.rows(np.argsort(found.objective, kind="stable"))
 
 
-def descend(law: SeparableLaw, y: Array, weights: Array, delta: float, start: Array) -> Optimum:
+def descend(law: SeparableLaw, y: Array, weights: Array, delta: float, start: Array, *, near: bool = False) -> Optimum:
     """Return the local optima next to `start`, see :func:`polish`, by way of smoother objectives where that helps.
 
     Far below the size of the residuals the objective is almost piecewise linear, and a direct polish stops short of its
@@ -128,12 +131,13 @@ def descend(law: SeparableLaw, y: Array, weights: Array, delta: float, start: Ar
         weights: see :func:`polish`.
         delta: see :func:`polish`.
         start: see :func:`polish`.
+        near: see :func:`polish`.
     """
     stage = float(np.median(np.abs(_residual(law, y, law.predict(start)))))
     while stage > 10 * delta:
-        start = polish(law, y, weights, stage, start, max_iterations=20).parameters
+        start = polish(law, y, weights, stage, start, max_iterations=20, near=near).parameters
         stage /= 10
-    return polish(law, y, weights, delta, start)
+    return polish(law, y, weights, delta, start, near=near)
 
 
 def _residual(law: SeparableLaw, y: Array, prediction: Array) -> Array:
@@ -150,6 +154,7 @@ def polish(
     *,
     lower: Array | None = None,
     upper: Array | None = None,
+    near: bool = False,
 ) -> Optimum:
     """Return the local optima of the objective next to `start`, all parameters free within their bounds.
 
@@ -166,6 +171,7 @@ def polish(
         max_iterations: limit, for each row.
         lower: (batch, k) smallest exponents of each row, in place of the law's; equal to `upper` holds one fixed.
         upper: (batch, k) largest.
+        near: the optima are close to the start, and a small part of what resampling moves them by is close enough.
     """
     rows = max(1, _CHUNK_ELEMENTS // (y.shape[1] * start.shape[1]))
     low = np.broadcast_to(law.lower if lower is None else lower, (len(start), len(law.lower)))
@@ -174,7 +180,7 @@ def polish(
     for i in range(0, len(start), rows):
         part = slice(i, i + rows)
         parts.append(
-            _polish_chunk(law, y[part], weights[part], delta, start[part], max_iterations, low[part], high[part])
+            _polish_chunk(law, y[part], weights[part], delta, start[part], max_iterations, low[part], high[part], near)
         )
     return Optimum(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
@@ -188,6 +194,7 @@ def _polish_chunk(
     max_iterations: int,
     exponents_lower: Array,
     exponents_upper: Array,
+    near_start: bool,
 ) -> dict[str, Any]:
     linear_lower = np.broadcast_to(law.linear_lower, (len(start), law.num_linear))
     lower = np.concatenate([linear_lower, exponents_lower], axis=1)
@@ -195,7 +202,8 @@ def _polish_chunk(
     stiffness, centre = _penalty(law)
     q = np.clip(start, lower, upper)
     objective, residual, jacobian = _evaluate(law, y, weights, delta, q)
-    damping = np.ones(len(q))
+    damping = np.full(len(q), 0.2 if near_start else 1.0)
+    converged = _CONVERGED_NEAR if near_start else _CONVERGED
     live = np.arange(len(q))
     for _ in range(max_iterations):
         r, jac, w = residual[live], jacobian[live], weights[live]
@@ -228,7 +236,7 @@ def _polish_chunk(
                 old[missed[better]] = value[better]
         near = (damping[live] <= 1.0) & (promised <= _ROUNDING * objective[live] + 1e-30)
         accepted = (trial_objective < objective[live]) | near & (trial_objective <= objective[live] * (1 + _ROUNDING))
-        done = (damping[live] <= 1.0) & (promised <= _CONVERGED * objective[live] + 1e-30)
+        done = (damping[live] <= 1.0) & (promised <= converged * objective[live] + 1e-30)
         done |= (near & ~accepted) | (damping[live] > 1e12)
         moved = live[accepted]
         q[moved], objective[moved] = trial[accepted], trial_objective[accepted]
