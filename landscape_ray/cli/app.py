@@ -77,13 +77,26 @@ def resume(
     sweep: Annotated[
         str | None, typer.Argument(metavar="[SWEEP]", help="Name or folder; default: the newest unfinished sweep.")
     ] = None,
+    num_trials: Annotated[
+        int | None, typer.Option("--num-trials", min=1, help="Go on to so many trials; for a search.")
+    ] = None,
+    num_steps: Annotated[
+        int | None, typer.Option("--num-steps", min=1, help="Go on to so many updates; for a population or a run.")
+    ] = None,
+    spec: Annotated[
+        Path | None, typer.Option("--spec", help="Changed sweep file; differences that spoil the sweep are refused.")
+    ] = None,
     results: Results = DEFAULT_RESULTS,
     address: Address = None,
     tracking_uri: Tracking = None,
 ) -> None:
-    """Go on with a sweep that was stopped, killed or left with failed trials."""
-    folder = open_sweep(sweep, results, unfinished=True)
+    """Go on with a sweep that was stopped, killed or left with failed trials, perhaps further than it was to go."""
+    from landscape_ray.sweep.extension import extend
+
+    folder = open_sweep(sweep, results, unfinished=num_trials is None and num_steps is None and spec is None)
     console = new_console()
+    for name, value in extend(folder, spec, num_trials, num_steps).items():
+        console.print(f"{name} is now {value}", highlight=False)
     console.print(f"resuming [bold]{folder.path.name}[/bold] in {shown(folder.path)}", soft_wrap=True)
     if folder.meta.get("single_run"):
         from landscape_ray.sweep.session import train_one

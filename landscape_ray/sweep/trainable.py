@@ -10,6 +10,7 @@ import torch
 from ray import tune
 
 from landscape_ray.sweep.cohort import CohortRun
+from landscape_ray.sweep.limits import hang_path, time_limit
 from landscape_ray.sweep.run import CHECKPOINT, TrialRun, index_of
 from landscape_ray.sweep.spec import spec_of
 from landscape_ray.tracking.folder import SweepFolder
@@ -21,7 +22,7 @@ class SweepTrainable(tune.Trainable):
     The trial's folder is opened by the first step, load or save, not by the constructor: Ray starts actors for a trial
     and then lets another one, which became free, run it. An actor that is never asked to work must touch nothing.
 
-    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `trial` (`values`; after an exploit also its serial,
+    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `max_report_seconds` (may be absent), `trial` (`values`; after an exploit also its serial,
     `exploit`; of a search its `note`; for a cohort its `members`, each with `trial_id`, `values` and `note`). A
     population's scheduler overwrites a member's whole configuration with its donor's, so identity is taken from the
     trial's name, which stays.
@@ -58,9 +59,11 @@ class SweepTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Train to the next commit."""
-        if not self._run.finished:
-            self._run.advance()
-        return self._run.result()
+        report = hang_path(Path(self._given["sweep_path"]), self.trial_name)
+        with time_limit(self._given.get("max_report_seconds"), report):
+            if not self._run.finished:
+                self._run.advance()
+            return self._run.result()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Hand the state to Ray, which a population's exploit copies from."""

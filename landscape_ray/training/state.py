@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from operator import attrgetter
@@ -25,7 +26,7 @@ from landscape_ray.training.optimizers import build_optimizer
 from landscape_ray.training.precision import LossScaler
 from landscape_ray.training.probing import build_monitor
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 
 ABSOLUTE_FIELDS = ("model", "data", "optimizer.name")
 """What weights and optimizer state depend on: a checkpoint cannot continue under other values of it. Nor can averages
@@ -130,6 +131,7 @@ class TrainState:
             "extra": extra,
             **self.content(),
         }
+        payload["checksum"] = checksum(payload)
         write_atomic_with(path, lambda file: torch.save(payload, file))
 
     def content(self) -> dict[str, Any]:
@@ -205,11 +207,40 @@ class TrainState:
         self.monitor.load_state_dict(payload["probes"])
 
 
+PARTS = ("config", "extra", "corpus_id", "counters", "module", "optimizer", "clipper", "scaler", "averager", "probes")
+"""What a checkpoint consists of, beside its version and checksum."""
+
+
+def checksum(payload: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of everything in a checkpoint: every byte of every tensor, every key and plain value."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        elif isinstance(value, Mapping):
+            digest.update(f"{{{len(value)}".encode())
+            for key, each in value.items():
+                digest.update(repr(key).encode())
+                add(each)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"[{len(value)}".encode())
+            for each in value:
+                add(each)
+        else:
+            digest.update(repr(value).encode())
+
+    add({name: payload[name] for name in PARTS})
+    return digest.hexdigest()
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint, tensors and plain values only.
+    """Return the content of a checkpoint, tensors and plain values only, after comparing its checksum.
 
     Raises:
-        UserError: missing, truncated or foreign file, or an unknown version.
+        UserError: missing, truncated, changed or foreign file, or an unknown version.
     """
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
@@ -225,6 +256,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"checkpoint {path} has version {payload['version']}, this program reads {CHECKPOINT_VERSION}; "
             "use the version of landscape_ray that wrote it"
         )
+    try:
+        sound = payload["checksum"] == checksum(payload)
+    except Exception:  # a foreign file may hold anything under these names
+        sound = False
+    if not sound:
+        raise UserError(f"checkpoint {path} is damaged: its checksum differs; delete it to start this run anew")
     return payload
 
 
