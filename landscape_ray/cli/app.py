@@ -278,12 +278,46 @@ def ui(
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than 127.0.0.1 open it to the network.")
     ] = "127.0.0.1",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow", help="Name, with the port, that browsers may ask for, such as mlflow.example.org:5000."
+        ),
+    ] = None,
     tracking_uri: Tracking = None,
 ) -> None:
     """Open the MLflow UI on the results, on this machine only. Ctrl-C ends it."""
     from landscape_ray.tracking.ui import serve
 
-    serve(results, host=host, port=port, tracking_uri=tracking_uri, console=new_console())
+    serve(results, host=host, port=port, tracking_uri=tracking_uri, console=new_console(), names=allow or ())
+
+
+@app.command()
+def doctor(
+    results: Results = DEFAULT_RESULTS,
+    address: Address = None,
+    tracking_uri: Tracking = None,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Also start Ray here, or ask the cluster.")] = True,
+) -> None:
+    """Check versions, GPU, storage, disk, tracking server and Ray, and say what to do; status 2 where a sweep fails."""
+    from landscape_ray.sweep.doctor import examine, worst
+    from landscape_ray.tracking.uris import resolve_tracking_uri
+
+    console = new_console()
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    findings = []
+    uri = resolve_tracking_uri(tracking_uri, results)
+    for finding in examine(results, address, uri, ray=ray):
+        findings.append(finding)
+        status = f"[{colours[finding.status]}]{finding.status:>7}[/{colours[finding.status]}]"
+        console.print(f"{status}  {finding.name}: ", end="", highlight=False)
+        console.print(finding.found, highlight=False, markup=False, soft_wrap=True)
+        if finding.remedy:
+            console.print(f"         -> {finding.remedy}", highlight=False, markup=False, soft_wrap=True)
+    verdict = {"ok": "everything is there", "warning": "sweeps run; see the warnings", "error": "mend the errors first"}
+    console.print(verdict[worst(findings)])
+    if worst(findings) == "error":
+        raise typer.Exit(2)
 
 
 @app.command(name="list")

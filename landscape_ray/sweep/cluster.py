@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import re
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -35,8 +37,13 @@ def runtime_env(spec: SweepSpec) -> dict[str, Any]:
     names by path and that is not an installed package. Dependencies are the nodes' own (`cluster/`, README). No
     variable of this process is passed on: Ray shows the environment of a job to everybody who sees its dashboard.
     """
+    return code_env(*named_modules(spec.params()))
+
+
+def code_env(*names: str) -> dict[str, Any]:
+    """Return the runtime environment that holds this package and the named modules, as far as they are not installed."""
     modules = {Path(landscape_ray.__file__).parent}
-    modules |= {path for name in named_modules(spec.params()) if (path := _own_code(name)) is not None}
+    modules |= {path for name in names if (path := _own_code(name)) is not None}
     return {"py_modules": sorted(map(str, modules)), "excludes": ["**/__pycache__/"]}
 
 
@@ -72,19 +79,50 @@ def _own_code(name: str) -> Path | None:
     return path if path.is_dir() or path.suffix == ".py" else None
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _look(path: str) -> dict[str, Any]:
-    """Return what a node has: versions, and the identity of the sweep that it sees at a path."""
+@contextlib.contextmanager
+def private_token() -> Iterator[None]:
+    """Keep to this user the token that Ray makes inside the block: Ray leaves its file readable by everybody."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    before = path.exists()
     try:
-        sweep_id = SweepFolder.open(Path(path)).meta.get("sweep_id")
-    except (UserError, OSError) as error:
-        sweep_id = str(error)
-    return {"sweep_id": sweep_id, **versions()}
+        yield
+    finally:
+        if not before and path.exists():
+            with contextlib.suppress(OSError):
+                path.chmod(0o600)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _look(path: str) -> dict[str, str]:
+    """Return what a node has: its versions, and what it reads at a path."""
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        content = str(error)
+    return {**versions(), "content": content}
 
 
 def nodes_alive() -> list[dict[str, Any]]:
     """Return Ray's entries of the nodes that are up."""
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def ask_nodes(path: str) -> dict[str, dict[str, str] | str]:
+    """Return for the address of every node its versions and what it reads at `path`; a sentence where it cannot tell."""
+    asked = {}
+    for node in nodes_alive():
+        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked[node["NodeManagerAddress"]] = _look.options(scheduling_strategy=here).remote(path)
+    found: dict[str, dict[str, str] | str] = {}
+    for address, answer in asked.items():
+        try:
+            found[address] = ray.get(answer, timeout=CHECK_SECONDS)
+        except GetTimeoutError:
+            found[address] = f"it does not answer within {CHECK_SECONDS:.0f} s"
+        except RayError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            found[address] = f"it cannot run landscape_ray: {lines[-1]}"
+    return found
 
 
 def check_nodes(folder: SweepFolder) -> list[str]:
@@ -93,30 +131,15 @@ def check_nodes(folder: SweepFolder) -> list[str]:
     Raises:
         UserError: a node does not see the sweep's folder, or cannot run this package.
     """
-    nodes = nodes_alive()
-    if len(nodes) < 2:
+    if len(nodes_alive()) < 2:
         return []
-    asked = {
-        node["NodeManagerAddress"]: _look.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(str(folder.path))
-        for node in nodes
-    }
     here, warnings = versions(), []
-    for address, answer in asked.items():
-        try:
-            there = ray.get(answer, timeout=CHECK_SECONDS)
-        except GetTimeoutError:
-            warnings.append(f"node {address} did not answer within {CHECK_SECONDS:.0f} s; trials may not start there")
-            continue
-        except RayError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    for address, there in ask_nodes(str(folder.meta_path)).items():
+        if isinstance(there, str):
+            raise UserError(f"node {address} cannot take trials ({there}); install landscape_ray's dependencies there")
+        if str(folder.meta["sweep_id"]) not in there["content"]:
             raise UserError(
-                f"node {address} cannot run landscape_ray ({reason}); install its dependencies there, see README"
-            ) from None
-        if there["sweep_id"] != folder.meta["sweep_id"]:
-            raise UserError(
-                f"node {address} does not see the sweep in {folder.path} ({there['sweep_id']}); "
+                f"node {address} does not see the sweep in {folder.path} ({there['content'][:200]}); "
                 "give a --results folder that all nodes share"
             )
         warnings += [

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from landscape_ray.errors import UserError
 from landscape_ray.signals import termination_as_interrupt
-from landscape_ray.sweep.cluster import check_nodes, check_resources, runtime_env
+from landscape_ray.sweep.cluster import check_nodes, check_resources, private_token, runtime_env
 from landscape_ray.sweep.display import Dashboard
 from landscape_ray.sweep.limits import hang_path
 from landscape_ray.sweep.population import build_population_scheduler, members
@@ -293,7 +293,8 @@ def _ray(address: str | None, spec: SweepSpec) -> Iterator[None]:
     if started_here:
         try:
             options = {"include_dashboard": False} if address is None else {"runtime_env": runtime_env(spec)}
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+            with private_token():
+                ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(_no_cluster(address, error)) from None
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are in the outcome, in one line each

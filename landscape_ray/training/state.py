@@ -181,8 +181,20 @@ class TrainState:
         """Take over weights, optimizer, counters, averages and probes of a checkpoint; the configuration stays.
 
         Raises:
-            UserError: the checkpoint was trained on other data, or has another kind of averages.
+            UserError: the checkpoint was trained on other data, has another kind of averages, or holds something else
+                than a run of this configuration.
         """
+        try:
+            self._restore(payload)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"the checkpoint does not fit the run ({type(error).__name__}: {reason}); delete it to start anew"
+            ) from None
+
+    def _restore(self, payload: Mapping[str, Any]) -> None:
         kind = self.config.averaging.name if self.config.averaging is not None else None
         if (saved := payload["averager"].get("name")) != kind:
             raise UserError(
@@ -203,7 +215,13 @@ class TrainState:
         if self.averager is not None:
             self.averager.load_state_dict(payload["averager"])
         for name in self.COUNTERS:
-            setattr(self, name, payload["counters"][name])
+            value = payload["counters"][name]
+            wanted: tuple[type, ...] = (str,) if name == "diverged" else (int, float)
+            if name in ("step", "observed_step", "num_tokens"):
+                wanted = (int,)
+            if not isinstance(value, wanted) and not (value is None and name in ("diverged", "accuracy")):
+                raise TypeError(f"counters.{name} is a {type(value).__name__}")
+            setattr(self, name, value)
         self.monitor.load_state_dict(payload["probes"])
 
 

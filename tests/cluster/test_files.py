@@ -93,7 +93,7 @@ def test_launcher_files_pass_ray_s_own_validator(name: str) -> None:
     config = prepare_config(load(name))
     validate_config(config)
     wrong = {**config, "max_worker": 3}
-    with pytest.raises(Exception, match="max_worker"):
+    with pytest.raises(Exception, match=r"max_worker"):
         validate_config(wrong)
 
 
@@ -122,7 +122,15 @@ RAY_CLUSTER_FIELDS = {
     *("rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec"),
     *("workerGroupSpecs", "suspend", "gcsFaultToleranceOptions", "headServiceAnnotations", "managedBy"),
 }
-GROUP_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template", "idleTimeoutSeconds"}
+GROUP_FIELDS = {
+    "groupName",
+    "replicas",
+    "minReplicas",
+    "maxReplicas",
+    "rayStartParams",
+    "template",
+    "idleTimeoutSeconds",
+}
 JOB_FIELDS = {
     *("submissionMode", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "entrypoint"),
     *("rayClusterSpec", "runtimeEnvYAML", "activeDeadlineSeconds", "clusterSelector", "jobId", "metadata", "suspend"),
@@ -234,7 +242,9 @@ def test_the_job_s_fields_and_command() -> None:
     assert set(spec) <= JOB_FIELDS
     assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
     policy = of_kind("rayjob.yaml", "NetworkPolicy")["spec"]
-    callers = [source.get("podSelector", {}).get("matchLabels", {}) for rule in policy["ingress"] for source in rule["from"]]
+    callers = [
+        source.get("podSelector", {}).get("matchLabels", {}) for rule in policy["ingress"] for source in rule["from"]
+    ]
     assert {"batch.kubernetes.io/job-name": job["metadata"]["name"]} in callers
     words = spec["entrypoint"]
     script = re.fullmatch(r"bash -c '(.*)'", words, re.DOTALL)
@@ -387,7 +397,9 @@ def test_the_compose_file_keeps_to_loopback_and_asks_for_every_password() -> Non
     build = compose["services"]["mlflow"]["build"]
     assert (CLUSTER / build["context"] / build["dockerfile"]).resolve() == CLUSTER / "Containerfile"
     wanted = set(re.findall(r"\$\{([A-Z0-9_]+):\?", text))
-    offered = dict(line.split("=") for line in (CLUSTER / "compose.env.example").read_text().splitlines() if "=" in line)
+    offered = dict(
+        line.split("=") for line in (CLUSTER / "compose.env.example").read_text().splitlines() if "=" in line
+    )
     assert set(offered) == wanted
     assert not any(offered.values()), "no default passwords"
     command = " ".join(compose["services"]["mlflow"]["command"])

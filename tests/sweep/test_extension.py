@@ -40,8 +40,8 @@ def test_more_trials_and_fewer_than_planned(sweep_text: SweepText, tmp_path: Pat
     assert folder.meta["status"] == "interrupted"
     assert folder.meta["num_trials"] == 9
     assert extend(folder, num_trials=3) == {"search.num_trials": 3}
-    assert "num_trials\" = 5" in folder.spec_text, "the file stays as it was launched"
-    with pytest.raises(UserError, match="search.num_trials must be at least the 3 trials that were begun, got 2"):
+    assert 'num_trials" = 5' in folder.spec_text, "the file stays as it was launched"
+    with pytest.raises(UserError, match=r"search.num_trials must be at least the 3 trials that were begun, got 2"):
         extend(folder, num_trials=2)
 
 
@@ -60,17 +60,19 @@ def test_a_population_goes_on_from_its_end(sweep_text: SweepText, tmp_path: Path
     assert extend(folder, num_steps=30) == {"train.num_steps": 30}
     statuses = {trial.trial_id: trial.read().summary.status for trial in folder.trials()}  # type: ignore[union-attr]
     assert statuses == {"t0000": "pending", "t0001": "pending", "t0002": "diverged"}
-    with pytest.raises(UserError, match="train.num_steps must be at least the present 30, got 20"):
+    with pytest.raises(UserError, match=r"train.num_steps must be at least the present 30, got 20"):
         extend(folder, num_steps=20)
 
 
 def test_a_search_keeps_its_length(sweep_text: SweepText, tmp_path: Path) -> None:
     folder = launched(sweep_text(), tmp_path)
-    with pytest.raises(UserError, match="train.num_steps cannot change from 10 to 30 in a search: .*warm_start"):
+    with pytest.raises(UserError, match=r"train.num_steps cannot change from 10 to 30 in a search: .*warm_start"):
         extend(folder, num_steps=30)
 
 
-def test_another_file_may_differ_in_the_budget_only(sweep_text: SweepText, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_another_file_may_differ_in_the_budget_only(
+    sweep_text: SweepText, tiny: dict[str, Any], tmp_path: Path
+) -> None:
     folder = launched(sweep_text(), tmp_path)
     file = tmp_path / "new.toml"
     file.write_text(sweep_text(resources={"cpus_per_trial": 0.25, "max_failures": 3}, description="more"))
@@ -99,7 +101,7 @@ def test_an_edited_copy_is_noticed(sweep_text: SweepText, tmp_path: Path) -> Non
 
 def test_a_sweep_that_is_running_is_left_alone(sweep_text: SweepText, tmp_path: Path) -> None:
     folder = launched(sweep_text(), tmp_path)
-    with folder.lock(), pytest.raises(UserError, match="is already being run by process"):
+    with folder.lock(), pytest.raises(UserError, match=r"is already being run by process"):
         extend(folder, num_trials=7)
 
 
