@@ -35,13 +35,13 @@ def runtime_env(spec: SweepSpec) -> dict[str, Any]:
 
     That is this package, so that a node's own installation may be older or absent, and every module that the sweep
     names by path and that is not an installed package. Dependencies are the nodes' own (`cluster/`, README). No
-    variable of this process is passed on: Ray shows the environment of a job to everybody who sees its dashboard.
+    variable of this process is passed on: Ray shows the environment of a job to all who see its dashboard.
     """
     return code_env(*named_modules(spec.params()))
 
 
 def code_env(*names: str) -> dict[str, Any]:
-    """Return the runtime environment that holds this package and the named modules, as far as they are not installed."""
+    """Return the runtime environment with this package and those of the named modules that are not installed."""
     modules = {Path(landscape_ray.__file__).parent}
     modules |= {path for name in names if (path := _own_code(name)) is not None}
     return {"py_modules": sorted(map(str, modules)), "excludes": ["**/__pycache__/"]}
@@ -108,7 +108,7 @@ def nodes_alive() -> list[dict[str, Any]]:
 
 
 def ask_nodes(path: str) -> dict[str, dict[str, str] | str]:
-    """Return for the address of every node its versions and what it reads at `path`; a sentence where it cannot tell."""
+    """Return by node address its versions and what it reads at `path`; a sentence where it cannot tell."""
     asked = {}
     for node in nodes_alive():
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)

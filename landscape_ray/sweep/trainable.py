@@ -22,10 +22,10 @@ class SweepTrainable(tune.Trainable):
     The trial's folder is opened by the first step, load or save, not by the constructor: Ray starts actors for a trial
     and then lets another one, which became free, run it. An actor that is never asked to work must touch nothing.
 
-    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `max_report_seconds` (may be absent), `trial` (`values`; after an exploit also its serial,
-    `exploit`; of a search its `note`; for a cohort its `members`, each with `trial_id`, `values` and `note`). A
-    population's scheduler overwrites a member's whole configuration with its donor's, so identity is taken from the
-    trial's name, which stays.
+    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `max_report_seconds` (may be absent), `trial` (`values`;
+    after an exploit also its serial, `exploit`; of a search its `note`; for a cohort its `members`, each with
+    `trial_id`, `values` and `note`). A population's scheduler overwrites a member's whole configuration with its
+    donor's, so identity is taken from the trial's name, which stays.
     """
 
     def setup(self, config: dict[str, Any]) -> None:

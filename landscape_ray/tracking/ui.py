@@ -57,8 +57,8 @@ def serve(
     check_port(host, port)
     if host not in LOOPBACK:
         console.print(
-            f"[yellow]anybody who reaches {host}:{port} can read and delete runs; it has no password. Safer: leave it on "
-            f"127.0.0.1 and come by `ssh -L {port}:127.0.0.1:{port}`, or put a proxy with TLS and passwords in "
+            f"[yellow]anybody who reaches {host}:{port} can read and delete runs; it has no password. Safer: leave it "
+            f"on 127.0.0.1 and come by `ssh -L {port}:127.0.0.1:{port}`, or put a proxy with TLS and passwords in "
             "front[/yellow]",
             soft_wrap=True,
         )

@@ -1,4 +1,4 @@
-"""The files of cluster/: each is what its reader accepts, they agree with each other, and none opens more than it must."""
+"""The files of cluster/: each is what its reader accepts, they agree with each other, none opens more than it must."""
 
 import os
 import re

@@ -45,6 +45,10 @@ def fuzz(test: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def named(error: UserError, path: Path) -> None:
+    assert str(path) in str(error)
+
+
 def damaged(data: st.DataObject, content: bytes) -> bytes:
     """Return the content cut off, with flipped bytes, with a stretch repeated or zeroed, or something else entirely."""
     kind = data.draw(st.sampled_from(["cut", "flip", "repeat", "zero", "other", "append"]))
@@ -124,7 +128,7 @@ def test_damaged_checkpoints(data: st.DataObject, checkpoint: Path) -> None:
     try:
         found = read_checkpoint(broken)
     except UserError as error:
-        assert str(broken) in str(error)
+        named(error, broken)
         return
     assert found["checksum"] == sound["checksum"]
     for name, tensor in sound["module"].items():
@@ -190,7 +194,7 @@ def test_hostile_pickles_run_nothing(place: str, checkpoint: Path, tmp_path: Pat
     assert not mark.exists()
 
 
-# --- Parquet parts and trial.json ---------------------------------------------------------------------------------------
+# --- Parquet parts and trial.json -------------------------------------------------------------------------------------
 
 
 @pytest.mark.acceptance
@@ -204,7 +208,7 @@ def test_damaged_parts(data: st.DataObject, sweep: SweepFolder) -> None:
         try:
             table = read_part(part)
         except UserError as error:
-            assert str(part) in str(error)
+            named(error, part)
         else:
             assert "step" in table.column_names
         collected = collect(sweep.path)
@@ -244,12 +248,12 @@ def test_damaged_sweep_files_of_a_folder(data: st.DataObject, sweep: SweepFolder
         try:
             SweepFolder.open(sweep.path)
         except UserError as error:
-            assert str(sweep.path) in str(error)
+            named(error, sweep.path)
     finally:
         sweep.meta_path.write_bytes(content)
 
 
-# --- sweep files --------------------------------------------------------------------------------------------------------
+# --- sweep files ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.acceptance
@@ -260,7 +264,7 @@ def test_damaged_specs(data: st.DataObject, tmp_path: Path, sweep_text: Callable
     try:
         read_spec(path)
     except UserError as error:
-        assert str(path) in str(error)
+        named(error, path)
 
 
 def leaves(table: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
