@@ -113,7 +113,7 @@ def function(config: dict[str, Any]) -> None:
 
 
 class Recorded(Silent):
-    """Reports, does nothing else, and records it all: a row of an update and of an evaluation, durable at each result."""
+    """Reports, does nothing else, and records it all: an update and an evaluation, durable at each result."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Open the trial's folder."""

@@ -409,3 +409,24 @@ def test_the_compose_file_keeps_to_loopback_and_asks_for_every_password() -> Non
 
 def test_passwords_stay_out_of_git() -> None:
     assert "/cluster/.env" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_text_tells_to_type_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    subprocess.run(["bash", "-n", "-c", block], check=True)
+    for path in re.findall(r"(?:cluster|search_spaces)/[\w./-]+", block):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_row_of_the_fault_matrix_has_its_test() -> None:
+    text = (ROOT / "README.md").read_text().split("### When something fails")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.*) \|$", text, flags=re.MULTILINE)[2:]
+    assert len(rows) == 11
+    for row in rows:
+        *_, named = row.split(" | ")
+        path, _, test = named.strip("`").partition("::")
+        assert re.search(rf"^def {test}\(", (ROOT / path).read_text(), flags=re.MULTILINE), named
