@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from landscape_ray.errors import UserError
-from landscape_ray.sweep.cluster import ALIKE, ask_nodes, code_env, nodes_alive
+from landscape_ray.sweep.cluster import ALIKE, ask_nodes, code_env, nodes_alive, private_token
 from landscape_ray.sweep.doctor import Finding
 from landscape_ray.sweep.session import versions
 from landscape_ray.sweep.tuner import check_address
@@ -28,7 +28,8 @@ def check_ray(results: Path, address: str | None) -> Iterator[Finding]:
         if not ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             options = {"include_dashboard": False} if address is None else {"runtime_env": code_env()}
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+            with private_token():
+                ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
             started = True
         yield _nodes()
         yield from _each_node(results)

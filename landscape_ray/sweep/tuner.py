@@ -222,8 +222,8 @@ def _error_of(trial: Any) -> BaseException:
     """Return what a trial failed of, from the file that Ray keeps on this machine; it reaches the storage later."""
     hang = hang_path(Path(trial.config["sweep_path"]), str(trial))
     if hang.exists() and hang.stat().st_size:
-        limit = trial.config["max_report_seconds"]
-        return RuntimeError(f"no commit within resources.max_report_seconds = {limit:g}; where it hung is in {hang}")
+        limit = trial.config.get("max_report_seconds")
+        return RuntimeError(f"no commit within resources.max_report_seconds = {limit}; where it hung is in {hang}")
     path = trial.pickled_error_file
     error: Any = None
     if path is not None and os.path.exists(path):

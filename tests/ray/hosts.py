@@ -24,7 +24,7 @@ class Hosts:
     """Hosts on one bridge; the first is the head.
 
     Args:
-        workers: names of the other namespaces that are made.
+        num_hosts: how many; Ray is started on each by `start_node`.
     """
 
     def __init__(self, num_hosts: int) -> None:
@@ -71,12 +71,8 @@ class Hosts:
         return ["ip", "netns", "exec", self.names[index], "unshare", "--mount", "bash", "-c", inside, "bash", *words]
 
     def launch(self, index: int, *words: str, **options: object) -> subprocess.Popen[bytes]:
-        process: subprocess.Popen[bytes] = subprocess.Popen(
-            self.command(index, *words),
-            env=self.environment,
-            start_new_session=True,
-            **options,  # type: ignore[call-overload]
-        )
+        given: dict[str, object] = {"env": self.environment, "start_new_session": True, **options}
+        process: subprocess.Popen[bytes] = subprocess.Popen(self.command(index, *words), **given)  # type: ignore[call-overload]
         self.started.append(process)
         return process
 
@@ -87,11 +83,12 @@ class Hosts:
             if index == 0
             else [f"--address={self.head_address}"]
         )
+        bare = {name: value for name, value in self.environment.items() if name != "PYTHONPATH"}  # no code of ours
         with open(self.folder / f"{index}.log", "wb") as log:
             self.launch(
                 index, sys.executable, ray, "start", "--block", *where, f"--node-ip-address={self.address(index)}",
                 f"--num-cpus={num_cpus}", "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats",
-                stdout=log, stderr=subprocess.STDOUT,
+                stdout=log, stderr=subprocess.STDOUT, cwd="/", env=bare,
             )  # fmt: skip
 
     def wait_for_nodes(self, number: int, seconds: float = 120.0) -> None:
@@ -108,6 +105,14 @@ class Hosts:
                 return
             time.sleep(1)
         pytest.fail(f"{number} nodes did not come: {found.stdout[-500:]} {found.stderr[-1500:]}")
+
+    def ask(self, code: str) -> str:
+        """Return what Python code prints on the head."""
+        environment = {**self.environment, "RAY_ADDRESS": self.head_address}
+        words = self.command(0, sys.executable, "-c", code)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+        return done.stdout
 
     def kill_host(self, index: int) -> None:
         """End everything on a host at once, as a power cut would."""

@@ -85,7 +85,7 @@ def test_faults_that_come_back_are_said(sweep_text: SweepText, tmp_path: Path) -
     folder, outcome, shown = sweep(sweep_text, tmp_path, orders, max_failures=0, max_report_seconds=20.0)
     assert outcome.counts == {"failed": 2}
     for error in outcome.failures.values():
-        assert "no commit within resources.max_report_seconds = 20; where it hung is in" in reason(error)
+        assert "no commit within resources.max_report_seconds = 20.0; where it hung is in" in reason(error)
     assert "faulty.py" in (folder.path / "hangs" / "t0000.txt").read_text()
     assert "failed" in shown
     resumed, _ = drive(folder)
@@ -151,3 +151,44 @@ def test_a_full_object_store_holds_nobody(sweep_text: SweepText, tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1].rpartition(" ")[0]) == {"finished": 5}
+
+
+@pytest.mark.acceptance
+def test_the_doctor_asks_ray(tmp_path: Path) -> None:
+    from landscape_ray.sweep.doctor_ray import check_ray
+
+    found = {each.name: each for each in check_ray(tmp_path / "runs", None)}
+    assert found["Ray"].status == "ok"
+    assert "1 node(s), 2 CPUs" in found["Ray"].found
+    (node,) = (each for name, each in found.items() if name.startswith("node "))
+    assert node.found == "runs tasks, sees the results folder, has the same versions"
+    assert list((tmp_path / "runs").glob(".doctor*")) == []
+    (wrong,) = check_ray(tmp_path / "runs", "127.0.0.1:1")
+    assert wrong.status == "error"
+    assert "no Ray cluster answers at '127.0.0.1:1'" in wrong.found
+
+
+def test_nodes_that_see_another_folder_are_refused(
+    sweep_text: SweepText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from landscape_ray.errors import UserError
+    from landscape_ray.sweep import cluster
+
+    folder = start(sweep_text(), tmp_path)
+    monkeypatch.setattr(cluster, "nodes_alive", lambda: [{}, {}])
+    sound = {**cluster.versions(), "content": folder.meta_path.read_text()}
+
+    def answer(content: object) -> None:
+        monkeypatch.setattr(cluster, "ask_nodes", lambda _: {"10.0.0.1": content})
+
+    answer(sound)
+    assert cluster.check_nodes(folder) == []
+    answer({**sound, "torch": "1.0"})
+    (warning,) = cluster.check_nodes(folder)
+    assert "node 10.0.0.1 has torch 1.0, this machine" in warning
+    answer({**sound, "content": "No such file"})
+    with pytest.raises(UserError, match=r"node 10.0.0.1 does not see the sweep.*that all nodes share"):
+        cluster.check_nodes(folder)
+    answer("it cannot run landscape_ray: no torch")
+    with pytest.raises(UserError, match=r"node 10.0.0.1 cannot take trials \(it cannot run"):
+        cluster.check_nodes(folder)

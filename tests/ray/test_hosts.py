@@ -16,6 +16,20 @@ from tests.ray.hosts import hosts
 
 STEPS = 160
 
+WHERE = """
+import ray, logging
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from landscape_ray.sweep.cluster import code_env, nodes_alive
+ray.init(address="auto", runtime_env=code_env(), log_to_driver=False, logging_level=logging.ERROR)
+@ray.remote(num_cpus=0)
+def where():
+    import landscape_ray
+    return landscape_ray.__file__
+for node in nodes_alive():
+    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    print(node["NodeManagerAddress"], ray.get(where.options(scheduling_strategy=there).remote()))
+"""
+
 
 @pytest.mark.slow
 @pytest.mark.acceptance
@@ -36,6 +50,9 @@ def test_a_host_is_lost_and_another_joins(sweep_text: Callable[..., str], tiny: 
         for index in (1, 2):
             cluster.start_node(index, 2 if index == 1 else 1)
         cluster.wait_for_nodes(3)
+        places = dict(line.split() for line in cluster.ask(WHERE).splitlines())
+        assert set(places) == {cluster.address(index) for index in range(3)}
+        assert all("/py_modules_files/" in place for place in places.values()), "the driver's code travels to the nodes"
         out = tmp_path / "driver.txt"
         words = [sys.executable, "-m", "landscape_ray.cli", "sweep", "p.toml", "--name", "many"]
         with open(out, "wb") as file:
