@@ -92,7 +92,6 @@ def private_token() -> Iterator[None]:
                 path.chmod(0o600)
 
 
-@ray.remote(num_cpus=0, max_retries=0)
 def _look(path: str) -> dict[str, str]:
     """Return what a node has: its versions, and what it reads at a path."""
     try:
@@ -109,10 +108,10 @@ def nodes_alive() -> list[dict[str, Any]]:
 
 def ask_nodes(path: str) -> dict[str, dict[str, str] | str]:
     """Return by node address its versions and what it reads at `path`; a sentence where it cannot tell."""
-    asked = {}
+    asked, look = {}, ray.remote(num_cpus=0, max_retries=0)(_look)
     for node in nodes_alive():
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[node["NodeManagerAddress"]] = _look.options(scheduling_strategy=here).remote(path)
+        asked[node["NodeManagerAddress"]] = look.options(scheduling_strategy=here).remote(path)
     found: dict[str, dict[str, str] | str] = {}
     for address, answer in asked.items():
         try:

@@ -237,7 +237,7 @@ def checksum(payload: Mapping[str, Any]) -> str:
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
         elif isinstance(value, Mapping):
             digest.update(f"{{{len(value)}".encode())
             for key, each in value.items():

@@ -235,6 +235,10 @@ def test_damaged_commits(data: st.DataObject, sweep: SweepFolder) -> None:
             path.write_text(json.dumps(fields))
         collected = collect(sweep.path)
         assert len(collected.runs) + len(collected.warnings) >= 1
+        for run in collected.runs:
+            assert run.run_id == "t0000", "a name inside the file is not trusted"
+            assert isinstance(run.step, int)
+            assert isinstance(run.config, dict)
     finally:
         path.write_bytes(content)
 

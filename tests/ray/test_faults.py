@@ -192,3 +192,23 @@ def test_nodes_that_see_another_folder_are_refused(
     answer("it cannot run landscape_ray: no torch")
     with pytest.raises(UserError, match=r"node 10.0.0.1 cannot take trials \(it cannot run"):
         cluster.check_nodes(folder)
+
+
+def test_a_resource_that_an_autoscaler_will_start_is_waited_for(
+    sweep_text: SweepText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tomllib
+
+    import ray
+
+    from landscape_ray.config import parse
+    from landscape_ray.errors import UserError
+    from landscape_ray.sweep.cluster import check_resources
+    from landscape_ray.sweep.spec import SweepSpec
+
+    spec = parse(SweepSpec, tomllib.loads(sweep_text(resources={"gpus_per_trial": 1})), "file")
+    with pytest.raises(UserError, match=r"resources.gpus_per_trial must fit on one node"):
+        check_resources(spec)
+    state = ray._private.state.state
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 8, "GPU": 2})
+    check_resources(spec)
