@@ -55,7 +55,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("num_matvecs", "int64", "products", "Hessian-vector products spent (probe)"),
     Column("price_gradients", "float64", "gradients", "cost in gradients on the probe batch (probe)"),
     Column("converged", "int64", "", "1 where the accuracy that was asked for was reached, else 0 (probe)"),
-    Column("event", "string", "", "exploit | mutate | diverged | resume | branch | clamp (event)"),
+    Column("event", "string", "", "exploit | mutate | diverged | resume | branch | clamp | fallback (event)"),
     Column("donor", "string", "", "run whose weights were copied (event: exploit, branch)"),
     Column("donor_step", "int64", "updates", "step of the copied weights (event: exploit, branch)"),
     Column("detail", "string", "", "JSON object with what changed (event)"),

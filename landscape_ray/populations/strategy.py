@@ -169,6 +169,18 @@ class Strategy(ABC):
             return []
         return self._settle()
 
+    def reopen(self) -> list[Decision]:
+        """Take up again members that had reached a shorter horizon; return the decisions about them, perhaps none."""
+        ended = [
+            n for n, member in self.members.items() if member.status == "finished" and member.step < self.num_steps
+        ]
+        for number in ended:
+            self.members[number].status = "waiting"
+        self._waiting |= set(ended)
+        if not ended or (self.synchronous and self._num_training):
+            return []
+        return self._settle()
+
     @abstractmethod
     def decide(self, ready: list[int]) -> dict[int, Choice]:
         """Return a choice for members that wait; one that is left out goes on as it is.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +31,8 @@ from landscape_ray.tracking.parts import PartWriter
 from landscape_ray.training import TrainState, read_checkpoint, train
 
 CHECKPOINT = "state.pt"
+PREVIOUS = "previous.pt"
+"""The checkpoint before, kept while a trial runs: where the last one turns out damaged, it goes on from there."""
 
 
 def trial_id_of(index: int, level: int = 0) -> str:
@@ -67,6 +71,15 @@ def checkpoint_of(folder: SweepFolder, run_id: str | None = None) -> tuple[str, 
     if run_id not in there:
         raise UserError(f"--run must be a run with a checkpoint ({', '.join(sorted(there)[:8])}), got '{run_id}'")
     return run_id, there[run_id].checkpoint_path / CHECKPOINT
+
+
+def _set_aside(checkpoint: Path, previous: Path) -> None:
+    """Keep the checkpoint that is about to be replaced under another name; there is one under its own all the time."""
+    temporary = previous.with_name(f".{previous.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the first commit, or a file system without hard links, which keeps one only
+        os.link(checkpoint, temporary)
+        os.replace(temporary, previous)
 
 
 class TrialRun:
@@ -109,11 +122,13 @@ class TrialRun:
         self._peak_bytes = before.peak_memory_bytes if before is not None else math.nan
         reset_peak()
         self.write_state: Callable[..., None] = lambda path, **extra: self.state.save(path, **extra)
-        checkpoint = folder.checkpoint_path / CHECKPOINT
-        if checkpoint.exists():
-            self.state, extra = TrainState.load(checkpoint, self.config, data)
+        checkpoint, previous = folder.checkpoint_path / CHECKPOINT, folder.checkpoint_path / PREVIOUS
+        if checkpoint.exists() or previous.exists():
+            self.state, extra, damage = self._load(checkpoint, data)
             self.writer = PartWriter(folder, int(extra["num_parts"]))
             self._reopened(extra)
+            if damage:
+                self._event("fallback", {"reason": damage})
         else:
             self.state = TrainState.create(self.config, data)
             self.writer = PartWriter(folder)
@@ -133,6 +148,21 @@ class TrialRun:
     def finished(self) -> bool:
         """Whether the trial has ended."""
         return self.state.finished
+
+    def _load(self, checkpoint: Path, data: Data | None) -> tuple[TrainState, dict[str, Any], str]:
+        """Return the state of the last checkpoint, its extra values, and why it is the one before where it is."""
+        previous = checkpoint.with_name(PREVIOUS)
+        try:
+            return *TrainState.load(checkpoint, self.config, data), ""
+        except UserError as error:
+            if not previous.exists():
+                raise
+            try:
+                found = TrainState.load(previous, self.config, data)
+            except UserError:
+                raise error from None
+            os.replace(previous, checkpoint)  # else the next commit would keep the damaged one as the one before
+            return *found, str(error)
 
     def advance(self) -> None:
         """Train to the next commit and make it durable."""
@@ -171,8 +201,13 @@ class TrialRun:
         """
         self._check_driver()
         num_parts = self.writer.flush()
-        self.save(self.folder.checkpoint_path / CHECKPOINT, num_parts)
+        checkpoint = self.folder.checkpoint_path / CHECKPOINT
+        previous = checkpoint.with_name(PREVIOUS)
+        _set_aside(checkpoint, previous)
+        self.save(checkpoint, num_parts)
         self.folder.commit(self.summary(), num_parts)
+        if self.state.finished:
+            previous.unlink(missing_ok=True)  # nothing is left to train: one checkpoint a trial is what stays
         if self.state.diverged is None and (path := self.trunk.wants(self.state.step)) is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.save(path)

@@ -30,6 +30,9 @@ BUILT_IN = ("stdlib", "digits")
 FIXED_IN_TRAINING = ("num_steps", "optimizer.name", "averaging.name")
 """What members of a population cannot change, beside model, data, loss and evaluation."""
 
+CHANGES = "changes"
+"""Entry of sweep.json: what was changed when the sweep was extended, by dotted name."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -49,8 +52,13 @@ class ResourcesConfig(Model):
     cpus_per_trial: float = Field(default=1.0, gt=0)
     """Ray CPUs; also the number of torch threads, at least one. Below 1, several trials share a core."""
     gpus_per_trial: float = Field(default=0.0, ge=0)
+    memory_gib_per_trial: float | None = Field(default=None, gt=0)
+    """Memory that Ray sets aside on the trial's node, so that no more trials start there than fit. Default: none."""
     max_failures: int = Field(default=1, ge=0)
-    """How often a crashed trial is started again, from its last checkpoint."""
+    """How often a trial is started again, from its last checkpoint, after it raised or its process or node was lost."""
+    max_report_seconds: float | None = Field(default=None, gt=0)
+    """Longest time between two commits of a trial, its start included. A trial that takes longer hangs: its process is
+    ended, which counts as a failure. Default: no limit."""
 
     @property
     def num_threads(self) -> int:
@@ -352,13 +360,14 @@ def read_spec(path: Path) -> tuple[SweepSpec, str]:
 
 
 def spec_of(folder: SweepFolder) -> SweepSpec:
-    """Return the sweep that a folder was made for.
+    """Return the sweep that a folder was made for, as it was extended since.
 
     A relative path of data means what it meant where the sweep was launched: trials run in other working directories,
     and a resume may.
     """
-    spec, _ = read_spec(folder.spec_path)
-    launched_in = Path(folder.meta.get("launched_in", folder.path))
+    meta = folder.meta
+    spec = parse(SweepSpec, with_values(read_toml(folder.spec_path), meta.get(CHANGES, {})), str(folder.spec_path))
+    launched_in = Path(meta.get("launched_in", folder.path))
 
     def absolute(source: Any) -> Any:
         return source if source in BUILT_IN else str(launched_in / Path(source).expanduser())

@@ -10,6 +10,7 @@ import torch
 from ray import tune
 
 from landscape_ray.sweep.cohort import CohortRun
+from landscape_ray.sweep.limits import hang_path, time_limit
 from landscape_ray.sweep.run import TrialRun, index_of
 from landscape_ray.sweep.spec import spec_of
 from landscape_ray.tracking.folder import SweepFolder
@@ -21,8 +22,8 @@ class SweepTrainable(tune.Trainable):
     The trial's folder is opened by the first step, not by the constructor: Ray starts actors for a trial
     and then lets another one, which became free, run it. An actor that is never asked to work must touch nothing.
 
-    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `trial` (`trial_id`, `values` and `note`; for a cohort
-    its `members`, each with these).
+    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `max_report_seconds` (may be absent), `trial`
+    (`trial_id`, `values` and `note`; for a cohort its `members`, each with these).
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -50,9 +51,11 @@ class SweepTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Train to the next commit."""
-        if not self._run.finished:
-            self._run.advance()
-        return self._run.result()
+        report = hang_path(Path(self._given["sweep_path"]), self.trial_name)
+        with time_limit(self._given.get("max_report_seconds"), report):
+            if not self._run.finished:
+                self._run.advance()
+            return self._run.result()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Become another trial."""

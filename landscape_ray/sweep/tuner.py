@@ -15,17 +15,21 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import optuna
 import ray
 from ray import cloudpickle, tune
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 from rich.console import Console
 
 from landscape_ray.errors import UserError
 from landscape_ray.signals import termination_as_interrupt
+from landscape_ray.sweep.cluster import check_nodes, check_resources, private_token, runtime_env
 from landscape_ray.sweep.display import Dashboard
+from landscape_ray.sweep.limits import hang_path
 from landscape_ray.sweep.population.book import PopulationBook
 from landscape_ray.sweep.population.exchange import open_exchange, weights_limit
 from landscape_ray.sweep.population.scheduler import PopulationScheduler
@@ -65,6 +69,8 @@ def drive(
             f"[dim]starting Ray {'at ' + address if address else 'on this machine'} ...[/dim]", highlight=False
         )
         with _ray(address, spec), termination_as_interrupt():  # once more: Ray sets handlers of its own
+            for warning in check_nodes(folder):
+                console.print(f"[yellow]{warning}[/yellow]", highlight=False, soft_wrap=True)
             attempt = next_attempt(folder)
             uri = resolve_tracking_uri(tracking_uri, folder.path.parent, folder.meta.get("tracking_uri"))
             failures, num_left = _fit(folder, spec, console, attempt, uri)
@@ -81,6 +87,7 @@ def _fit(
         "sweep_path": str(folder.path),
         "num_threads": spec.resources.num_threads,
         "attempt": attempt,
+        "max_report_seconds": spec.resources.max_report_seconds,
     }
     tune_config: dict[str, Any] = {
         "metric": OBJECTIVE,
@@ -104,6 +111,7 @@ def _fit(
             return {}, 0
     else:
         population = PopulationBook(spec, folder)
+        population.reopen()
         if not population.open:
             return {}, 0
         name = f"population-{folder.meta['sweep_id']}-{attempt}"
@@ -117,6 +125,8 @@ def _fit(
         tune_config |= {"scheduler": PopulationScheduler(population, exchange, _num_places(spec))}
 
     resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
+    if spec.resources.memory_gib_per_trial is not None:
+        resources["memory"] = spec.resources.memory_gib_per_trial * 2**30
     with Dashboard(console, folder.path.name, spec.num_trials, first_config(spec).num_steps) as dashboard:
         for summary in known.values():
             dashboard.known(summary)
@@ -222,13 +232,23 @@ def members_of(trial: Any) -> list[dict[str, Any]]:
 
 def _error_of(trial: Any) -> BaseException:
     """Return what a trial failed of, from the file that Ray keeps on this machine; it reaches the storage later."""
+    hang = hang_path(Path(trial.config["sweep_path"]), str(trial))
+    if hang.exists() and hang.stat().st_size:
+        limit = trial.config.get("max_report_seconds")
+        return RuntimeError(f"no commit within resources.max_report_seconds = {limit}; where it hung is in {hang}")
     path = trial.pickled_error_file
+    error: Any = None
     if path is not None and os.path.exists(path):
         with open(path, "rb") as file:
             error = cloudpickle.load(file)  # written by this very process
-        if isinstance(error, BaseException):
-            return error
-    return RuntimeError("its process died without saying why; is there enough memory?")
+    if isinstance(error, OutOfMemoryError):
+        return RuntimeError(
+            "Ray ended it because its node ran out of memory; set resources.memory_gib_per_trial, so that fewer trials "
+            "share a node, or make the trials smaller"
+        )
+    if error is None or isinstance(error, RayActorError):
+        return RuntimeError("its process died or its node was lost; is there enough memory?")
+    return error if isinstance(error, BaseException) else RuntimeError(str(error))
 
 
 def _name_of(trial: Any) -> str:
@@ -284,32 +304,15 @@ def _ray(address: str | None, spec: SweepSpec) -> Iterator[None]:
     started_here = not ray.is_initialized()
     if started_here:
         try:
-            options = {"include_dashboard": False} if address is None else {}
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+            options = {"include_dashboard": False} if address is None else {"runtime_env": runtime_env(spec)}
+            with private_token():
+                ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(_no_cluster(address, error)) from None
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are in the outcome, in one line each
     try:
-        _check_resources(spec)
+        check_resources(spec)
         yield
     finally:
         if started_here:
             ray.shutdown()
-
-
-def _check_resources(spec: SweepSpec) -> None:
-    """Raise if no node of the cluster could ever hold one trial.
-
-    Raises:
-        UserError: names the resource, what a trial asks for and what the largest node has.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for field, resource, wanted in (
-        ("cpus_per_trial", "CPU", spec.resources.cpus_per_trial),
-        ("gpus_per_trial", "GPU", spec.resources.gpus_per_trial),
-    ):
-        largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
-        if wanted > largest:
-            raise UserError(
-                f"resources.{field} must fit on one node, got {wanted:g}; the largest node has {largest:g} {resource}"
-            )

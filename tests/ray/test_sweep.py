@@ -193,6 +193,9 @@ def test_a_trial_that_fits_no_node_is_refused(sweep_text: SweepText, tmp_path: P
     text = sweep_text(resources={"gpus_per_trial": 1})
     with pytest.raises(UserError, match=r"resources.gpus_per_trial must fit on one node, got 1; the largest .* 0 GPU"):
         drive(start(text, tmp_path, "gpu"))
+    text = sweep_text(resources={"memory_gib_per_trial": 1e6})
+    with pytest.raises(UserError, match=r"resources.memory_gib_per_trial must fit on one node.*GiB of memory"):
+        drive(start(text, tmp_path, "memory"))
 
 
 @pytest.mark.acceptance

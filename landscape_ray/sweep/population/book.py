@@ -8,11 +8,11 @@ from typing import Any
 
 from landscape_ray.domains import Value
 from landscape_ray.errors import UserError
-from landscape_ray.files import write_atomic
+from landscape_ray.files import link_or_copy, write_atomic
 from landscape_ray.populations import Decision, Observation, Point, Strategy
 from landscape_ray.sweep.population.config import build_strategy
 from landscape_ray.sweep.population.orders import Order, Weights
-from landscape_ray.sweep.run import index_of, trial_id_of
+from landscape_ray.sweep.run import CHECKPOINT, index_of, trial_id_of
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.folder import SweepFolder
 
@@ -98,6 +98,18 @@ class PopulationBook:
         self._clear()
         return made
 
+    def reopen(self) -> None:
+        """Take up again members that had come to their end, where the sweep has been given a longer one since."""
+        decisions = self.strategy.reopen()
+        for decision in decisions:
+            member = decision.member
+            weights, folder = self._weights[member], self._folder.trial(trial_id_of(member))
+            link_or_copy(
+                folder.checkpoint_path / CHECKPOINT, weights.path(folder)
+            )  # others may copy what is now its last
+            self._files.add(weights)
+        self._take(decisions)
+
     def _take(self, decisions: list[Decision]) -> list[Order]:
         """Make orders of decisions, durably."""
         if not decisions:
@@ -106,7 +118,9 @@ class PopulationBook:
         made: list[Order] = []
         for decision in decisions:
             member = decision.member
-            serial = self.orders[member].serial + 1 if member in self.orders else 0
+            latest = self.orders.get(member)
+            # nobody begins an order to stop: what comes after all is in its place
+            serial = 0 if latest is None else latest.serial + (0 if latest.stops else 1)
             source = None if decision.donor is None else before[decision.donor]
             if source is not None:
                 self._weights[member] = source

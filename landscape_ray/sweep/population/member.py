@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 
 from landscape_ray.data import Data
 from landscape_ray.errors import UserError
-from landscape_ray.files import write_atomic
+from landscape_ray.files import link_or_copy, write_atomic
 from landscape_ray.populations.decisions import points_to_json
 from landscape_ray.records import Record
 from landscape_ray.sweep.population.orders import Order, Weights
@@ -162,7 +160,7 @@ class MemberRun(TrialRun):
                     f"an order must end where the member is evaluated, got step {self.state.step}; "
                     "choose intervals that are multiples of train.eval.every_steps"
                 )
-            _link(self.folder.checkpoint_path / CHECKPOINT, self.observed.path(self.folder))
+            link_or_copy(self.folder.checkpoint_path / CHECKPOINT, self.observed.path(self.folder))
 
     def _write(self, path: Path, **extra: str | int) -> None:
         """Write the checkpoint, and keep its content for those who copy it."""
@@ -200,15 +198,3 @@ def _applied_while_training(before: TrainConfig, after: TrainConfig) -> bool:
         return False
     optimizer = after.optimizer.model_copy(update={"weight_decay": before.optimizer.weight_decay})
     return after.model_copy(update={"schedule": before.schedule, "optimizer": optimizer}) == before
-
-
-def _link(path: Path, other: Path) -> None:
-    """Give a file another name, under which it stays when the first is replaced."""
-    try:
-        os.link(path, other)
-    except FileExistsError:
-        pass  # a report is repeated
-    except OSError:  # a file system without hard links
-        temporary = other.with_suffix(".tmp")
-        shutil.copyfile(path, temporary)
-        os.replace(temporary, other)

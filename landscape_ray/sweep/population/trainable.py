@@ -14,6 +14,7 @@ from ray import tune
 from ray.exceptions import RayError
 
 from landscape_ray.data import Data
+from landscape_ray.sweep.limits import hang_path, time_limit
 from landscape_ray.sweep.population.exchange import Handout
 from landscape_ray.sweep.population.member import MemberRun
 from landscape_ray.sweep.run import index_of
@@ -31,7 +32,7 @@ class MemberTrainable(tune.Trainable):
     another one run it. Ray keeps no checkpoint of a member: whoever opens it asks the exchange what it is to do.
 
     Configuration keys: `sweep_path`, `num_threads`, `attempt`, `exchange` (name of the actor), `weights_limit` (bytes),
-    `trial` (`trial_id`, `values`).
+    `max_report_seconds` (may be absent; waiting does not count), `trial` (`trial_id`, `values`).
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -56,7 +57,9 @@ class MemberTrainable(tune.Trainable):
         run = self._run
         assert run is not None
         if not run.reached:
-            run.advance()
+            report = hang_path(Path(self._given["sweep_path"]), self.trial_name)
+            with time_limit(self._given.get("max_report_seconds"), report):
+                run.advance()
         if run.reached:
             self._offer(run)
         self._returned = time.perf_counter()

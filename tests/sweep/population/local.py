@@ -24,6 +24,7 @@ class Local:
         self.folder, self.attempt, self.memory = folder, attempt, memory
         self.spec: SweepSpec = spec_of(folder)
         self.book = PopulationBook(self.spec, folder)
+        self.book.reopen()
         self.decisions: list[Decision] = []
         self.runs: dict[int, MemberRun] = {}
         self.contents: dict[Any, bytes] = {}

@@ -11,6 +11,7 @@ import torch
 
 from landscape_ray.config import with_values
 from landscape_ray.errors import UserError
+from landscape_ray.sweep.extension import extend
 from landscape_ray.sweep.population.book import PopulationBook, population_of
 from landscape_ray.sweep.run import CHECKPOINT, trial_id_of
 from landscape_ray.sweep.spec import spec_of
@@ -132,7 +133,7 @@ def test_a_crash_inside_a_step_changes_nothing(
     targets: dict[str, tuple[Any, str]] = {
         "write": (book.PopulationBook, "_write"),
         "begin": (member.MemberRun, "begin"),
-        "link": (member, "_link"),
+        "link": (member, "link_or_copy"),
         "report": (book.PopulationBook, "report"),
     }
     owner, name = targets[place]
@@ -268,3 +269,23 @@ def test_what_cannot_be_continued_is_refused(text: Text, tmp_path: Path) -> None
         PopulationBook(spec, folder)
     with pytest.raises(UserError, match=r"has no \[population\] table; add one"):
         PopulationBook(spec.model_copy(update={"population": None}), folder)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("synchronous", [True, False], ids=["sync", "async"])
+def test_a_population_goes_on_to_a_later_end(text: Text, tmp_path: Path, synchronous: bool) -> None:
+    """Members that had ended train on, copy each other's last weights, and every step is recorded once."""
+    folder = make(tmp_path / "s", text(synchronous=synchronous, quantile_fraction=0.5))
+    Local(folder).run()
+    assert PopulationBook(spec_of(folder), folder).open == []
+    assert extend(folder, num_steps=40) == {"train.num_steps": 40}
+    later = Local(folder, attempt=2, memory=False).run()
+    assert {decision.until_step for decision in later.decisions if decision.action != "stop"} <= {30, 35, 40}
+    assert {folder.trial(trial_id_of(k)).summary().step for k in range(4)} == {40}  # type: ignore[union-attr]
+    for member in range(4):
+        steps = [row["step"] for row in rows(folder, member, "step")]
+        assert steps[-1] == 40
+        assert len(steps) >= 40
+    if synchronous:
+        path = later.book.strategy.lineage.path(0)
+        assert [(segment.start_step, segment.stop_step) for segment in path] == [(k, k + 5) for k in range(0, 40, 5)]
