@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,21 +26,23 @@ Make = Callable[..., Strategy]
 
 
 @pytest.fixture(scope="module")
-def rivals() -> Any:
+def rivals() -> Iterator[Any]:
     """The benchmark's module, which is no part of the package."""
     spec = importlib.util.spec_from_file_location("population_rivals", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[spec.name]
 
 
 @pytest.fixture
 def stock(rivals: Any) -> Iterator[Make]:
     """Ray's scheduler as a strategy; the global generators that it draws from are put back."""
-    import random
-
     before, numpy_before = random.getstate(), np.random.get_state()  # noqa: NPY002  # Ray draws from these
     yield rivals.StockRay
     random.setstate(before)

@@ -32,7 +32,8 @@ def plain(content: Any) -> Any:
     if isinstance(content, torch.Tensor):
         return content.tolist()
     if isinstance(content, dict):
-        return {str(key): plain(value) for key, value in content.items()}
+        # learning rate and momentum of the groups are written before each update, and so not worth saving
+        return {str(key): plain(value) for key, value in content.items() if key != "param_groups"}
     return [plain(value) for value in content] if isinstance(content, list | tuple) else content
 
 
@@ -50,9 +51,14 @@ def finished(run: CohortPopulation) -> CohortPopulation:
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize("synchronous", [True, False], ids=["sync", "async"])
 @pytest.mark.parametrize(
-    ("name", "route"), [("truncation", "single"), ("truncation", "stacked"), ("forecast", "single"), ("ipbt", "single")]
+    ("name", "route", "synchronous"),
+    [
+        ("truncation", "stacked", True),
+        ("truncation", "single", False),
+        ("forecast", "single", True),
+        ("ipbt", "single", False),
+    ],
 )
 def test_a_resumed_population_ends_as_the_one_that_was_not_interrupted(
     name: str, route: str, synchronous: bool, tmp_path: Path

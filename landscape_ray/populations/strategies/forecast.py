@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from landscape_ray.populations.strategies.forecasting import Fit, Forecaster, Li
 from landscape_ray.populations.strategies.truncation import Truncation
 from landscape_ray.registry import suggest
 from landscape_ray.schedules import Schedule
+
+Item = TypeVar("Item")
 
 MIN_ROUNDS = 2
 """Rounds of forecasts that must have been checked before the law can be trusted."""
@@ -278,12 +280,10 @@ class Forecast(Truncation):
         """Give members the past of the weights that they take."""
         donors = {number: choice.donor for number, choice in choices.items() if choice.donor is not None}
         self._states |= {number: self._states[donor].copy() for number, donor in donors.items()}
-        for own in (self._recent, self._made, self._fallen, self._offsets):
-            theirs = {number: own.get(donor) for number, donor in donors.items()}  # before any is overwritten
-            for number, value in theirs.items():
-                own.pop(number, None)
-                if value is not None:
-                    own[number] = value
+        _copy(self._recent, donors)
+        _copy(self._made, donors)
+        _copy(self._fallen, donors)
+        _copy(self._offsets, donors)
 
     # saving
 
@@ -318,3 +318,11 @@ class Forecast(Truncation):
         self._offsets = {number: decode(offset) for number, offset in state["offsets"]}
         self._averaged = state["averaged"]
         self._checks = [Check(*check) for check in state["checks"]]
+
+
+def _copy(own: dict[int, Item], donors: dict[int, int]) -> None:
+    """Give members what their donors have, or nothing where these have nothing."""
+    theirs = {number: own[donor] for number, donor in donors.items() if donor in own}  # before any is overwritten
+    for number in donors:
+        own.pop(number, None)
+    own |= theirs
