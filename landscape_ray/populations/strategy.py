@@ -26,7 +26,7 @@ from landscape_ray.populations.decisions import Action, Choice, Decision, Observ
 from landscape_ray.populations.explore import Explorer, explore, initial_members
 from landscape_ray.populations.lineage import Lineage
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 Status = Literal["training", "waiting", "finished", "stopped"]
 
