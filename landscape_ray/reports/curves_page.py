@@ -86,13 +86,21 @@ def _fitted(found: SweepFit, law: Law, curve: Curve) -> Prediction:
     )
 
 
+def _colors(curves: Sequence[Curve]) -> dict[str, tuple[str, str]]:
+    """Return colour and legend entry of every curve, the same in all figures; the lowest final losses have their own."""
+    order = sorted(curves, key=lambda curve: float(curve.loss_nats[-1]))
+    return {
+        curve.run_id: (COLORS[rank], curve.run_id) if rank < len(COLORS) else ("muted", "other runs")
+        for rank, curve in enumerate(order)
+    }
+
+
 def _law_figure(found: SweepFit, curves: Sequence[Curve], fitted: Sequence[Prediction]) -> Figure:
     losses: list[Series] = []
     rates: list[Series] = []
-    order = sorted(range(len(curves)), key=lambda i: float(curves[i].loss_nats[-1]))
-    for rank, i in enumerate(order):
-        curve, line = curves[i], fitted[i]
-        color, name = (COLORS[rank], curve.run_id) if rank < len(COLORS) else ("muted", "other runs")
+    colors = _colors(curves)
+    for curve, line in zip(curves, fitted, strict=True):
+        color, name = colors[curve.run_id]
         x, y = thin(line.step, curve.loss_nats[-len(line.step) :], 150)
         losses.append(series("points", x, y, name=name, color=color, size=4.0, hover=f"{curve.run_id}, measured"))
         x, y = thin(line.step, line.loss_nats, 300)
@@ -179,11 +187,11 @@ def _finals_figure(found: SweepFit) -> Figure:
 
 def _residual_figure(found: SweepFit, curves: Sequence[Curve], fitted: Sequence[Prediction]) -> Figure:
     drawn: list[Series] = [series("hline", [0.0], [0.0], color="muted", weight="muted")]
-    worst, where = 0.0, ""
-    for number, (curve, line) in enumerate(zip(curves, fitted, strict=True)):
+    worst, where, colors = 0.0, "", _colors(curves)
+    for curve, line in zip(curves, fitted, strict=True):
         off = 100 * (curve.loss_nats[-len(line.step) :] / line.loss_nats - 1)
         x, y = thin(line.step, off, 200)
-        color, name = (COLORS[number], curve.run_id) if number < len(COLORS) else ("muted", "other runs")
+        color, name = colors[curve.run_id]
         drawn.append(series("line", x, y, name=name, color=color, hover=curve.run_id))
         if np.abs(off).max() > worst:
             worst, where = float(np.abs(off).max()), curve.run_id
