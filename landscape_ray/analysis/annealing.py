@@ -30,8 +30,10 @@ from landscape_ray.laws import (
     calibrate,
     fit_curves,
     leave_one_schedule_out,
+    objective_sensitivity,
 )
 from landscape_ray.laws.curves.annealing import ANNEALING
+from landscape_ray.laws.trust.checklist import Evidence, Item, checklist, to_plain
 from landscape_ray.text import listing, lr, plural
 
 if TYPE_CHECKING:
@@ -250,8 +252,11 @@ def fit_collected(
     units = {run.run_id: run.loss_unit for run in collected.runs}
     best = min(group.curves, key=lambda curve: float(curve.loss_nats[-1]))
     warmups = [curve.warmup_steps for curve in group.curves]
+    fitted = calibrate(fit_curves(law, group.curves, **options), forecasts)
+    evidence = Evidence(schedules=forecasts, objectives=objective_sensitivity(group.curves, law=law, **options))
+    record = checklist(law, fitted, evidence, _facts(group, fitted, found.excluded))
     return SweepFit(
-        fit=calibrate(fit_curves(law, group.curves, **options), forecasts),
+        fit=dataclasses.replace(fitted, checklist=to_plain(record)),
         peak_lr=group.peak_lr,
         run_ids=tuple(curve.run_id for curve in group.curves),
         shapes=group.shapes,
@@ -265,6 +270,36 @@ def fit_collected(
         best_loss_nats=float(best.loss_nats[-1]),
         loss_unit=units.get(best.run_id, "nats/token"),
     )
+
+
+def _facts(group: CurveGroup, fit: FitResult, excluded: dict[str, str]) -> list[Item]:
+    """Return what the record says of the training set-up and the data."""
+    dropped = fit.data["num_points_dropped"]
+    left = "; ".join(f"{run}: {why}" for run, why in list(excluded.items())[:5])
+    return [
+        Item("B", "peak learning rate", f"{lr(group.peak_lr)}, the same in all runs"),
+        Item("B", "schedules", f"{group.num_schedules} different: {', '.join(sorted(set(group.shapes.values())))}"),
+        Item(
+            "B",
+            "model, data, optimizer and batch",
+            "not told by loss curves",
+            "unknown",
+            "the law holds for one setting: make sure that the runs share it",
+        ),
+        Item(
+            "C",
+            "losses",
+            f"{fit.data['num_points']} fitted; {dropped} up to step {fit.data['skip_steps']} or in a warm-up left out",
+        ),
+        Item(
+            "C",
+            "runs left out",
+            f"{len(excluded)}{': ' + left if left else ''}",
+            "warning" if excluded else "ok",
+            "see the list of excluded runs" if excluded else "",
+        ),
+        Item("F", "precision", "parameters and samples with every digit of float64"),
+    ]
 
 
 def load_fit(folder: SweepFolder | Path | str, law: str = ANNEALING.name) -> SweepFit | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
 from landscape_ray import text
 from landscape_ray.analysis.scaling import PAGE_NAME, ScalingFit
 from landscape_ray.files import write_atomic
-from landscape_ray.laws.trust.checklist import SECTIONS
+from landscape_ray.laws import FitResult, Law
+from landscape_ray.laws.trust.checklist import SECTIONS, from_plain
 from landscape_ray.reports import fit_figures
 from landscape_ray.reports.figures import Figure
 from landscape_ray.reports.law_section import STATUS_SENTENCE
@@ -37,10 +39,10 @@ def render(found: ScalingFit) -> str:
     drawn = figures(found)
     by_key = {figure.key: figure for figure in drawn}
     bodies = {
-        "law": block(by_key["law"]) + _parameters(found),
+        "law": block(by_key["law"]) + parameter_table(found.fit, found.law),
         "measured": "".join(block(figure) for figure in drawn if figure.key != "law"),
         "unseen": _beyond(found),
-        "record": _record(found) + _excluded(found),
+        "record": record_tables(found.fit) + excluded_runs(found.excluded),
     }
     facts = ["landscape_ray law", found.source, found.law.name]
     title = (found.law.title or found.law.name).capitalize()
@@ -56,6 +58,19 @@ def figures(found: ScalingFit) -> list[Figure]:
 
 def _summary(found: ScalingFit) -> str:
     fit, law = found.fit, found.law
+    objective = fit.objective
+    delta = f" (threshold {objective['huber_delta']:g})" if objective["huber_delta"] else ""
+    return (
+        f'<p class="lead"><code>{escape(law.formula)}</code></p>'
+        f"<p>{escape(law.reference)}. Fitted to {text.plural(fit.data['num_points'], 'point')} of "
+        f"{text.plural(len(fit.data['runs']), 'run')} from {escape(found.source)}, by "
+        f"{escape(objective['name'].replace('_', ' '))}{delta} of {escape(objective['of'])}.</p>"
+        f"{verdict(fit)}"
+    )
+
+
+def verdict(fit: FitResult) -> str:
+    """Return the status of a fit, how its optimum was found, and what to read before use."""
     mark = "good" if fit.status == "certified" else "bad"
     certificate = fit.certificate
     how = (
@@ -63,14 +78,8 @@ def _summary(found: ScalingFit) -> str:
         f"condition number {text.number(certificate['condition_number'], 3)}; "
         f"{certificate['points_per_parameter']:.0f} points per parameter."
     )
-    objective = fit.objective
-    delta = f" (threshold {objective['huber_delta']:g})" if objective["huber_delta"] else ""
     counts = fit.checklist.get("counts", {})
     return (
-        f'<p class="lead"><code>{escape(law.formula)}</code></p>'
-        f"<p>{escape(law.reference)}. Fitted to {text.plural(fit.data['num_points'], 'point')} of "
-        f"{text.plural(len(fit.data['runs']), 'run')} from {escape(found.source)}, by "
-        f"{escape(objective['name'].replace('_', ' '))}{delta} of {escape(objective['of'])}.</p>"
         f'<p><span class="{mark}">{escape(fit.status)}</span> {escape(STATUS_SENTENCE[fit.status])} {escape(how)}</p>'
         f"<p>{counts.get('warning', 0)} warnings, {counts.get('unknown', 0)} unknowns and {counts.get('ok', 0)} items "
         "without objection in the record below.</p>"
@@ -78,8 +87,8 @@ def _summary(found: ScalingFit) -> str:
     )
 
 
-def _parameters(found: ScalingFit) -> str:
-    fit, law = found.fit, found.law
+def parameter_table(fit: FitResult, law: Law) -> str:
+    """Return the parameters with their intervals and meanings, and the size of the residuals."""
     rows = []
     for name, value in fit.parameters.items():
         interval = fit.intervals.get(name)
@@ -105,10 +114,11 @@ def _beyond(found: ScalingFit) -> str:
     return f"<ul>{items}</ul>{misfit}"
 
 
-def _record(found: ScalingFit) -> str:
+def record_tables(fit: FitResult) -> str:
+    """Return the record of a fit, a table a section."""
     parts = []
     for key, title in SECTIONS.items():
-        items = [item for item in found.record if item.section == key]
+        items = [item for item in from_plain(fit.checklist) if item.section == key]
         rows = [[item.name, VERDICTS[item.verdict], item.value, item.remark] for item in items]
         if rows:
             parts.append(f"<h3>{key} {escape(title.capitalize())}</h3>")
@@ -116,8 +126,9 @@ def _record(found: ScalingFit) -> str:
     return "".join(parts)
 
 
-def _excluded(found: ScalingFit) -> str:
-    if not found.excluded:
+def excluded_runs(excluded: Mapping[str, str]) -> str:
+    """Return the runs that are not in a fit with the reasons, folded up."""
+    if not excluded:
         return ""
-    items = "".join(f"<li>{escape(f'{run}: {why}')}</li>" for run, why in found.excluded.items())
-    return f"<details><summary>Not in the fit ({len(found.excluded)})</summary><ul>{items}</ul></details>"
+    items = "".join(f"<li>{escape(f'{run}: {why}')}</li>" for run, why in excluded.items())
+    return f"<details><summary>Not in the fit ({len(excluded)})</summary><ul>{items}</ul></details>"
