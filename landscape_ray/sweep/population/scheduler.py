@@ -84,12 +84,15 @@ class PopulationScheduler(FIFOScheduler):
         )
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Return the trial that is furthest behind among those that have something to do and no actor."""
+        """Return, among the trials that have something to do and no actor, the one that has made the fewest updates.
+
+        Not the one at the lowest step: two that copy each other's early weights would keep the others from their turn.
+        """
         ready = []
         for trial in tune_controller.get_trials():
             member = index_of(str(trial))
             if trial.status in (Trial.PENDING, Trial.PAUSED) and not self.book.waits(member):
-                ready.append((self.book.strategy.members[member].step, member, trial))
+                ready.append((self.book.strategy.members[member].spent, member, trial))
         return min(ready, key=lambda each: each[:2])[2] if ready else None
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
