@@ -65,7 +65,7 @@ class Commit(NamedTuple):
 
 
 def _check_summary(trial_id: str, fields: dict[str, Any]) -> None:
-    """Raise ValueError unless a summary is what its trial wrote: others rely on its types and name files by it."""
+    """Raise ValueError unless a summary is what its trial wrote: others rely on its types and make file names of it."""
     if fields["run_id"] != trial_id:
         raise ValueError(f"it is of run {fields['run_id']!r}")
     if fields["status"] not in get_args(RunStatus):

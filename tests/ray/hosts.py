@@ -76,14 +76,16 @@ class Hosts:
         self.started.append(process)
         return process
 
-    def start_node(self, index: int, num_cpus: int) -> None:
+    def start_node(self, index: int, num_cpus: int, *, dashboard: bool = False) -> None:
         ray = str(Path(sys.executable).with_name("ray"))
         where = (
-            ["--head", f"--port={PORT}", "--include-dashboard=false"]
+            ["--head", f"--port={PORT}", f"--include-dashboard={str(dashboard).lower()}"]
             if index == 0
             else [f"--address={self.head_address}"]
         )
-        bare = {name: value for name, value in self.environment.items() if name != "PYTHONPATH"}  # no code of ours
+        bare = dict(self.environment)
+        if not dashboard:
+            bare.pop("PYTHONPATH", None)  # no code of ours is there
         with open(self.folder / f"{index}.log", "wb") as log:
             self.launch(
                 index, sys.executable, ray, "start", "--block", *where, f"--node-ip-address={self.address(index)}",

@@ -1,5 +1,6 @@
 """A population on several hosts, one of which is lost and another of which joins, in the middle."""
 
+import importlib.util
 import subprocess
 import sys
 import time
@@ -79,3 +80,29 @@ def test_a_host_is_lost_and_another_joins(sweep_text: Callable[..., str], tiny: 
     for run in collected.runs:
         steps = [row["step"] for row in rows if row["run_id"] == run.run_id and row["kind"] == "step"]
         assert steps == list(range(1, STEPS + 1)), run.run_id
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("ready_store")
+def test_a_sweep_is_handed_in_as_a_job(sweep_text: Callable[..., str], tmp_path: Path) -> None:
+    """What README says: the working directory goes along, the results come to the shared folder."""
+    if importlib.util.find_spec("aiohttp_cors") is None:
+        pytest.skip("jobs need ray[default]")
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "s.toml").write_text(sweep_text(search={"num_trials": 2}, resources={"cpus_per_trial": 1}))
+    with hosts(1) as cluster:
+        cluster.start_node(0, 2, dashboard=True)
+        cluster.wait_for_nodes(1)
+        ray = str(Path(sys.executable).with_name("ray"))
+        sweep = [sys.executable, "-m", "landscape_ray.cli", "sweep", "s.toml", "--name", "job", "--address", "auto"]
+        words = [sys.executable, ray, "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", str(work)]
+        done = subprocess.run(
+            cluster.command(0, *words, "--", *sweep, "--results", str(tmp_path / "runs")),
+            env=cluster.environment, cwd="/", capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-3000:]
+    assert "2 finished" in done.stdout
+    assert {run.status for run in collect(tmp_path / "runs" / "job").runs} == {"finished"}
