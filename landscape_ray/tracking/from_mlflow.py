@@ -179,12 +179,12 @@ def _rows(points: pa.Table, runs: Sequence[Run], names: Sequence[str]) -> pa.Tab
     # For each run and metric: kind, variant or probe, column; -1 where it is no metric of ours.
     lookup = np.full((3, max(1, len(runs) * len(known))), -1, dtype=np.int64)
     for number, run in enumerate(runs):
-        for key, (kind, name, column) in _targets(run).items():
-            if key in known:
-                lookup[:, number * len(known) + known[key]] = (kind, which.index(name), _COLUMNS.index(column))
+        for metric, (group, owner, into) in _targets(run).items():
+            if metric in known:
+                lookup[:, number * len(known) + known[metric]] = (group, which.index(owner), _COLUMNS.index(into))
     run_of, step, time_ms = (points[name].to_numpy() for name in ("run", "step", "timestamp"))
-    values, key = points["value"].to_numpy(), np.asarray(keys.indices)
-    kind, name_of, column_of = lookup[:, run_of * len(known) + key]
+    values, key_of = points["value"].to_numpy(), np.asarray(keys.indices)
+    kind, name_of, column_of = lookup[:, run_of * len(known) + key_of]
     ours = kind >= 0
     order = np.lexsort((name_of[ours], kind[ours], step[ours], time_ms[ours], run_of[ours]))
     chosen = np.flatnonzero(ours)[order]
@@ -211,7 +211,7 @@ def _rows(points: pa.Table, runs: Sequence[Run], names: Sequence[str]) -> pa.Tab
     found |= {"step": pa.array(step_of_row), "time_unix": pa.array(time_of_row / 1000)}
     found |= {"variant": text(2), "probe": text(3)}
     for metric, name in _PROGRESS.items():
-        here = key == known.get(metric, -1)
+        here = key_of == known.get(metric, -1)
         # seconds pass between an update and its evaluation; tokens and FLOPs are those of the step
         exact = name == "elapsed_seconds"
         there = [run_of[here], step[here], time_ms[here]] if exact else [run_of[here], step[here]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -36,8 +37,9 @@ def save_model(folder: SweepFolder, module: Any, run_id: str, step: int, require
         step: updates that it was trained for.
         requirements: versions of the packages that loading it takes.
     """
-    import mlflow.pytorch  # imports torch, which most of this package does without
-    from mlflow.models import Model
+    with _quiet():
+        import mlflow.pytorch  # imports torch, which most of this package does without
+        from mlflow.models import Model
 
     temporary = folder.path / f".model.{uuid.uuid4().hex[:8]}.tmp"
     try:
@@ -57,10 +59,10 @@ def save_model(folder: SweepFolder, module: Any, run_id: str, step: int, require
 
 def saved_model(folder: SweepFolder) -> tuple[str, int, str] | None:
     """Return run, step and identity of the model in the sweep folder, None without one."""
-    from mlflow.models import Model
-
     if not (folder.model_path / "MLmodel").is_file():
         return None
+    with _quiet():
+        from mlflow.models import Model
     model = Model.load(str(folder.model_path))
     noted = model.metadata or {}
     return str(noted.get(_RUN_ID, "")), int(noted.get(_STEP, 0)), str(model.model_uuid)
@@ -87,11 +89,16 @@ def log_model(runs: SweepRuns, folder: SweepFolder) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence MLflow's warning that pickles run code when they are loaded; the documentation says it."""
+    """Silence what MLflow says to its developers when it is imported, and that pickles run code when they are loaded.
+
+    The documentation says the latter.
+    """
     logger = logging.getLogger("mlflow.pytorch")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(before)

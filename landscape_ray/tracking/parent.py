@@ -197,8 +197,13 @@ def _copy(path: Path, masked: bool = False) -> Artifact:
         else:
             to.write_bytes(path.read_bytes())
 
+    return Artifact(path.name, stamp(path), write)
+
+
+def stamp(path: Path) -> str:
+    """Return what changes when a file is written anew."""
     stat = path.stat()
-    return Artifact(path.name, f"{stat.st_size}-{stat.st_mtime_ns}", write)
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def _hash(text: str) -> str:

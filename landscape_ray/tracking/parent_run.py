@@ -119,7 +119,7 @@ class ParentRun:
             log = functools.partial(runs.client.log_artifact, run.run_id, str(path))
             done = self._attempt(what, which, closing, log)
             if done:
-                made_of.pop(name, None)
+                made_of[name] = parent.stamp(path)
             if done or self._attempts[what, which] >= _MAX_ATTEMPTS:
                 del self._given[name]
         pause()

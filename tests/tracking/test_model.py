@@ -22,7 +22,7 @@ from landscape_ray.training import TrainConfig, TrainState
 CONFIG = {
     "num_steps": 10,
     "data": {"name": "images", "source": "digits"},
-    "model": {"name": "resnet", "width": 4, "depth": 1},
+    "model": {"name": "resnet", "width": 4, "depth": 8},
     "schedule": {"name": "constant", "peak_lr": 0.01},
 }
 

@@ -157,6 +157,12 @@ def test_nothing_is_sent_again_that_the_server_has(
     assert Projector(member, uri, "exp").close().error == ""
     assert [Path(path).name for path in uploads] == ["report.html"]
     assert state.calls == ["log_batch"]
+    member.report_path.write_text("newer")
+    handed_over = Projector(member, uri, "exp")
+    handed_over.log_artifacts([member.report_path])
+    assert handed_over.close().error == ""
+    assert Projector(member, uri, "exp").close().error == ""
+    assert len(uploads) == 2, "once, whichever way it comes"
 
 
 @pytest.mark.acceptance
