@@ -28,8 +28,10 @@ from landscape_ray.errors import UserError
 from landscape_ray.models import build_model
 from landscape_ray.records import RunSummary
 from landscape_ray.signals import termination_as_interrupt
+from landscape_ray.sweep.best_model import keep_best_model
 from landscape_ray.sweep.display import Dashboard, duration
 from landscape_ray.sweep.extension import text_id
+from landscape_ray.sweep.provenance import git_state, packages
 from landscape_ray.sweep.run import TrialRun, trial_id_of
 from landscape_ray.sweep.spec import NAME, SweepSpec, spec_of
 from landscape_ray.tracking.folder import SweepFolder, exists_message
@@ -100,6 +102,8 @@ def new_sweep(spec: SweepSpec, text: str, results: Path, name: str | None, track
         "attempts": 0,
         "versions": versions(),
         "hardware": hardware(),
+        "packages": packages(),
+        "git": git_state(Path.cwd()),
     }
     return SweepFolder.create(path, spec_text=text, meta=meta)
 
@@ -246,6 +250,10 @@ def conclude(
         tags={"landscape_ray.status": status, "landscape_ray.searcher": searcher},
         description=describe(spec, counts, best),
     )
+    if best is not None and status == "finished":
+        # The sweep is done, and its checkpoint is there: a network that cannot be pickled undoes nothing.
+        with contextlib.suppress(Exception):
+            keep_best_model(folder, best.run_id)
     sync = projector.close(timeout_seconds=30.0)
     return Outcome(folder, status, counts, failures, best, sync, time.monotonic() - started)
 
