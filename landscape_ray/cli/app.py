@@ -221,7 +221,9 @@ def report(
     sweeps: Sweeps = None,
     results: Results = DEFAULT_RESULTS,
     out: Annotated[Path | None, typer.Option("--out", help="File to write; default: report.html of the sweep.")] = None,
-    figures: Annotated[Path | None, typer.Option("--figures", help="Also write every figure as PNG here.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", help="Also write every figure as PNG and SVG here.")
+    ] = None,
 ) -> None:
     """Write one HTML page about one or several sweeps; it needs no network to be read."""
     import tempfile
@@ -237,7 +239,7 @@ def report(
             export_figures(paths, figures)
     console.print(f"report: {shown(page)}", highlight=False, soft_wrap=True)
     with console.status("adding it to MLflow ..."), tempfile.TemporaryDirectory() as temporary:
-        images = export_figures(paths, Path(temporary))
+        images = export_figures(paths, Path(temporary), ("png",))
         for folder in folders:
             _attach(folder, [page, *images], console)
 

@@ -143,4 +143,6 @@ def _plain_warning(warning: str) -> str:
     name, separator, sentence = warning.partition(": ")
     if not separator or " " in name:
         return warning
-    return sentence[:1].upper() + sentence[1:]
+    # a sentence may begin with the name of a run, which is not ours to change
+    first = sentence.split(" ", 1)[0]
+    return sentence[:1].upper() + sentence[1:] if first.isalpha() else sentence
