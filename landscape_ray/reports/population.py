@@ -147,9 +147,11 @@ def _tree(sweep: Sweep, alive: Sequence[Survivor], winner: Survivor | None) -> l
         style = {"name": "alive at the end", "color": SURVIVOR}
         if one is winner:
             style = {"name": "weights of the winner", "color": WINNER, "weight": "main"}
-        for segment in one.path:
-            if segment.run_id in rows:
-                drawn.append(series("line", [segment.start, segment.stop], [rows[segment.run_id]] * 2, **style))
+        drawn += [
+            series("line", [segment.start, segment.stop], [rows[segment.run_id]] * 2, **style)
+            for segment in one.path
+            if segment.run_id in rows
+        ]
     inherited = {(s.run_id, s.start) for one in alive for s in one.path if s.life}
     won = {(s.run_id, s.start) for s in winner.path if s.life} if winner is not None else set()
     by_color: dict[str, list[Exploit]] = {GIVEN_UP: [], SURVIVOR: [], WINNER: []}

@@ -30,14 +30,14 @@ from landscape_ray.reports.views import (
 ANCHORS = (
     ("found", "Result"),
     ("use", "Recommendation"),
-    ("curves", "Loss curves"),
+    ("curves", "Loss"),
     ("schedules", "Schedules"),
     ("search", "What mattered"),
     ("sharpness", "Sharpness"),
     ("probes", "Probes"),
     ("ranking", "Ranking"),
-    ("law", "Law and forecast"),
-    ("runs", "All runs"),
+    ("law", "Law"),
+    ("runs", "Runs"),
     ("cost", "Cost"),
     ("again", "Run it again"),
 )

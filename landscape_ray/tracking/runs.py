@@ -12,6 +12,7 @@ from mlflow.entities import Run, RunTag
 
 from landscape_ray.tracking import server
 from landscape_ray.tracking.folder import Commit, SweepFolder, TrialFolder
+from landscape_ray.tracking.labels import trial_tags
 from landscape_ray.tracking.parts import read_part
 
 
@@ -85,6 +86,7 @@ class SweepRuns:
             server.TRIAL_ID: trial.trial_id,
             server.NUM_REWINDS: str(commit.num_rewinds),
             server.PARENT: self.parent.run_id,
+            **trial_tags(commit.summary),
         }
         run = _tracked(self._create(start_ms, server.run_name(trial.trial_id, commit.summary.varied), tags))
         self.trials[trial.trial_id] = run

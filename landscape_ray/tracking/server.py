@@ -29,6 +29,8 @@ SUMMARY: Final = "landscape_ray.summary"
 NUM_REWINDS: Final = "landscape_ray.num_rewinds"
 PARENT: Final = "mlflow.parentRunId"
 DESCRIPTION: Final = "mlflow.note.content"
+EXPERIMENT_KIND: Final = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag of an experiment whose runs the UI opens in its view for training; without it, in the one for agents."""
 
 # Limits of MLflow's REST interface.
 MAX_METRICS = 1000
@@ -157,7 +159,7 @@ def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
         # Without a server the default place of artifacts depends on the working folder.
         location = (database.absolute().parent / "mlartifacts").as_uri() if database else None
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_KIND))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

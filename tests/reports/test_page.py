@@ -259,10 +259,12 @@ def test_something_that_is_no_sweep(tmp_path):
 
 def test_exported_figures(search_folder, tmp_path):
     paths = export_figures(search_folder, tmp_path / "deep" / "figures")
-    names = ["loss-curves", "generalisation", "schedules", "search-result", "sharpness", "rank", "forecast"]
-    names.append("time-spent")
-    assert [path.name for path in paths] == [f"{name}.png" for name in names]
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
+    names = ["loss-curves", "generalisation", "schedules", "search-result", "importance", "sharpness", "rank"]
+    names += ["forecast", "time-spent"]
+    assert [path.name for path in paths] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths[::2])
+    assert all(b"<svg" in path.read_bytes() for path in paths[1::2])
+    assert [path.suffix for path in export_figures(search_folder, tmp_path, ("png",))] == [".png"] * len(names)
 
 
 def test_intervals_that_miss_too_often_are_called_too_narrow(search):
