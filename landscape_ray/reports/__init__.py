@@ -17,6 +17,7 @@
 
     page.py          the page, and the folder of PNG files
     recommendation.py      what to do with the result, how sure that is, what to try next
+    law_checks.py    the checklist of a law of loss curves
     sections.py      its text and tables; law_section.py, probe_section.py, rank_section.py, markup.py: parts of it
     template.py      its style sheet and script
 

@@ -40,9 +40,9 @@ def importance(sweep: Sweep, key: str) -> Figure | str:
     parts.append(series("points", [one.chance for one in found], rows, hover=said, **style))
     return Figure(
         key=key,
-        title="What mattered",
+        title="Which searched values mattered",
         takeaway=takeaway(found),
-        x=Axis(label="share of the ranking by final loss that the value alone explains", limits=(0.0, 1.0)),
+        x=Axis(label="share of the ranking explained", limits=(0.0, 1.0)),
         panels=(Panel(y=Axis(label="", categories=tuple(one.name for one in found)), series=tuple(parts)),),
         note=NOTE,
     )

@@ -124,7 +124,8 @@ SCRIPT = """
         trace.marker.colorbar.title.side = 'top';
       }
     });
-    layout.height = spec.height * (narrow ? 0.86 : 1);
+    // on paper two figures share a page, and the tallest has one
+    layout.height = printing ? Math.min(0.8 * spec.height, 780) : spec.height * (narrow ? 0.86 : 1);
     layout.width = printing ? 660 : node.clientWidth;
     if (narrow) {
       layout.font.size = 11;
@@ -170,8 +171,18 @@ SCRIPT = """
     all();
   });
   dark.addEventListener('change', all);
-  addEventListener('beforeprint', function () { printing = true; all(); });
-  addEventListener('afterprint', function () { printing = false; all(); });
+  var folded = [];
+  addEventListener('beforeprint', function () {
+    printing = true;
+    folded = Array.from(document.querySelectorAll('details:not([open])'));
+    folded.forEach(function (one) { one.open = true; });  // paper cannot be unfolded
+    all();
+  });
+  addEventListener('afterprint', function () {
+    printing = false;
+    folded.forEach(function (one) { one.open = false; });
+    all();
+  });
 
   document.querySelectorAll('table.sortable').forEach(function (table) {
     var body = table.tBodies[0];

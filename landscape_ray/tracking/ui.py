@@ -42,7 +42,7 @@ def serve(results: Path, *, host: str, port: int, tracking_uri: str | None, cons
 
         with (
             contextlib.suppress(Exception),
-            bounded_http(10),
+            bounded_http(5),
         ):  # the address is what was asked for; the view is an extra
             page = f"{mask_secrets(uri).rstrip('/')}/#/{start_page(uri)}"
             console.print(f"its runs with their searched values: {page}", highlight=False, soft_wrap=True)

@@ -7,9 +7,10 @@ import tomllib
 
 import pytest
 
-from landscape_ray.analysis.importance import MIN_RUNS
+from landscape_ray.analysis.importance import MIN_RUNS, importances
 from landscape_ray.reports.importance_figure import importance
 from landscape_ray.reports.recommendation import recommend, recommendation
+from landscape_ray.text import percent
 
 
 def with_summaries(sweep, **fields):
@@ -81,10 +82,12 @@ def test_page_shows_all_of_it_escaped(search):
     assert "<b>" not in shown
 
 
-def test_importance_of_the_peak_is_seen(search):
+def test_importances_are_drawn_beside_chance(search):
     figure = importance(search, "importance")
-    assert figure.panels[0].y.categories[0] == "schedule.peak_lr"
-    assert figure.takeaway.startswith("schedule.peak_lr explains")
+    found = importances(search.runs)
+    assert figure.panels[0].y.categories == tuple(one.name for one in found)
+    for one in found:
+        assert (f"{one.name} explains {percent(one.share)}" in figure.takeaway) == one.found
     bars = [one for one in figure.panels[0].series if one.role == "bar"]
     assert sorted(row for one in bars for row in one.y) == [0, 1, 2]
     (chance,) = (one for one in figure.panels[0].series if one.role == "points")

@@ -53,12 +53,10 @@ def test_every_row_of_every_trial_is_there(written, population_folder):
 
 
 def test_copies_of_weights_are_told_and_searched_values_are_listed(written):
-    texts = [
-        v.tensor.string_val[0].decode() for e in written["t001"] for v in e.summary.value if v.tag.startswith("ev")
-    ]
+    values = [value for event in written["t001"] for value in event.summary.value]
+    texts = [value.tensor.string_val[0].decode() for value in values if value.tag.startswith("event/")]
     assert texts == ['exploit from t000 at step 100: `{"schedule.peak_lr": 0.0031}`']
-    plugins = [v.metadata.plugin_data.plugin_name for e in written["t001"] for v in e.summary.value]
-    assert "hparams" in plugins
+    assert "hparams" in [value.metadata.plugin_data.plugin_name for value in values]
 
 
 def test_a_second_copy_is_refused(population_folder, tmp_path):
