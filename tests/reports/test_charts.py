@@ -6,12 +6,13 @@ import math
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from matplotlib.figure import Figure as Canvas
 
 from landscape_ray.reports import charts, insight
-from landscape_ray.reports.figures import Figure, palette
+from landscape_ray.reports.figures import Axis, Figure, Panel, palette, series
 from landscape_ray.reports.interactive import legend, specification
 from landscape_ray.reports.page import figures
-from landscape_ray.reports.static import DPI, WIDTH_INCHES, height_inches, render
+from landscape_ray.reports.static import DPI, WIDTH_INCHES, _draw, height_inches, render
 
 
 def named(figure, name, panel=0):
@@ -227,3 +228,19 @@ def test_accuracy_has_a_panel_where_it_was_measured(search):
     assert len(figure.panels) == 2
     assert "100 % predicted right" in figure.takeaway
     assert len(charts.generalisation([search]).panels) == 1
+
+
+def test_bars_of_a_series_that_leaves_rows_out_begin_where_the_others_end():
+    axis = Axis(label="", categories=("a", "b"))
+    bars = (
+        series("bar", [0.5], [0.0], color="c0"),
+        series("bar", [0.25], [1.0], color="c1"),
+        series("bar", [0.1], [0.0], color="c2"),
+    )
+    figure = Figure(key="k", title="t", takeaway="s.", x=Axis(label="x"), panels=(Panel(y=axis, series=bars),))
+    canvas = Canvas()
+    (ax,) = [canvas.subplots()]
+    for one in bars:
+        _draw(ax, one, palette("light"))
+    assert [(patch.get_x(), patch.get_width()) for patch in ax.patches] == [(0, 0.5), (0, 0.25), (0.5, 0.1)]
+    assert render(figure)[:4] == b"\x89PNG"

@@ -319,7 +319,7 @@ def test_a_population_has_no_book(population_spec: SweepSpec, tmp_path: Path) ->
 
 @pytest.mark.acceptance
 def test_the_study_is_what_optuna_dashboard_opens(spec: Any, drive: Any) -> None:
-    """Its command is `optuna-dashboard --storage-class JournalFileStorage FILE`: that storage, and every study in it."""
+    """Its command is `optuna-dashboard --storage-class JournalFileStorage FILE`."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
