@@ -25,6 +25,8 @@ class Exploit:
     """When it happened, in any unit that orders the copies of a sweep."""
     values: dict[str, Any]
     """Values after the copy, as recorded."""
+    reason: str = ""
+    """Why, where the decision gave a reason."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +48,16 @@ def exploits(runs: Sequence[Run]) -> list[Exploit]:
         for index in np.flatnonzero(rows["event"].astype(str) == "exploit"):
             donor_step, stamp = float(rows["donor_step"][index]), float(rows["time_unix"][index])
             step = int(donor_step) if math.isfinite(donor_step) else int(rows["step"][index])
+            detail = _detail(rows["detail"][index])
+            reason, values = str(detail.pop("reason", "")), detail.get("values")
             found.append(
                 Exploit(
                     run_id=run.run_id,
                     donor=str(rows["donor"][index]),
                     step=step,
                     time=stamp if math.isfinite(stamp) else float(step),
-                    values=_detail(rows["detail"][index]),
+                    values=values if isinstance(values, dict) else detail,
+                    reason=reason,
                 )
             )
     return sorted(found, key=lambda one: (one.time, one.step, one.run_id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import math
@@ -14,6 +15,8 @@ from landscape_ray.errors import UserError
 from landscape_ray.files import write_atomic
 from landscape_ray.reports import (
     charts,
+    fit_figures,
+    fit_section,
     insight,
     law_section,
     population,
@@ -127,7 +130,9 @@ def render_page(sweeps: Sequence[Sweep], study: RankStudy | str = rank_section.N
     chapter("probes", "Probes", after=probe_section.probe_tables(sweeps))
     ranked = rank_section.rank_table(study) if isinstance(study, RankStudy) else ""
     chapter("ranking", "What ranks generalisation", after=ranked)
-    chapter("law", "Law and forecast", after="".join(law_section.law(sweep, sweeps) for sweep in sweeps if sweep.fit))
+    laws = "".join(law_section.law(sweep, sweeps) for sweep in sweeps if sweep.fit)
+    laws += "".join(fit_section.section(found) for sweep in sweeps for found in sweep.scaling)
+    chapter("law", "Law and forecast", after=laws)
     chapter("runs", "All runs", before=sections.runs_table(sweeps))
     chapter("cost", "Cost", after=sections.cost_text(sweeps))
     chapter("again", "How to run it again", before=sections.reproduce(sweeps))
@@ -178,6 +183,7 @@ def _drawings(sweeps: Sequence[Sweep], study: RankStudy | str) -> dict[str, list
     # a population has no fixed schedules, so nobody expects a law of it unless one was fitted
     lawful = [sweep for sweep in sweeps if sweep.fit or not sweep.population] or list(sweeps)
     keys = [f"forecast-{index}" if len(lawful) > 1 else "forecast" for index in range(len(lawful))]
+    forecasts = [insight.forecast(sweep, key) for sweep, key in zip(lawful, keys, strict=True)]
     searches = [sweep for sweep in sweeps if not sweep.population]
     mattered = [
         importance(sweep, f"importance-{index}" if len(searches) > 1 else "importance")
@@ -190,9 +196,19 @@ def _drawings(sweeps: Sequence[Sweep], study: RankStudy | str) -> dict[str, list
         "sharpness": [insight.sharpness(sweeps)],
         "probes": [probe_section.probes(sweeps)],
         "ranking": [rank_figure(study) if isinstance(study, RankStudy) else study],
-        "law": [insight.forecast(sweep, key) for sweep, key in zip(lawful, keys, strict=True)],
+        "law": [*forecasts, *_scaling(sweeps)],
         "cost": [insight.time_spent(sweeps)],
     }
+
+
+def _scaling(sweeps: Sequence[Sweep]) -> list[Figure]:
+    """Return the figures of the scaling laws that were fitted to the sweeps, under keys of their own."""
+    found = [fit for sweep in sweeps for fit in sweep.scaling]
+    return [
+        dataclasses.replace(figure, key=f"law-{index}-{figure.key}", title=f"{figure.title}: {fit.law.name}")
+        for index, fit in enumerate(found)
+        for figure in fit_figures.figures(fit)
+    ]
 
 
 def block(item: Figure | str) -> str:

@@ -173,7 +173,8 @@ def _tree(sweep: Sweep, alive: Sequence[Survivor], winner: Survivor | None) -> l
 def _told(copy: Exploit) -> str:
     """Return a copy of weights in one line."""
     values = ", ".join(f"{name.rpartition('.')[2]} {text.value(item)}" for name, item in copy.values.items())
-    return f"{copy.run_id} copies {copy.donor} at step {copy.step:,}" + (f" → {values}" if values else "")
+    why = f" ({copy.reason})" if copy.reason else ""
+    return f"{copy.run_id} copies {copy.donor} at step {copy.step:,}{why}" + (f" → {values}" if values else "")
 
 
 def _curves(

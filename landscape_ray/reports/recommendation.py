@@ -116,9 +116,9 @@ def _further(sweeps: Sequence[Sweep]) -> Iterator[str]:
         if not sweep.population:
             found = importances(sweep.runs)
             if mattered := [one.name for one in found if one.found]:
-                rest = [one.name for one in found if not one.found]
-                fixed = f", and fix {text.listing(rest)}" if rest else ""
-                yield f"Spend further trials{where} on {text.listing(mattered)}, which the result depends on{fixed}."
+                rest = " or ".join(one.name for one in found if not one.found)
+                fixed = f" That {rest} matters these runs do not show: fixing it saves trials." if rest else ""
+                yield f"Spend further trials{where} on {text.listing(mattered)}, which the result depends on.{fixed}"
         gone = [run.peak_lr for run in sweep.runs if run.summary.status == "diverged" and run.peak_lr > 0]
         sound = [run.peak_lr for run in sweep.finished if run.peak_lr > 0]
         if gone and sound and min(gone) > max(sound):

@@ -13,6 +13,8 @@ import numpy as np
 
 from landscape_ray.analysis.annealing import SweepFit, load_fit
 from landscape_ray.analysis.runs import Run, read_runs
+from landscape_ray.analysis.scaling import FILE_NAME, ScalingFit
+from landscape_ray.analysis.scaling import load as load_scaling
 from landscape_ray.config import flatten
 from landscape_ray.errors import UserError
 from landscape_ray.reports.lineage import Exploit, Segment, ancestry, ancestry_lr, exploits
@@ -31,6 +33,8 @@ class Sweep:
     spec_text: str
     runs: tuple[Run, ...]
     fit: SweepFit | None = None
+    scaling: tuple[ScalingFit, ...] = ()
+    """Laws of size, data, compute, learning rate or batch, as saved beside the sweep."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -120,6 +124,12 @@ def open_sweep(folder: SweepFolder | Path | str) -> Sweep:
         fit = load_fit(opened)
     except UserError as error:
         warnings.append(f"fits: {error}")
+    scaling = []
+    for path in sorted(opened.fits_path.glob(f"*/{FILE_NAME}")):
+        try:
+            scaling.append(load_scaling(path))
+        except UserError as error:
+            warnings.append(f"fits/{path.parent.name}: {error}")
     meta = opened.meta
     return Sweep(
         name=str(meta.get("name", opened.path.name)),
@@ -127,6 +137,7 @@ def open_sweep(folder: SweepFolder | Path | str) -> Sweep:
         spec_text=opened.spec_text,
         runs=_with_inherited_rates(read_runs(collected)),
         fit=fit,
+        scaling=tuple(scaling),
         warnings=tuple(warnings),
     )
 
