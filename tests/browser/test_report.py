@@ -64,10 +64,11 @@ def opened(browser: Any, report: Path) -> Iterator[Any]:
 
 @pytest.mark.acceptance
 def test_a_curve_answers_and_nothing_is_logged_or_fetched(opened, report):
-    x, y, value = opened.evaluate(CURVE % "loss-curves")
+    x, y, value = opened.evaluate(CURVE % "generalisation")
     opened.move(x - 3, y - 3)
     opened.move(x, y)
-    said = opened.wait_for("document.querySelector('#plot-loss-curves .hoverlayer')?.textContent")
+    said = opened.wait_for("document.querySelector('#plot-generalisation .hoverlayer')?.textContent")
+    assert "held out" in said
     assert f"{value:.5g}" in said
     assert opened.errors() == []
     assert opened.requests() == [report.as_uri()]

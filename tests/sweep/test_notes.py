@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tomllib
 
 import pytest
 
+from landscape_ray.config import parse
 from landscape_ray.sweep.notes import description_of, tags_of
-from landscape_ray.sweep.spec import spec_of
+from landscape_ray.sweep.spec import SweepSpec
+
+TRAIN = """
+name = "schedules"
+description = "Which schedule at which learning rate?"
+[train]
+num_steps = 300
+batch_size = 16
+data = { source = "stdlib", context_length = 128 }
+model = { depth = 4, width = 64, num_heads = 4 }
+eval = { every_steps = 25 }
+[space]
+"schedule.name" = { choices = ["constant", "linear", "cosine", "wsd"] }
+"schedule.peak_lr" = { log_uniform = [0.001, 0.06] }
+"""
+POPULATION = TRAIN.replace('"schedule.name" = { choices = ["constant", "linear", "cosine", "wsd"] }', "")
 
 
 @pytest.fixture(scope="module")
-def spec(search_folder):
-    return spec_of(search_folder)
+def spec():
+    return parse(SweepSpec, tomllib.loads(TRAIN + "[search]\nnum_trials = 12\n"), "notes")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +43,7 @@ def best(summaries):
     return min((s for s in summaries if s.status == "finished"), key=lambda s: s.final_loss_nats)
 
 
-def test_tags_name_searcher_strategy_task_and_size(spec, summaries, population_folder):
+def test_tags_name_searcher_strategy_task_and_size(spec, summaries):
     assert tags_of(spec, summaries) == {
         "searcher": "tpe",
         "strategy": "none",
@@ -34,7 +51,12 @@ def test_tags_name_searcher_strategy_task_and_size(spec, summaries, population_f
         "size": "gpt 216k",
     }
     assert "size" not in tags_of(spec)
-    assert tags_of(spec_of(population_folder))["searcher"] == "none"
+    table = "[population]\nnum_members = 4\ninterval_steps = 100\n"
+    members = tags_of(parse(SweepSpec, tomllib.loads(POPULATION + table), "notes"))
+    assert members["searcher"] == "none"
+    assert members["strategy"] not in ("", "none")
+    asha = '[search]\nnum_trials = 4\nstopping = { name = "asha", min_steps = 25 }\n'
+    assert tags_of(parse(SweepSpec, tomllib.loads(TRAIN + asha), "notes"))["strategy"] == "asha"
     sizes = [summaries[0], dataclasses.replace(summaries[1], num_params=1_000_000)]
     assert tags_of(spec, sizes)["size"] == "gpt 216k to gpt 1M"
 

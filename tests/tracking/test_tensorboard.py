@@ -73,5 +73,5 @@ def test_a_sweep_without_a_commit_has_nothing_to_write(tmp_path):
 
 def test_a_missing_package_is_named(population_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(UserError, match="need tensorboardX; install it"):
+    with pytest.raises(UserError, match="need the package tensorboardX; install it"):
         write_events(population_folder, tmp_path)
