@@ -169,6 +169,8 @@ def _layout(figure: Figure, unified: bool) -> dict[str, Any]:
         top = bottom - gap
     last = len(figure.panels)
     layout["xaxis"] |= {"spikecolor": "@faint", "spikethickness": 1}
+    if unified:
+        layout["xaxis"]["unifiedhovertitle"] = {"text": f"{html.escape(figure.x.label)} %{{x:,.6~g}}"}
     layout["xaxis"]["anchor"] = "y" if last == 1 else f"y{last}"
     return layout
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from landscape_ray.reports.page import write_report
 from landscape_ray.tracking.folder import SweepFolder
@@ -26,7 +29,6 @@ LOOKS = {
 }
 SECONDS = 90.0
 TEXT = "document.body.innerText"
-REPORT = "document.querySelector('iframe')?.contentDocument?.querySelectorAll('.main-svg').length > 4"
 
 
 class Site:
@@ -76,12 +78,18 @@ def quiet(page: Any) -> list[str]:
     return [one for one in page.errors() if "/users/current" not in one and "ResizeObserver" not in one]
 
 
+def num_colors(shot: Path, box: list[int]) -> int:
+    """Return how many colours a part of a screenshot has: few where it is empty."""
+    part = np.asarray(Image.open(shot).convert("RGB").crop(box))
+    return len(np.unique(part.reshape(-1, 3), axis=0))
+
+
 def without_assistant(page: Any, url: str) -> None:
     """Open a page of the UI with the panel closed that opens by itself at the first visit."""
     page.call(
         "Page.addScriptToEvaluateOnNewDocument",
-        source="localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad', 'true');"
-        "localStorage.setItem('mlflow.assistant.panelOpen', 'false');",
+        source="localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');"
+        "localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');",
     )
     page.open(url)
 
@@ -124,8 +132,16 @@ def test_the_report_is_an_artifact_of_the_parent(browser, site, picture, look):
     with browser.page(**LOOKS[look]) as page:
         without_assistant(page, site.run("search", "/artifacts/report.html"))
         page.wait_for(f"{TEXT}.includes('report.html')", SECONDS)
-        page.wait_for("document.querySelector('iframe')", SECONDS)
-        page.screenshot(picture(f"mlflow-report-{look}"))
+        page.wait_for("!!document.querySelector('iframe')", SECONDS)
+        place = "(r => [r.left, r.top, r.right, r.bottom])(document.querySelector('iframe').getBoundingClientRect())"
+        deadline = time.monotonic() + SECONDS
+        while True:  # the frame is sandboxed, so that what is in it is only seen
+            shot = page.screenshot(picture(f"mlflow-report-{look}"))
+            box = [round(side) for side in page.evaluate(place)]
+            if num_colors(shot, box) > 40:
+                break
+            assert time.monotonic() < deadline, "the report is not drawn"
+            time.sleep(0.5)
         assert quiet(page) == []
 
 
@@ -134,5 +150,5 @@ def test_the_parent_tells_its_result(browser, site, picture, look):
     with browser.page(**LOOKS[look]) as page:
         without_assistant(page, site.run("search"))
         page.wait_for(f"{TEXT}.includes('A result of search')", SECONDS)
-        assert page.evaluate(f"{TEXT}.includes('t000 constant')")
+        page.wait_for(f"{TEXT}.includes('t000 constant')", SECONDS)
         page.screenshot(picture(f"mlflow-parent-{look}"))
