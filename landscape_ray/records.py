@@ -181,6 +181,8 @@ class RunSummary:
     elapsed_seconds: float = 0.0
     probe_seconds: float = 0.0
     eval_seconds: float = 0.0
+    tracking_seconds: float = 0.0
+    """Time spent on writing records down, beside elapsed_seconds; that of the last commit is not in it yet."""
     peak_memory_bytes: float = math.nan
     """Most memory that the run has used: of the device, or without one of its process; nan where it is not known."""
     message: str = ""

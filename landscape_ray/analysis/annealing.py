@@ -153,7 +153,7 @@ def annealing_curves(collected: Collected, *, loss: Literal["eval", "train"] = "
         if reason:
             excluded[run.run_id] = reason
             continue
-        key, curve = setting(run), _curve(run, loss)
+        key, curve = setting(run), curve_of(run, loss)
         for known, peak, members in families:
             if known == key and math.isclose(peak, run.peak_lr, rel_tol=1e-6):
                 members.append((run, curve))
@@ -349,7 +349,8 @@ def _unusable(run: Run, loss: Literal["eval", "train"]) -> str:
     return "" if len(measured) else f"it has no {'held-out' if loss == 'eval' else 'training'} loss after its warm-up"
 
 
-def _curve(run: Run, loss: Literal["eval", "train"]) -> Curve:
+def curve_of(run: Run, loss: Literal["eval", "train"]) -> Curve:
+    """Return a run's learning rates and losses after its warm-up, as laws of loss curves take them."""
     step, loss_nats = _measured(run, loss)
     lr_applied = np.asarray(run.steps["lr"], dtype=np.float64)
     return Curve(run_id=run.run_id, lr=lr_applied, step=step, loss_nats=loss_nats, warmup_steps=run.warmup_steps)

@@ -98,9 +98,13 @@ class Run:
     @functools.cached_property
     def lives(self) -> NDArray[np.int64]:
         """For each row of `all_steps`, how many times the run had adopted another member's weights before it."""
+        return self.lives_of(self.all_steps)
+
+    def lives_of(self, rows: Columns) -> NDArray[np.int64]:
+        """Return for each row how many times the run had adopted another member's weights before it."""
         copied = self.events["event"].astype(str) == "exploit"
         adopted = np.asarray(self.events["elapsed_seconds"][copied], dtype=np.float64)
-        return np.searchsorted(adopted, np.asarray(self.all_steps["elapsed_seconds"], dtype=np.float64), side="left")
+        return np.searchsorted(adopted, np.asarray(rows["elapsed_seconds"], dtype=np.float64), side="left")
 
     def probe(self, name: str) -> Columns:
         """Return the rows of one probe."""

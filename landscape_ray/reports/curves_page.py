@@ -12,8 +12,8 @@ from landscape_ray import text
 from landscape_ray.analysis.annealing import SweepFit
 from landscape_ray.files import write_atomic
 from landscape_ray.laws import Curve, Law, Prediction, predict_curve
+from landscape_ray.reports import fit_section
 from landscape_ray.reports.figures import Axis, Figure, Panel, Series, series, thin
-from landscape_ray.reports.fit_page import excluded_runs, parameter_table, record_tables, verdict
 from landscape_ray.reports.markup import head, table
 from landscape_ray.reports.page import block, page_of
 
@@ -54,10 +54,10 @@ def render(found: SweepFit, law: Law, curves: Sequence[Curve], source: str) -> s
         _residual_figure(found, curves, fitted),
     ]
     bodies = {
-        "law": block(drawn[0]) + parameter_table(found.fit, law),
+        "law": block(drawn[0]) + fit_section.parameters(found.fit, law),
         "unseen": block(drawn[1]) + block(drawn[2]) + _forecast_table(found),
         "residuals": block(drawn[3]),
-        "record": record_tables(found.fit) + excluded_runs(found.excluded),
+        "record": fit_section.record(found.fit) + fit_section.excluded(found.excluded),
     }
     title = (law.title or law.name).capitalize()
     lead = (
@@ -66,7 +66,7 @@ def render(found: SweepFit, law: Law, curves: Sequence[Curve], source: str) -> s
         f"{text.plural(len(found.run_ids), 'run')} from {escape(source)} at the peak learning rate "
         f"{text.lr(found.peak_lr)}.</p>"
     )
-    parts = [head(title, ["landscape_ray law", source, law.name], ANCHORS), lead + verdict(found.fit)]
+    parts = [head(title, ["landscape_ray law", source, law.name], ANCHORS), lead + fit_section.verdict(found.fit)]
     parts += [f'<section><h2 id="{key}">{escape(name)}</h2>{bodies[key]}</section>' for key, name in ANCHORS]
     return page_of(f"{law.name}: {source}", parts, drawn)
 

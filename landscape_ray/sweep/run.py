@@ -119,6 +119,7 @@ class TrialRun:
         self.first_probes: dict[str, float] = {}
         self.trunk = Trunk(spec, folder.path.parents[1], self.config)
         before = folder.summary()
+        self._tracking_seconds = before.tracking_seconds if before is not None else 0.0
         self._peak_bytes = before.peak_memory_bytes if before is not None else math.nan
         reset_peak()
         self.write_state: Callable[..., None] = lambda path, **extra: self.state.save(path, **extra)
@@ -200,12 +201,16 @@ class TrialRun:
         A crash in between leaves rows that no checkpoint counts; they are dropped on resume and made again.
         """
         self._check_driver()
+        started = time.perf_counter()
         num_parts = self.writer.flush()
+        self._tracking_seconds += time.perf_counter() - started
         checkpoint = self.folder.checkpoint_path / CHECKPOINT
         previous = checkpoint.with_name(PREVIOUS)
         _set_aside(checkpoint, previous)
         self.save(checkpoint, num_parts)
+        started = time.perf_counter()
         self.folder.commit(self.summary(), num_parts)
+        self._tracking_seconds += time.perf_counter() - started
         if self.state.finished:
             previous.unlink(missing_ok=True)  # nothing is left to train: one checkpoint a trial is what stays
         if self.state.diverged is None and (path := self.trunk.wants(self.state.step)) is not None:
@@ -283,6 +288,7 @@ class TrialRun:
             elapsed_seconds=state.elapsed_seconds,
             probe_seconds=state.probe_seconds,
             eval_seconds=state.eval_seconds,
+            tracking_seconds=self._tracking_seconds,
             peak_memory_bytes=self._peak(),
             message=state.diverged or "",
         )
