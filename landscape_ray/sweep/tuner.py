@@ -161,7 +161,7 @@ def _show(standing: Mapping[str, str], dashboard: Dashboard) -> None:
 
 def _num_places(spec: SweepSpec) -> int:
     """Return for how many trials the cluster has room."""
-    there = ray.cluster_resources()
+    there: dict[str, float] = ray.cluster_resources()
     wanted = {"CPU": spec.resources.cpus_per_trial, "GPU": spec.resources.gpus_per_trial}
     return min(math.floor(there.get(resource, 0.0) / amount + 1e-9) for resource, amount in wanted.items() if amount)
 
