@@ -94,6 +94,7 @@ def _fit(
     book: Book | None = None
     population: PopulationBook | None = None
     exchange: Any = None
+    scheduler: PopulationScheduler | None = None
     if spec.search is not None:
         book = Book(spec, folder, tracking_uri)
         searcher = OptunaSearcher(book, fixed)
@@ -114,7 +115,8 @@ def _fit(
         ]
         fixed |= {"exchange": name, "weights_limit": weights_limit(len(members))}
         param_space = {**fixed, "trial": tune.grid_search(members)}
-        tune_config |= {"scheduler": PopulationScheduler(population, exchange, _num_places(spec))}
+        scheduler = PopulationScheduler(population, exchange, _num_places(spec))
+        tune_config |= {"scheduler": scheduler}
 
     resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
     with Dashboard(console, folder.path.name, spec.num_trials, first_config(spec).num_steps) as dashboard:
@@ -142,8 +144,11 @@ def _fit(
         except KeyboardInterrupt:
             dashboard.note = "stopping; work up to the last checkpoint of each trial is safe"
         finally:
-            if exchange is not None:
-                ray.kill(exchange)
+            if scheduler is not None:
+                try:
+                    scheduler.close()
+                finally:
+                    ray.kill(exchange)
         _show(standing, dashboard)  # those that waited to the end are stopped by now
     shutil.rmtree(folder.ray_path, ignore_errors=True)
     if book is not None:
