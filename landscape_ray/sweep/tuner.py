@@ -101,6 +101,7 @@ def _fit(
     book: Book | None = None
     population: PopulationBook | None = None
     exchange: Any = None
+    scheduler: PopulationScheduler | None = None
     if spec.search is not None:
         book = Book(spec, folder, tracking_uri)
         searcher = OptunaSearcher(book, fixed)
@@ -122,7 +123,8 @@ def _fit(
         ]
         fixed |= {"exchange": name, "weights_limit": weights_limit(len(members))}
         param_space = {**fixed, "trial": tune.grid_search(members)}
-        tune_config |= {"scheduler": PopulationScheduler(population, exchange, _num_places(spec))}
+        scheduler = PopulationScheduler(population, exchange, _num_places(spec))
+        tune_config |= {"scheduler": scheduler}
 
     resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
     if spec.resources.memory_gib_per_trial is not None:
@@ -152,8 +154,11 @@ def _fit(
         except KeyboardInterrupt:
             dashboard.note = "stopping; work up to the last checkpoint of each trial is safe"
         finally:
-            if exchange is not None:
-                ray.kill(exchange)
+            if scheduler is not None:
+                try:
+                    scheduler.close()
+                finally:
+                    ray.kill(exchange)
         _show(standing, dashboard)  # those that waited to the end are stopped by now
     shutil.rmtree(folder.ray_path, ignore_errors=True)
     if book is not None:
@@ -171,7 +176,7 @@ def _show(standing: Mapping[str, str], dashboard: Dashboard) -> None:
 
 def _num_places(spec: SweepSpec) -> int:
     """Return for how many trials the cluster has room."""
-    there = ray.cluster_resources()
+    there: dict[str, float] = ray.cluster_resources()
     wanted = {"CPU": spec.resources.cpus_per_trial, "GPU": spec.resources.gpus_per_trial}
     return min(math.floor(there.get(resource, 0.0) / amount + 1e-9) for resource, amount in wanted.items() if amount)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from landscape_ray.domains import Value
 from landscape_ray.errors import UserError
@@ -19,11 +19,19 @@ from landscape_ray.tracking.folder import SweepFolder
 BOOK_VERSION = 1
 
 
+class Draft(NamedTuple):
+    """The book of one moment."""
+
+    text: str
+    weights: frozenset[Weights]
+    """What a driver that reads it may have copied."""
+
+
 class PopulationBook:
     """The strategy of a sweep and its orders.
 
-    Decisions are on disk before they are returned. What has been reported since the last decision is not: members that
-    are asked again report the same again.
+    Nobody may hear of an order before the book that has it is saved. What has been reported since the last decision
+    need not be: members that are asked again report the same again.
 
     Args:
         spec: the sweep; must have a [population] table.
@@ -45,6 +53,8 @@ class PopulationBook:
         self._weights: dict[int, Weights] = {}
         """What others copy when they copy a member."""
         self._reported: dict[int, int] = {}
+        self._saved: frozenset[Weights] = frozenset()
+        """What the book on disk may have copied."""
         self._begun: dict[int, int] = {}
         """Serial of the last order that each member has made durable."""
         self.orders: dict[int, Order] = {}
@@ -59,6 +69,7 @@ class PopulationBook:
                 )
             self.strategy = strategy_of(spec, initial_values(spec))
             self._take(self.strategy.start())
+            self.save(self.draft())
         self._files = {
             Weights(index_of(trial.trial_id), int(path.stem.removeprefix("observed-")))
             for trial in folder.trials()
@@ -78,10 +89,12 @@ class PopulationBook:
         """Take note that a member has made an order its own: the weights that came with it are in its folder."""
         if self._begun.get(member, -1) < serial:
             self._begun[member] = serial
-            self._clear()
+            self.clear()
 
     def report(self, member: int, serial: int, points: Sequence[Point], num_tokens: int) -> list[Order]:
         """Take note that a member has come to the end of an order; return the new orders, perhaps none.
+
+        They must not be carried out before a `draft` made after this has been saved.
 
         Args:
             member: which.
@@ -95,7 +108,7 @@ class PopulationBook:
         self._weights[member] = Weights(member, serial)
         self._files.add(Weights(member, serial))
         made = self._take(self.strategy.observe(Observation(member, tuple(points), num_tokens)))
-        self._clear()
+        self.clear()
         return made
 
     def reopen(self) -> None:
@@ -111,9 +124,7 @@ class PopulationBook:
         self._take(decisions)
 
     def _take(self, decisions: list[Decision]) -> list[Order]:
-        """Make orders of decisions, durably."""
-        if not decisions:
-            return []
+        """Make orders of decisions."""
         before = dict(self._weights)
         made: list[Order] = []
         for decision in decisions:
@@ -126,12 +137,11 @@ class PopulationBook:
                 self._weights[member] = source
             self.orders[member] = Order(serial, decision, source)
             made.append(self.orders[member])
-        self._write()
         return made
 
-    def _clear(self) -> None:
-        """Delete weights that nobody will ask for any more."""
-        needed: set[Weights] = set()
+    def clear(self) -> None:
+        """Delete weights that nobody will ask for any more, now or after a crash."""
+        needed: set[Weights] = set(self._saved)
         for member, order in self.orders.items():
             if not order.stops:
                 present = Weights(member, order.serial)  # of a report that this driver may not have heard yet
@@ -142,14 +152,25 @@ class PopulationBook:
             weights.path(self._folder.trial(trial_id_of(weights.member))).unlink(missing_ok=True)
         self._files &= needed
 
-    def _write(self) -> None:
+    def draft(self) -> Draft:
+        """Return the book as it stands, to be saved."""
         content = {
             "version": BOOK_VERSION,
             "strategy": self.strategy.state_dict(),
             "orders": [order.to_json() for order in self.orders.values()],
             "weights": [[member, list(weights)] for member, weights in self._weights.items()],
         }
-        write_atomic(self._path, json.dumps(content, allow_nan=False))
+        kept = frozenset(weights for member, weights in self._weights.items() if not self.orders[member].stops)
+        return Draft(json.dumps(content, allow_nan=False), kept)
+
+    def save(self, draft: Draft) -> None:
+        """Make a draft the book on disk; drafts in the order in which they were made, in any thread.
+
+        Raises:
+            UserError: the disk is full, or cannot be written.
+        """
+        write_atomic(self._path, draft.text)
+        self._saved = draft.weights
 
     def _read(self) -> None:
         try:
@@ -169,6 +190,7 @@ class PopulationBook:
                 f"{self._path} is damaged ({error}); restore it from a copy, or start a new sweep"
             ) from None
         self.orders = {order.decision.member: order for order in orders}
+        self._saved = frozenset(self._weights.values())
         waiting = [member for member, known in self.strategy.members.items() if known.status == "waiting"]
         self._reported = {member: self.orders[member].serial for member in waiting}
 

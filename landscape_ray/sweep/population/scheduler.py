@@ -8,13 +8,15 @@ makes room for one that has something to do, and goes on later in whatever actor
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from landscape_ray.populations.decisions import points_from_json
-from landscape_ray.sweep.population.book import PopulationBook
+from landscape_ray.sweep.population.book import Draft, PopulationBook
+from landscape_ray.sweep.population.orders import Order
 from landscape_ray.sweep.run import index_of
 
 
@@ -37,8 +39,31 @@ class PopulationScheduler(FIFOScheduler):
         self._crowded = num_actors < len(book.open)
         self._launched = list(book.open)
         self._broken = False
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="population")
+        self._error: BaseException | None = None
         self.spent_seconds, self.num_results = 0.0, 0
         exchange.publish.remote([book.orders[member] for member in book.open])
+
+    def _announce(self, draft: Draft, orders: list[Order]) -> None:
+        """Save the book, then let members know; in a thread, so that the driver never waits for a disk."""
+        try:
+            if self._error is None:
+                self.book.save(draft)
+                self._exchange.publish.remote(orders)
+        except BaseException as error:
+            self._error = error
+            self._exchange.close.remote()
+
+    def close(self) -> None:
+        """Wait for what is being saved, and delete weights that nobody needs any more.
+
+        Raises:
+            UserError: the book could not be saved; then the population has been given up.
+        """
+        self._pool.shutdown(wait=True)
+        if self._error is not None:
+            raise self._error
+        self.book.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing: Ray pickles the scheduler into its experiment state, which is never read."""
@@ -60,12 +85,12 @@ class PopulationScheduler(FIFOScheduler):
             return str(TrialScheduler.CONTINUE)
         orders = self.book.report(member, serial, points_from_json(result["points"]), int(result["num_tokens"]))
         if orders:
-            self._exchange.publish.remote(orders)
+            self._pool.submit(self._announce, self.book.draft(), orders)
         stopped = {order.decision.member for order in orders if order.stops}
         for other in tune_controller.get_trials():
             if index_of(str(other)) in stopped and other.status == Trial.PAUSED:
                 tune_controller.stop_trial(other)
-        if member in stopped or (self._broken and self.book.waits(member)):
+        if member in stopped or ((self._broken or self._error is not None) and self.book.waits(member)):
             return str(TrialScheduler.STOP)
         if self._crowded and self._somebody_else(tune_controller, member):
             tune_controller.pause_trial(trial, should_checkpoint=False)  # everything is in its folder

@@ -55,6 +55,8 @@ class Local:
         if result["reached"]:
             points = points_from_json(json.loads(json.dumps(result["points"])))
             made = self.book.report(member, result["serial"], points, result["num_tokens"])
+            if made:
+                self.book.save(self.book.draft())
             self.decisions += [each.decision for each in made]
             self.orders |= {each.decision.member: each for each in made}
         return result
@@ -67,6 +69,7 @@ class Local:
                 if self.step(member) is not None:
                     count += 1
                     after(count)
+        self.book.clear()
         return self
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from ray.tune.experiment import Trial
 
+from landscape_ray.errors import UserError
 from landscape_ray.populations import Point
 from landscape_ray.populations.decisions import points_to_json
 from landscape_ray.sweep.population.book import PopulationBook
@@ -78,7 +79,9 @@ def report(scheduler: PopulationScheduler, controller: Any, member: int, step: i
         "num_tokens": step,
         "points": points_to_json((Point(step, 1.0 + member, 0.1),)),
     }
-    return scheduler.on_trial_result(controller, controller.trials[member], result)
+    answer = scheduler.on_trial_result(controller, controller.trials[member], result)
+    scheduler._pool.submit(lambda: None).result()  # what was to be saved is saved
+    return answer
 
 
 def test_with_room_for_all_nobody_is_ever_paused(text: Text, tmp_path: Path) -> None:
@@ -139,6 +142,23 @@ def test_nobody_waits_for_a_member_that_has_failed_for_good(text: Text, tmp_path
     assert exchange.calls[-1][0] == "close"
     assert controller.trials[2].status == Trial.TERMINATED
     assert report(scheduler, controller, 0, 5, 0) == "STOP"
+
+
+def test_a_book_that_cannot_be_saved_ends_the_population(
+    text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody hears of orders that are not on disk."""
+    scheduler, controller, exchange = population(text, tmp_path, 4)
+
+    def full(draft: Any) -> None:
+        raise UserError("cannot write population.json: no space left on device; free some space")
+
+    monkeypatch.setattr(scheduler.book, "save", full)
+    report(scheduler, controller, 0, 5, 0)
+    report(scheduler, controller, 1, 5, 0)
+    assert [name for name, _ in exchange.calls] == ["publish", "close"]
+    with pytest.raises(UserError, match="no space left on device"):
+        scheduler.close()
 
 
 def test_the_others_go_on_where_nobody_waits(text: Text, tmp_path: Path) -> None:
