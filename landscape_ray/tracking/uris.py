@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 MASK = "***"
-_USER_INFO = re.compile(r"(?<=://)[^\s?#'\"<>]*@(?=[^\s@]*)")
+_USER_INFO = re.compile(r"(?<=://)\S*@")  # up to the last @: a password may hold a slash
 _SECRET = re.compile(
     r"(?i)((?:password|passwd|secret|token|api[_-]?key|access[_-]?key(?:[_-]?id)?)[\"']?\s*[=:]\s*[\"']?"
     r"(?:bearer\s+)?|\bbearer\s+)[^\s&,;\"']+"
