@@ -42,8 +42,8 @@ def time_limit(seconds: float | None, report: Path) -> Iterator[None]:
 def limit_gpu_memory(share: float) -> None:
     """Let this process allocate no more of its GPU's memory than its share of the GPU.
 
-    Ray counts shares and enforces none: without the limit one trial that grows takes its neighbours along. With it, that
-    trial runs out of memory alone.
+    Ray counts shares and enforces none: without the limit one trial that grows takes its neighbours along. With it,
+    that trial runs out of memory alone.
 
     Args:
         share: `resources.gpus_per_trial`; nothing is limited at 0, or from 1 on.
