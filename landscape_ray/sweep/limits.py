@@ -1,4 +1,4 @@
-"""A limit on the time that a trial may take for one report: who hangs is ended by a watch that needs no interpreter."""
+"""Limits of a trial: the time for one report, watched without the interpreter, and its share of a GPU's memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import faulthandler
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 
 def hang_path(sweep: Path, trial_name: str) -> Path:
@@ -35,3 +37,16 @@ def time_limit(seconds: float | None, report: Path) -> Iterator[None]:
         finally:
             faulthandler.cancel_dump_traceback_later()
     report.unlink(missing_ok=True)
+
+
+def limit_gpu_memory(share: float) -> None:
+    """Let this process allocate no more of its GPU's memory than its share of the GPU.
+
+    Ray counts shares and enforces none: without the limit one trial that grows takes its neighbours along. With it,
+    that trial runs out of memory alone.
+
+    Args:
+        share: `resources.gpus_per_trial`; nothing is limited at 0, or from 1 on.
+    """
+    if 0 < share < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)

@@ -52,6 +52,7 @@ class ResourcesConfig(Model):
     cpus_per_trial: float = Field(default=1.0, gt=0)
     """Ray CPUs; also the number of torch threads, at least one. Below 1, several trials share a core."""
     gpus_per_trial: float = Field(default=0.0, ge=0)
+    """Ray GPUs. Below 1, several trials share one, each with its share of the memory and no more."""
     memory_gib_per_trial: float | None = Field(default=None, gt=0)
     """Memory that Ray sets aside on the trial's node, so that no more trials start there than fit. Default: none."""
     max_failures: int = Field(default=1, ge=0)

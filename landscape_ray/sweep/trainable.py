@@ -10,7 +10,7 @@ import torch
 from ray import tune
 
 from landscape_ray.sweep.cohort import CohortRun
-from landscape_ray.sweep.limits import hang_path, time_limit
+from landscape_ray.sweep.limits import hang_path, limit_gpu_memory, time_limit
 from landscape_ray.sweep.run import TrialRun, index_of
 from landscape_ray.sweep.spec import spec_of
 from landscape_ray.tracking.folder import SweepFolder
@@ -40,6 +40,7 @@ class SweepTrainable(tune.Trainable):
             spec = spec_of(folder)
             if spec.resources.gpus_per_trial == 0:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to trials that asked for none
+            limit_gpu_memory(spec.resources.gpus_per_trial)
             trial, attempt = self._given["trial"], self._given["attempt"]
             if "members" in trial:
                 self._opened = CohortRun(spec, folder, trial["members"], attempt)

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 MASK = "***"
-# any sign but a slash, or with slashes, which only a password that should have been encoded holds, no quotes either
-_USER_INFO = re.compile(r"(?<=://)(?:[^\s/]*@|[^\s?#'\"<>]*@)")
+_USER_INFO = re.compile(r"(?<=://)\S*@")  # up to the last @: a password may hold a slash
 _SECRET = re.compile(
     r"(?i)((?:password|passwd|secret|token|api[_-]?key|access[_-]?key(?:[_-]?id)?)[\"']?\s*[=:]\s*[\"']?"
     r"(?:bearer\s+)?|\bbearer\s+)[^\s&,;\"']+"

@@ -70,6 +70,7 @@ def test_trials_that_raise_or_die_go_on(orders: list[str], sweep_text: SweepText
     check_steps(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.acceptance
 def test_a_trial_that_hangs_is_ended_and_goes_on(sweep_text: SweepText, tmp_path: Path) -> None:
     folder, outcome, _ = sweep(sweep_text, tmp_path, ["hang.1"], max_failures=1, max_report_seconds=20.0)

@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from landscape_ray.sweep.limits import hang_path, time_limit
+import pytest
+import torch
+
+from landscape_ray.sweep.limits import hang_path, limit_gpu_memory, time_limit
 
 HANGS = """
 import ctypes, sys
@@ -31,3 +34,17 @@ def test_a_block_in_time_leaves_nothing(tmp_path: Path) -> None:
     with time_limit(None, tmp_path / "absent" / "x"):
         pass
     assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize(("share", "limits"), [(0.0, []), (0.25, [0.25]), (1.0, []), (2.0, [])])
+def test_a_share_of_a_gpu_is_a_share_of_its_memory(
+    share: float, limits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_to: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_to.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    limit_gpu_memory(share)
+    assert set_to == [], "there is no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    limit_gpu_memory(share)
+    assert set_to == limits

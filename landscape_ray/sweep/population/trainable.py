@@ -14,7 +14,7 @@ from ray import tune
 from ray.exceptions import RayError
 
 from landscape_ray.data import Data
-from landscape_ray.sweep.limits import hang_path, time_limit
+from landscape_ray.sweep.limits import hang_path, limit_gpu_memory, time_limit
 from landscape_ray.sweep.population.exchange import Handout
 from landscape_ray.sweep.population.member import MemberRun
 from landscape_ray.sweep.run import index_of
@@ -83,6 +83,7 @@ class MemberTrainable(tune.Trainable):
         spec = spec_of(folder)
         if spec.resources.gpus_per_trial == 0:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to trials that asked for none
+        limit_gpu_memory(spec.resources.gpus_per_trial)
         trial, attempt = folder.trial(self.trial_name), self._given["attempt"]
         self._run = MemberRun(spec, trial, handout.order, attempt, self._data, weights)
         self._data = self._run.state.data  # the same for all members
