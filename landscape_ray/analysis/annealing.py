@@ -54,6 +54,9 @@ HOLDOUT_RULE = (
 MAX_CALIBRATED = 12
 """Curves up to which the misfit of the law is measured anew for every forecast; its cost grows with their square."""
 
+MAX_GAP = 0.02
+"""Largest share of a foreign run between two updates whose learning rate is told."""
+
 FILE_NAME = "{law}.json"
 
 
@@ -253,7 +256,10 @@ def fit_collected(
     best = min(group.curves, key=lambda curve: float(curve.loss_nats[-1]))
     warmups = [curve.warmup_steps for curve in group.curves]
     fitted = calibrate(fit_curves(law, group.curves, **options), forecasts)
-    evidence = Evidence(schedules=forecasts, objectives=objective_sensitivity(group.curves, law=law, **options))
+    # Under other objectives at the chosen momentum: a search over it is what the fit itself is for.
+    chosen = {"decay": fitted.parameters["decay"]} if grid else {}
+    others = objective_sensitivity(group.curves, law=law, **(options | chosen))
+    evidence = Evidence(schedules=forecasts, objectives=others)
     record = checklist(law, fitted, evidence, _facts(group, fitted, found.excluded))
     return SweepFit(
         fit=dataclasses.replace(fitted, checklist=to_plain(record)),
@@ -341,18 +347,29 @@ def _unusable(run: Run, loss: Literal["eval", "train"]) -> str:
     if run.mutated:
         return "its weights or its LR were changed by a population on the way: no fixed schedule"
     steps = np.asarray(run.steps["step"], dtype=np.int64)
-    if not len(steps) or not np.array_equal(steps, np.arange(1, len(steps) + 1)):
+    foreign = not run.schedule
+    if not len(steps) or (not foreign and not np.array_equal(steps, np.arange(1, len(steps) + 1))):
         return "its step rows do not cover every update"
+    if foreign and _longest_gap(run) > MAX_GAP * steps[-1]:
+        return f"its LR is told for too few updates: {_longest_gap(run)} of {steps[-1]} lie between two of them"
     if not np.isfinite(run.steps["lr"]).all():
         return "its step rows do not tell the LR of every update"
     measured, _ = _measured(run, loss)
     return "" if len(measured) else f"it has no {'held-out' if loss == 'eval' else 'training'} loss after its warm-up"
 
 
+def _longest_gap(run: Run) -> int:
+    """Return the most updates between two whose LR is told."""
+    return int(np.diff(np.asarray(run.steps["step"], dtype=np.int64), prepend=0).max())
+
+
 def curve_of(run: Run, loss: Literal["eval", "train"]) -> Curve:
     """Return a run's learning rates and losses after its warm-up, as laws of loss curves take them."""
     step, loss_nats = _measured(run, loss)
     lr_applied = np.asarray(run.steps["lr"], dtype=np.float64)
+    if not run.schedule:  # told for some updates only: straight lines between them
+        told = np.asarray(run.steps["step"], dtype=np.int64)
+        lr_applied = np.interp(np.arange(1, max(told[-1], step[-1]) + 1), told, lr_applied)
     return Curve(run_id=run.run_id, lr=lr_applied, step=step, loss_nats=loss_nats, warmup_steps=run.warmup_steps)
 
 

@@ -83,7 +83,7 @@ class Run:
             return 0
         first = int(np.argmax(lr >= lr.max() * (1 - 1e-9)))
         rises = bool((np.diff(lr[: first + 1]) >= 0).all()) and first <= len(lr) // 4
-        return first if rises else 0
+        return max(int(self.steps["step"][first]) - 1, 0) if rises and first else 0
 
     @property
     def loss(self) -> float:

@@ -87,7 +87,7 @@ def _fitted(found: SweepFit, law: Law, curve: Curve) -> Prediction:
 
 
 def _colors(curves: Sequence[Curve]) -> dict[str, tuple[str, str]]:
-    """Return colour and legend entry of every curve, the same in all figures; the lowest losses have their own."""
+    """Return colour and legend entry of every curve, for all figures; the lowest final losses have their own."""
     order = sorted(curves, key=lambda curve: float(curve.loss_nats[-1]))
     return {
         curve.run_id: (COLORS[rank], curve.run_id) if rank < len(COLORS) else ("muted", "other runs")

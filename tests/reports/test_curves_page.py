@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from landscape_ray.analysis.annealing import annealing_curves, fit_collected
-from landscape_ray.laws import ANNEALING_SIZED, LAWS, annealing_area
+from landscape_ray.errors import UserError
+from landscape_ray.laws import LAWS, annealing_area
 from landscape_ray.reports.curves_page import render, write_curves_page
 from landscape_ray.schedules import Schedule
 from landscape_ray.tracking.collect import collect_csv
@@ -38,6 +39,25 @@ def test_the_warmup_of_a_foreign_run_is_read_off_its_rates(collected):
     assert {curve.warmup_steps for curve in group.curves} == {WARMUP - 1}
 
 
+def test_a_foreign_rate_may_be_told_for_some_updates(collected, tmp_path):
+    """Every second update tells the same curves within what lies between; every fiftieth is too few."""
+    text = "run_id,step,lr,loss_nats\n"
+    for every in (2, 50):
+        rows = [text]
+        for curve in annealing_curves(collected).groups[0].curves:
+            loss = dict(zip(curve.step.tolist(), curve.loss_nats.tolist(), strict=True))
+            steps = range(every, NUM_STEPS + 1, every)
+            rows += [f"{curve.run_id},{k},{float(curve.lr[k - 1])!r},{loss.get(k, '')}\n" for k in steps]
+        path = tmp_path / f"every_{every}.csv"
+        path.write_text("".join(rows))
+    group = annealing_curves(collect_csv(tmp_path / "every_2.csv")).groups[0]
+    for some, full in zip(group.curves, annealing_curves(collected).groups[0].curves, strict=True):
+        np.testing.assert_allclose(some.lr[WARMUP:], full.lr[WARMUP:], atol=2e-5)
+        assert some.step.tolist() == full.step.tolist()
+    with pytest.raises(UserError, match="needs >= 3 finished"):
+        annealing_curves(collect_csv(tmp_path / "every_50.csv"))
+
+
 def test_the_page_shows_the_law_its_forecasts_and_its_record(collected, found, tmp_path):
     curves = annealing_curves(collected).groups[0].curves
     path = write_curves_page(found, LAWS["annealing"], curves, "curves.csv", tmp_path / "annealing.html")
@@ -63,5 +83,5 @@ def test_the_record_of_a_curve_fit_travels_with_it(found):
 
 def test_a_law_that_needs_more_says_so(collected, found):
     curves = annealing_curves(collected).groups[0].curves
-    with pytest.raises(Exception, match="fit must be of the law 'annealing_sized', got 'annealing'"):
-        render(found, ANNEALING_SIZED, curves, "curves.csv")
+    with pytest.raises(UserError, match="fit must be of the law 'annealing_sized', got 'annealing'"):
+        render(found, LAWS["annealing_sized"], curves, "curves.csv")

@@ -22,7 +22,7 @@ Array: TypeAlias = NDArray[np.float64]
 _STEP = 1e-100
 """Imaginary step of the derivatives: so small that its square is no number, which makes them exact."""
 
-_SIZED_BY = 128
+_SIZED_BY = 64
 """Points whose geometric mean a column is divided by: any fixed ones decouple a factor from its exponent."""
 
 MAX_STARTS = 256

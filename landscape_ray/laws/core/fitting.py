@@ -213,7 +213,7 @@ def _polish_chunk(
         transposed = jac.swapaxes(1, 2)
         descent = (transposed @ (w * np.clip(r, -delta, delta))[..., None])[..., 0] - stiffness * (q[live] - centre)
         curvature = transposed @ ((w * (newton + mix * (reweighted - newton)))[..., None] * jac)
-        diagonal = np.einsum("bnp,bn->bp", jac**2, w * reweighted) + stiffness
+        diagonal = (np.square(transposed) @ (w * reweighted)[..., None])[..., 0] + stiffness
         scale = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
         curvature /= scale[:, :, None] * scale[:, None, :]
         index = np.arange(q.shape[1])
@@ -260,8 +260,10 @@ def _evaluate(law: SeparableLaw, y: Array, weights: Array, delta: float, q: Arra
     """Return objective (batch,), residuals (batch, n) and their slopes by minus the parameters (batch, n, m + k)."""
     linear, exponents = q[:, : law.num_linear], q[:, law.num_linear :]
     columns, slopes = law.columns(exponents)
-    prediction = np.einsum("bnm,bm->bn", columns, linear)
-    bent = np.einsum("bnmk,bm->bnk", slopes, linear)
+    prediction = (columns @ linear[..., None])[..., 0]
+    bent = np.zeros((*columns.shape[:2], slopes.shape[-1]))
+    for j in range(law.num_linear):  # most columns have few slopes that are not 0; an einsum would not know
+        bent += slopes[:, :, j] * linear[:, j, None, None]
     if law.offset is not None:
         offset, offset_slopes = law.offset(exponents)
         prediction, bent = prediction + offset, bent + offset_slopes
