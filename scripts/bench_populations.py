@@ -20,13 +20,14 @@ is done here, at no cost of Ray's actors (see population_rivals.py). Its members
 
 Populations under a wsd schedule share its cooldown; those marked "constant" have to find one. The rows "forecast" and
 "averaged truncation" also evaluate averaged weights: the same updates, more evaluations. With --save every run is
-appended to a file as a line of JSON, and runs that the file has are not made again.
+appended to a file as a line of JSON, and runs that the file has are not made again; --no-training prints what it has.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -218,7 +219,18 @@ TASKS: dict[str, tuple[dict[str, Any], Domain]] = {
         Domain(log_uniform=[1e-4, 1.0]),
     ),
 }
-REAL_ROWS = [ASHA, *(row for row in ROWS if not row.startswith(("significance", "fire", "ipbt")))]
+REAL_ROWS = [
+    "random search",
+    "best fixed wsd",
+    ASHA,
+    "stock Ray, constant",
+    "stock Ray, wsd",
+    "truncation, wsd",
+    "averaged truncation, wsd",
+    "pb2, wsd",
+    "mf_pbt, wsd",
+    OURS,
+]
 ROUNDS, EVALS = 16, 2
 LR = "schedule.peak_lr"
 
@@ -267,38 +279,39 @@ ROUTES = {"gpt": "recorded", "cnn": "single"}
 """Fixed, so that runs repeat to the bit."""
 
 
-def real(tasks: Sequence[str], rows: Sequence[str], seeds: int, num_steps: int, save: Path | None) -> None:
+def real(
+    tasks: Sequence[str], rows: Sequence[str], seeds: int, num_steps: int, save: Path | None, *, train: bool
+) -> None:
+    """Make the runs that the file lacks, and print the table of those that there are."""
     import torch
 
     torch.set_num_threads(1)
     known = [json.loads(line) for line in save.read_text().splitlines()] if save and save.exists() else []
     ends = {(r["task"], r["row"], r["seed"]): r for r in known if r["num_steps"] == num_steps}
+    for task, seed, row in itertools.product(tasks, range(seeds), rows):
+        if train and (task, row, seed) not in ends:
+            found = ends[task, row, seed] = real_end(task, row, seed, num_steps)
+            if save:
+                with save.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
     for task in tasks:
-        for seed in range(seeds):
-            for row in rows:
-                if (task, row, seed) not in ends:
-                    found = ends[task, row, seed] = real_end(task, row, seed, num_steps)
-                    if save:
-                        with save.open("a") as file:
-                            file.write(json.dumps(found) + "\n")
-    for task in tasks:
-        print(f"\n{task}: {MEMBERS} members of {num_steps} updates, {seeds} seeds, final held-out loss in nats")
-        print(
-            f"{'':<34}{'median':>9}{'worst':>9}{'forecast -':>12}{'wins':>7}{'updates':>9}{'exploits':>10}{'CPU s':>7}"
-        )
-        ours = [ends[task, OURS, seed]["loss"] for seed in range(seeds) if (task, OURS, seed) in ends]
+        print(f"\n{task}: {MEMBERS} members of {num_steps} updates, final held-out loss in nats")
+        print(f"{'':<34}{'seeds':>6}{'median':>9}{'worst':>9}{'forecast -':>12}{'wins':>7}{'updates':>9}{'CPU s':>7}")
         for row in rows:
-            found = [ends[task, row, seed] for seed in range(seeds)]
-            losses = [f["loss"] for f in found]
-            paired = [a - b for a, b in zip(ours, losses, strict=True)] if len(ours) == seeds and row != OURS else []
-            difference = (
-                f"{statistics.median(paired):+12.4f}{sum(d < 0 for d in paired):>4}/{seeds:<2}" if paired else " " * 19
-            )
+            found = {seed: ends[task, row, seed] for seed in range(seeds) if (task, row, seed) in ends}
+            if not found:
+                continue
+            losses = [f["loss"] for f in found.values()]
+            pairs = [
+                ends[task, OURS, seed]["loss"] - f["loss"]
+                for seed, f in found.items()
+                if row != OURS and (task, OURS, seed) in ends
+            ]
+            paired = f"{statistics.median(pairs):+12.4f}{sum(d < 0 for d in pairs):>4}/{len(pairs):<2}" if pairs else ""
             print(
-                f"{row:<34}{statistics.median(losses):>9.4f}{max(losses):>9.4f}{difference}"
-                f"{statistics.median(f['updates'] for f in found):>9.0f}"
-                f"{statistics.median(f.get('exploits', 0) for f in found):>10.0f}"
-                f"{statistics.median(f['cpu_seconds'] for f in found):>7.0f}"
+                f"{row:<34}{len(found):>6}{statistics.median(losses):>9.4f}{max(losses):>9.4f}{paired:<19}"
+                f"{statistics.median(f['updates'] for f in found.values()):>9.0f}"
+                f"{statistics.median(f['cpu_seconds'] for f in found.values()):>7.0f}"
             )
 
 
@@ -312,6 +325,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="gpt,cnn", help="of real training")
     parser.add_argument("--steps", type=int, default=480, help="updates of each member in real training")
     parser.add_argument("--save", type=Path, help="file that runs of real training are appended to")
+    parser.add_argument("--no-training", action="store_true", help="only print the runs that the file has")
     options = parser.parse_args()
     parts = options.part or ["toys", "simulated"]
     chosen = [row.strip() for row in options.rows.split(";") if row.strip()]
@@ -323,7 +337,14 @@ def main() -> None:
     if "simulated" in parts:
         simulated(options.seeds or 20, chosen or SIMULATED_ROWS)
     if "real" in parts:
-        real(options.tasks.split(","), chosen or REAL_ROWS, options.seeds or 5, options.steps, options.save)
+        real(
+            options.tasks.split(","),
+            chosen or REAL_ROWS,
+            options.seeds or 5,
+            options.steps,
+            options.save,
+            train=not options.no_training,
+        )
 
 
 if __name__ == "__main__":
