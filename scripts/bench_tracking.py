@@ -192,10 +192,10 @@ def run_population(
     spec, text = read_spec(path)
 
     class Counting(Callback):
-        """Counts results; never leaves this process."""
+        """Counts results; never leaves this process, though Ray pickles it into a state that is not read."""
 
-        def __getstate__(self) -> dict[str, Any]:
-            return {}
+        def __reduce__(self) -> Any:
+            return dict, ()
 
         def on_trial_result(self, *_: Any, **__: Any) -> None:
             meter.results += 1
@@ -216,7 +216,7 @@ def run_population(
             held = meter  # all of it is done in the driver's loop
             for key in ("log_trial_start", "log_trial_result", "log_trial_end"):
                 setattr(callback, key, meter.timed(getattr(callback, key)))
-            type(callback).__getstate__ = lambda self: {}  # type: ignore[attr-defined]
+            type(callback).__reduce__ = lambda self: (dict, ())
             extra.append(callback)
             Projector.start = lambda self: None  # type: ignore[method-assign]
             Projector.close = lambda self, timeout_seconds=0.0: SyncReport()  # type: ignore[method-assign]

@@ -273,6 +273,7 @@ class Projector:
         params = deque(server.param_batches(run.missing(server.to_params(commit.initial_config))))
         limit = server.MAX_METRICS - server.MAX_PARAMS - _MAX_TAGS  # the limit of a request counts all of them
         pending: list[Metric] = []
+        events = list(run.events)
         for index in range(run.parts, commit.num_parts):
             try:
                 table = read_part(trial.part_path(index))
@@ -285,25 +286,28 @@ class Projector:
                 began_with = value_metrics(commit.initial_varied)
                 pending += [Metric(server.clean_key(key), value, begun_ms, 0) for key, value in began_with.items()]
             run.end_ms = round(times[-1].as_py() * 1000)
+            so_far = {server.NUM_PARTS: str(index)} | ({server.EVENTS: events_text(events)} if events else {})
             for rows in charted_rows(table, summary.num_steps):
                 pending += to_points(rows, summary.num_steps)
-                run.events += [to_event(row) for row in rows if row["kind"] == "event"]
+                events += [to_event(row) for row in rows if row["kind"] == "event"]
                 while len(pending) > limit:
                     # with this request, all rows of earlier parts are there
-                    self._send(runs, run, closing, params, pending[:limit], {server.NUM_PARTS: str(index)})
+                    self._send(runs, run, closing, params, pending[:limit], so_far)
                     pending = pending[limit:]
+        costs: list[Metric] = []
         if summary.status in TERMINAL_STATUSES:
-            pending += self._closing_points(run, trial, commit)
+            pending += (costs := self._closing_points(run, trial, commit))
         tags |= {server.STATUS: summary.status, server.SUMMARY: summary_text(summary)}
         tags |= {server.NUM_PARTS: str(commit.num_parts)}
-        if run.events:
-            tags[server.EVENTS] = events_text(run.events)
+        if events:
+            tags[server.EVENTS] = events_text(events)
         if trial.checkpoint_path.is_dir():
             tags[server.CHECKPOINT] = trial.checkpoint_path.as_uri()
         while len(params) > 1:
             self._send(runs, run, closing, params, [], {})
         self._send(runs, run, closing, params, pending, tags)
-        run.parts = commit.num_parts
+        run.parts, run.events = commit.num_parts, events
+        run.metrics |= {point.key: point.value for point in costs}
 
     def _closing_points(self, run: TrackedRun, trial: TrialFolder, commit: Commit) -> list[Metric]:
         """Return what a trial cost in the end, at its last row."""
@@ -314,7 +318,6 @@ class Projector:
         if run.end_ms is None:
             return []
         new = {key: value for key, value in costs.items() if run.metrics.get(key) != value}
-        run.metrics |= new
         return [Metric(key, value, run.end_ms, commit.summary.step) for key, value in new.items()]
 
     def _send(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 import sqlite3
 from collections import Counter
@@ -38,6 +39,19 @@ def uri(results: Path) -> str:
 @pytest.fixture
 def folder(results: Path) -> SweepFolder:
     return SweepFolder.create(results / "quick", spec_text=SPEC, meta={"seed": 0})
+
+
+@pytest.fixture
+def global_address() -> Iterator[None]:
+    """For tests that tell MLflow a global address, as its users do: it is forgotten, also by the environment."""
+    from mlflow.tracking._tracking_service import utils
+
+    before = utils._tracking_uri
+    try:
+        yield
+    finally:
+        utils._tracking_uri = before
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # not there either when the tests begin
 
 
 def summary(trial_id: str, **changes: Any) -> RunSummary:

@@ -45,7 +45,12 @@ def trained(folder: SweepFolder, make: SimpleNamespace) -> tuple[SweepFolder, Tr
 
 @pytest.mark.acceptance
 def test_the_model_that_comes_back_predicts_the_same(
-    trained: tuple[SweepFolder, TrainState], uri: str, results: Path, make: SimpleNamespace, caplog: Any
+    trained: tuple[SweepFolder, TrainState],
+    uri: str,
+    results: Path,
+    make: SimpleNamespace,
+    caplog: Any,
+    global_address: None,
 ) -> None:
     import mlflow
 
@@ -55,13 +60,9 @@ def test_the_model_that_comes_back_predicts_the_same(
     assert not [record for record in caplog.records if record.name.startswith("mlflow")]
     assert Projector(folder, uri, "exp").close().error == ""
     run = make.active_runs(results / "mlflow.db")[""]
-    before = mlflow.get_tracking_uri()
-    try:
-        mlflow.set_tracking_uri(uri)
-        loaded = [mlflow.pytorch.load_model(run["landscape_ray.model_uri"])]
-        loaded.append(mlflow.pytorch.load_model(f"runs:/{run['run_id']}/best_model"))
-    finally:
-        mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(uri)
+    loaded = [mlflow.pytorch.load_model(run["landscape_ray.model_uri"])]
+    loaded.append(mlflow.pytorch.load_model(f"runs:/{run['run_id']}/best_model"))
     inputs = state.validation[0][0]
     expected = state.module.eval()(inputs)
     for network in loaded:

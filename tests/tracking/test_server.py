@@ -126,11 +126,12 @@ def test_bounded_http_restores_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
-def test_telemetry_is_off() -> None:
-    code = "import landscape_ray.tracking, os; print(os.environ['MLFLOW_DISABLE_TELEMETRY'])"
-    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_DISABLE_TELEMETRY"}
+def test_telemetry_is_off_and_no_address_is_printed() -> None:
+    names = ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT")
+    code = f"import landscape_ray.tracking, os; print(*[os.environ[name] for name in {names}])"
+    environment = {key: value for key, value in os.environ.items() if key not in names}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "true\n"
+    assert done.stdout == "true true\n"
 
 
 # ---- a server that dies
@@ -338,23 +339,28 @@ class _Trial:
 @pytest.mark.acceptance
 @pytest.mark.timeout(600)
 def test_a_driver_and_a_server_that_are_killed_lose_nothing(
-    mlflow_http: _Server, results: Path, store_template: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    mlflow_http: _Server,
+    results: Path,
+    store_template: Path,
+    make: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    global_address: None,
 ) -> None:
     """The server dies in mid-sweep; the driver with unsent rows; the server is set up anew; the sweep is resumed."""
-    import mlflow
     from mlflow.exceptions import MlflowException
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
     database = results / "mlflow.db"
     (results / "quick.toml").write_text(DRIVER_SPEC)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    peer, before = MLflowLoggerCallback(tracking_uri=mlflow_http.uri, experiment_name="peer"), mlflow.get_tracking_uri()
+    peer = MLflowLoggerCallback(tracking_uri=mlflow_http.uri, experiment_name="peer")
     peer.setup()
     trial = _Trial()
     peer.log_trial_start(trial)
 
     def launch(*arguments: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "landscape_ray.cli", *arguments, "--results", str(results)]
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # the callback has left it there
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def steps(folder: SweepFolder) -> int:
@@ -379,7 +385,6 @@ def test_a_driver_and_a_server_that_are_killed_lose_nothing(
         reached = steps(folder)
         wait(driver, lambda: steps(folder) > reached + 200)  # it trains on
     finally:
-        mlflow.set_tracking_uri(before)
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
     committed = _expected(folder)
