@@ -58,7 +58,7 @@ def importances(runs: Sequence[Run], seed: int = 0) -> list[Importance]:
         seed: of the shuffles.
     """
     counted = [run for run in runs if run.has_result or run.summary.status == "diverged"]
-    found = []
+    found: list[Importance] = []
     for name in dict.fromkeys(name for run in counted for name in run.summary.varied):
         chosen = [run for run in counted if name in run.summary.varied]
         values = [run.summary.varied[name] for run in chosen]
