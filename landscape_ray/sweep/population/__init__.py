@@ -3,6 +3,7 @@
 config.py     the table [population], and the strategy that it describes
 orders.py     what a member is told to do, and where weights wait to be copied
 book.py       the strategy and all orders of a sweep, durable; asks for decisions
+explorer.py   an Optuna sampler as the explorer of a strategy
 member.py     a member and its folder: carries orders out
 exchange.py   where trials fetch their orders, and the weights that come with them, on Ray
 trainable.py  a member as a Ray actor

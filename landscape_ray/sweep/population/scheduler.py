@@ -7,7 +7,6 @@ makes room for one that has something to do, and goes on later in whatever actor
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,10 +26,6 @@ class PopulationScheduler(FIFOScheduler):
         book: of the sweep.
         exchange: the actor that trials ask.
         num_actors: how many trials the cluster has room for.
-
-    Attributes:
-        spent_seconds: time that the driver has spent on results of trials.
-        num_results: how many these were.
     """
 
     def __init__(self, book: PopulationBook, exchange: Any, num_actors: int) -> None:
@@ -38,10 +33,10 @@ class PopulationScheduler(FIFOScheduler):
         self.book, self._exchange = book, exchange
         self._crowded = num_actors < len(book.open)
         self._launched = list(book.open)
-        self._broken = False
+        self._failed: set[int] = set()
+        self._given_up = False
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="population")
         self._error: BaseException | None = None
-        self.spent_seconds, self.num_results = 0.0, 0
         exchange.publish.remote([book.orders[member] for member in book.open])
 
     def _announce(self, draft: Draft, orders: list[Order]) -> None:
@@ -52,7 +47,12 @@ class PopulationScheduler(FIFOScheduler):
                 self._exchange.publish.remote(orders)
         except BaseException as error:
             self._error = error
-            self._exchange.close.remote()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Let everybody go home who waits for orders that nobody will give."""
+        self._given_up = True
+        self._exchange.close.remote()
 
     def close(self) -> None:
         """Wait for what is being saved, and delete weights that nobody needs any more.
@@ -71,14 +71,6 @@ class PopulationScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Return whether the trial goes on, possibly to wait; called for trials that have not ended."""
-        start = time.perf_counter()
-        try:
-            return self._answer(tune_controller, trial, result)
-        finally:
-            self.spent_seconds += time.perf_counter() - start
-            self.num_results += 1
-
-    def _answer(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         member, serial = index_of(str(trial)), int(result["serial"])
         self.book.begun(member, serial)
         if not result["reached"]:
@@ -86,11 +78,8 @@ class PopulationScheduler(FIFOScheduler):
         orders = self.book.report(member, serial, points_from_json(result["points"]), int(result["num_tokens"]))
         if orders:
             self._pool.submit(self._announce, self.book.draft(), orders)
-        stopped = {order.decision.member for order in orders if order.stops}
-        for other in tune_controller.get_trials():
-            if index_of(str(other)) in stopped and other.status == Trial.PAUSED:
-                tune_controller.stop_trial(other)
-        if member in stopped or ((self._broken or self._error is not None) and self.book.waits(member)):
+        self._give_up_if_stuck()
+        if self.book.orders[member].stops or (self._given_up and self.book.waits(member)):
             return str(TrialScheduler.STOP)
         if self._crowded and self._somebody_else(tune_controller, member):
             tune_controller.pause_trial(trial, should_checkpoint=False)  # everything is in its folder
@@ -116,18 +105,23 @@ class PopulationScheduler(FIFOScheduler):
         ready = []
         for trial in tune_controller.get_trials():
             member = index_of(str(trial))
-            if trial.status in (Trial.PENDING, Trial.PAUSED) and not self.book.waits(member):
+            if trial.status == Trial.PAUSED and (self._given_up or self.book.orders[member].stops):
+                tune_controller.stop_trial(trial)
+            elif trial.status in (Trial.PENDING, Trial.PAUSED) and not self.book.waits(member):
                 ready.append((self.book.strategy.members[member].spent, member, trial))
         return min(ready, key=lambda each: each[:2])[2] if ready else None
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Give a synchronous population up when a member has failed for good: the others would wait for ever."""
-        if not trial.should_recover() and self.book.strategy.synchronous:
-            self._broken = True
-            self._exchange.close.remote()
-            for other in tune_controller.get_trials():
-                if other.status == Trial.PAUSED:
-                    tune_controller.stop_trial(other)
+        """Take note of a member that has failed for good."""
+        if not trial.should_recover():
+            self._failed.add(index_of(str(trial)))
+            self._give_up_if_stuck()
+
+    def _give_up_if_stuck(self) -> None:
+        """Give the population up when all others wait for members that have failed."""
+        alive = [member for member in self.book.open if member not in self._failed]
+        if self._failed and all(self.book.waits(member) for member in alive):
+            self._give_up()
 
     def debug_string(self) -> str:
         """Return nothing: progress is shown elsewhere."""

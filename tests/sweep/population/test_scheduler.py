@@ -95,8 +95,6 @@ def test_with_room_for_all_nobody_is_ever_paused(text: Text, tmp_path: Path) -> 
     ((orders,),) = [arguments for _, arguments in exchange.calls[1:]]
     assert [order.serial for order in orders] == [1] * 4
     assert scheduler.choose_trial_to_run(trials) is None
-    assert scheduler.num_results == 5
-    assert scheduler.spent_seconds > 0
     assert scheduler.__getstate__() == {}
     assert scheduler.debug_string() == ""
 
@@ -123,8 +121,10 @@ def test_the_end_reaches_those_that_are_paused(text: Text, tmp_path: Path) -> No
         controller.trials[member].status = Trial.RUNNING
         report(scheduler, controller, member, 20, 0)
         controller.trials[member].status = Trial.PAUSED
+    trials: Any = controller
     controller.trials[3].status = Trial.RUNNING
     assert report(scheduler, controller, 3, 20, 0) == "STOP"
+    assert scheduler.choose_trial_to_run(trials) is None
     assert [trial.status for trial in controller.trials[:3]] == [Trial.TERMINATED] * 3
     assert all(order.stops for order in exchange.calls[-1][1][0])
     assert scheduler.book.open == []
@@ -132,16 +132,21 @@ def test_the_end_reaches_those_that_are_paused(text: Text, tmp_path: Path) -> No
 
 @pytest.mark.acceptance
 def test_nobody_waits_for_a_member_that_has_failed_for_good(text: Text, tmp_path: Path) -> None:
+    """The others come to the end of their orders first, so that none of their work is lost."""
     scheduler, controller, exchange = population(text, tmp_path, 4, synchronous=True)
     trials: Any = controller
     scheduler.on_trial_error(trials, trials.trials[1])
-    assert exchange.calls[-1][0] == "publish", "it is tried again"
+    assert report(scheduler, controller, 0, 5, 0) == "CONTINUE", "it is tried again"
     controller.trials[1].tries_left = False
-    controller.trials[2].status = Trial.PAUSED
     scheduler.on_trial_error(trials, trials.trials[1])
-    assert exchange.calls[-1][0] == "close"
+    assert report(scheduler, controller, 2, 5, 0) == "CONTINUE"
+    controller.trials[2].status = Trial.PAUSED
+    assert [name for name, _ in exchange.calls] == ["publish"]
+    assert report(scheduler, controller, 3, 5, 0) == "STOP"
+    assert [name for name, _ in exchange.calls] == ["publish", "close"]
+    assert scheduler.choose_trial_to_run(trials) is None
     assert controller.trials[2].status == Trial.TERMINATED
-    assert report(scheduler, controller, 0, 5, 0) == "STOP"
+    assert len(scheduler.book.open) == 4, "left for the next driver"
 
 
 def test_a_book_that_cannot_be_saved_ends_the_population(
