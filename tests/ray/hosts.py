@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import landscape_ray
+
 PORT = 6379
+PACKAGE = Path(landscape_ray.__file__).parent
 
 
 def run(*words: str) -> str:
@@ -54,6 +57,7 @@ class Hosts:
         return f"{self.net}.{10 + index}"
 
     def build(self) -> None:
+        (self.folder / "empty").mkdir()
         run("ip", "link", "add", self.bridge, "type", "bridge")
         run("ip", "addr", "add", f"{self.net}.1/24", "dev", self.bridge)
         run("ip", "link", "set", self.bridge, "up")
@@ -66,14 +70,15 @@ class Hosts:
             run("ip", "-n", name, "link", "set", "lo", "up")
             (self.folder / name).mkdir()
 
-    def command(self, index: int, *words: str) -> list[str]:
-        """Return a command that runs on a host, with that host's own /tmp/ray."""
-        inside = f'mkdir -p /tmp/ray && mount --bind "{self.folder / self.names[index]}" /tmp/ray && exec "$@"'
+    def command(self, index: int, *words: str, bare: bool = False) -> list[str]:
+        """Return a command that runs on a host, with that host's own /tmp/ray; a bare one has no code of ours."""
+        inside = f'mkdir -p /tmp/ray && mount --bind "{self.folder / self.names[index]}" /tmp/ray && '
+        inside += f'mount --bind "{self.folder / "empty"}" "{PACKAGE}" && exec "$@"' if bare else 'exec "$@"'
         return ["ip", "netns", "exec", self.names[index], "unshare", "--mount", "bash", "-c", inside, "bash", *words]
 
-    def launch(self, index: int, *words: str, **options: object) -> subprocess.Popen[bytes]:
+    def launch(self, index: int, *words: str, bare: bool = False, **options: object) -> subprocess.Popen[bytes]:
         given: dict[str, object] = {"env": self.environment, "start_new_session": True, **options}
-        process: subprocess.Popen[bytes] = subprocess.Popen(self.command(index, *words), **given)  # type: ignore[call-overload]
+        process: subprocess.Popen[bytes] = subprocess.Popen(self.command(index, *words, bare=bare), **given)  # type: ignore[call-overload]
         self.started.append(process)
         return process
 
@@ -84,14 +89,11 @@ class Hosts:
             if index == 0
             else [f"--address={self.head_address}"]
         )
-        bare = dict(self.environment)
-        if not dashboard:
-            bare.pop("PYTHONPATH", None)  # no code of ours is there
         with open(self.folder / f"{index}.log", "wb") as log:
             self.launch(
                 index, sys.executable, ray, "start", "--block", *where, f"--node-ip-address={self.address(index)}",
                 f"--num-cpus={num_cpus}", "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats",
-                stdout=log, stderr=subprocess.STDOUT, cwd="/", env=bare,
+                stdout=log, stderr=subprocess.STDOUT, cwd="/", bare=not dashboard,
             )  # fmt: skip
 
     def wait_for_nodes(self, number: int, seconds: float = 120.0) -> None:

@@ -53,7 +53,7 @@ def test_a_host_is_lost_and_another_joins(sweep_text: Callable[..., str], tiny: 
         cluster.wait_for_nodes(3)
         places = dict(line.split() for line in cluster.ask(WHERE).splitlines())
         assert set(places) == {cluster.address(index) for index in range(3)}
-        assert all("/py_modules_files/" in place for place in places.values()), "the driver's code travels to the nodes"
+        assert all("/py_modules_files/" in place for place in places.values()), places  # the driver's code travels
         out = tmp_path / "driver.txt"
         words = [sys.executable, "-m", "landscape_ray.cli", "sweep", "p.toml", "--name", "many"]
         with open(out, "wb") as file:
