@@ -48,7 +48,7 @@ MANY_FILES = 25
 MOST_WORKERS = 8
 """Each takes about a gigabyte, and with that many the longest file decides."""
 SHARED = dict.fromkeys(
-    ("tests/ray/test_readme.py", "tests/ray/test_sweep.py", "tests/ray/test_exchange.py"), "one Ray session"
+    [f"tests/ray/test_{name}.py" for name in ("exchange", "faults", "readme", "sweep")], "one Ray session"
 )
 """Files that stay in one worker, under the name of what they share."""
 
