@@ -56,7 +56,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("num_matvecs", "int64", "products", "Hessian-vector products spent (probe)"),
     Column("price_gradients", "float64", "gradients", "cost in gradients on the probe batch (probe)"),
     Column("converged", "int64", "", "1 where the accuracy that was asked for was reached, else 0 (probe)"),
-    Column("event", "string", "", "exploit | mutate | diverged | resume | branch | clamp (event)"),
+    Column("event", "string", "", "exploit | mutate | diverged | resume | branch | clamp | fallback (event)"),
     Column("donor", "string", "", "run whose weights were copied (event: exploit, branch)"),
     Column("donor_step", "int64", "updates", "step of the copied weights (event: exploit, branch)"),
     Column("detail", "string", "", "JSON object with what changed (event)"),
@@ -181,6 +181,8 @@ class RunSummary:
     elapsed_seconds: float = 0.0
     probe_seconds: float = 0.0
     eval_seconds: float = 0.0
+    tracking_seconds: float = 0.0
+    """Time spent on writing records down, beside elapsed_seconds; that of the last commit is not in it yet."""
     peak_memory_bytes: float = math.nan
     """Most memory that the run has used: of the device, or without one of its process; nan where it is not known."""
     message: str = ""

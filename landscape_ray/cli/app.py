@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 from pathlib import Path
@@ -77,13 +78,26 @@ def resume(
     sweep: Annotated[
         str | None, typer.Argument(metavar="[SWEEP]", help="Name or folder; default: the newest unfinished sweep.")
     ] = None,
+    num_trials: Annotated[
+        int | None, typer.Option("--num-trials", min=1, help="Go on to so many trials; for a search.")
+    ] = None,
+    num_steps: Annotated[
+        int | None, typer.Option("--num-steps", min=1, help="Go on to so many updates; for a population or a run.")
+    ] = None,
+    spec: Annotated[
+        Path | None, typer.Option("--spec", help="Changed sweep file; differences that spoil the sweep are refused.")
+    ] = None,
     results: Results = DEFAULT_RESULTS,
     address: Address = None,
     tracking_uri: Tracking = None,
 ) -> None:
-    """Go on with a sweep that was stopped, killed or left with failed trials."""
-    folder = open_sweep(sweep, results, unfinished=True)
+    """Go on with a sweep that was stopped, killed or left with failed trials, perhaps further than it was to go."""
+    from landscape_ray.sweep.extension import extend
+
+    folder = open_sweep(sweep, results, unfinished=num_trials is None and num_steps is None and spec is None)
     console = new_console()
+    for name, value in extend(folder, spec, num_trials, num_steps).items():
+        console.print(f"{name} is now {value}", highlight=False)
     console.print(f"resuming [bold]{folder.path.name}[/bold] in {shown(folder.path)}", soft_wrap=True)
     if folder.meta.get("single_run"):
         from landscape_ray.sweep.session import train_one
@@ -221,7 +235,9 @@ def report(
     sweeps: Sweeps = None,
     results: Results = DEFAULT_RESULTS,
     out: Annotated[Path | None, typer.Option("--out", help="File to write; default: report.html of the sweep.")] = None,
-    figures: Annotated[Path | None, typer.Option("--figures", help="Also write every figure as PNG here.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", help="Also write every figure as PNG and SVG here.")
+    ] = None,
 ) -> None:
     """Write one HTML page about one or several sweeps; it needs no network to be read."""
     import tempfile
@@ -237,9 +253,49 @@ def report(
             export_figures(paths, figures)
     console.print(f"report: {shown(page)}", highlight=False, soft_wrap=True)
     with console.status("adding it to MLflow ..."), tempfile.TemporaryDirectory() as temporary:
-        images = export_figures(paths, Path(temporary))
+        images = export_figures(paths, Path(temporary), ("png",))
         for folder in folders:
             _attach(folder, [page, *images], console)
+
+
+@app.command()
+def status(
+    sweep: OneSweep = None,
+    results: Results = DEFAULT_RESULTS,
+    watch: Annotated[
+        float | None, typer.Option("--watch", min=0.5, help="Show it anew every so many seconds until it has ended.")
+    ] = None,
+) -> None:
+    """Show how a sweep is doing, from its folder alone: from another terminal, or another machine."""
+    from landscape_ray.sweep.status import status_of
+    from landscape_ray.sweep.status import watch as follow
+
+    console = new_console()
+    folder = open_sweep(sweep, results)
+    if watch is None:
+        console.print(status_of(folder)[1], highlight=False)
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        follow(folder, console, watch)
+
+
+@app.command()
+def export(
+    sweeps: Sweeps = None,
+    results: Results = DEFAULT_RESULTS,
+    tensorboard: Annotated[
+        Path | None, typer.Option("--tensorboard", help="Where to write; default: tensorboard/ of each sweep.")
+    ] = None,
+) -> None:
+    """Write sweeps as TensorBoard event files, one run a trial, every row at full resolution."""
+    from landscape_ray.tracking.tensorboard import write_events
+
+    console = new_console()
+    for folder in open_all(sweeps, results):
+        out = folder.path / "tensorboard" if tensorboard is None else tensorboard / folder.path.name
+        with console.status(f"writing the events of {folder.path.name} ..."):
+            made = write_events(folder, out)
+        console.print(f"{len(made)} runs written: tensorboard --logdir {shown(out)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -265,12 +321,46 @@ def ui(
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than 127.0.0.1 open it to the network.")
     ] = "127.0.0.1",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow", help="Name, with the port, that browsers may ask for, such as mlflow.example.org:5000."
+        ),
+    ] = None,
     tracking_uri: Tracking = None,
 ) -> None:
     """Open the MLflow UI on the results, on this machine only. Ctrl-C ends it."""
     from landscape_ray.tracking.ui import serve
 
-    serve(results, host=host, port=port, tracking_uri=tracking_uri, console=new_console())
+    serve(results, host=host, port=port, tracking_uri=tracking_uri, console=new_console(), names=allow or ())
+
+
+@app.command()
+def doctor(
+    results: Results = DEFAULT_RESULTS,
+    address: Address = None,
+    tracking_uri: Tracking = None,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Also start Ray here, or ask the cluster.")] = True,
+) -> None:
+    """Check versions, GPU, storage, disk, tracking server and Ray, and say what to do; status 2 where a sweep fails."""
+    from landscape_ray.sweep.doctor import examine, worst
+    from landscape_ray.tracking.uris import resolve_tracking_uri
+
+    console = new_console()
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    findings = []
+    uri = resolve_tracking_uri(tracking_uri, results)
+    for finding in examine(results, address, uri, ray=ray):
+        findings.append(finding)
+        status = f"[{colours[finding.status]}]{finding.status:>7}[/{colours[finding.status]}]"
+        console.print(f"{status}  {finding.name}: ", end="", highlight=False)
+        console.print(finding.found, highlight=False, markup=False, soft_wrap=True)
+        if finding.remedy:
+            console.print(f"         -> {finding.remedy}", highlight=False, markup=False, soft_wrap=True)
+    verdict = {"ok": "everything is there", "warning": "sweeps run; see the warnings", "error": "mend the errors first"}
+    console.print(verdict[worst(findings)])
+    if worst(findings) == "error":
+        raise typer.Exit(2)
 
 
 @app.command(name="list")

@@ -30,12 +30,14 @@ from landscape_ray.records import RunSummary
 from landscape_ray.signals import termination_as_interrupt
 from landscape_ray.sweep.best_model import keep_best_model
 from landscape_ray.sweep.display import Dashboard, duration
+from landscape_ray.sweep.extension import text_id
+from landscape_ray.sweep.notes import description_of, tags_of
 from landscape_ray.sweep.provenance import git_state, packages
 from landscape_ray.sweep.run import TrialRun, trial_id_of
 from landscape_ray.sweep.spec import NAME, SweepSpec, spec_of
 from landscape_ray.tracking.folder import SweepFolder, exists_message
 from landscape_ray.tracking.projector import Projector, SyncReport
-from landscape_ray.tracking.uris import default_tracking_uri, resolve_tracking_uri
+from landscape_ray.tracking.uris import default_tracking_uri, mask_secrets, resolve_tracking_uri
 from landscape_ray.training import Objective, TrainConfig, build_optimizer
 
 FREE_BYTES_FLOOR = 256 * 2**20
@@ -94,6 +96,7 @@ def new_sweep(spec: SweepSpec, text: str, results: Path, name: str | None, track
         "experiment": spec.experiment,
         "launched_in": str(Path.cwd()),
         "spec_id": config_id(spec),
+        "spec_text_id": text_id(text),
         "num_trials": spec.num_trials,
         "corpus_id": corpus_id,
         "status": "pending",
@@ -242,11 +245,10 @@ def conclude(
     folder.update_meta(status=status, ended_unix=time.time())
     finished = [s for s in summaries if s.status == "finished" and _counts(spec, s)]
     best = min(finished, key=lambda s: s.final_loss_nats, default=None)
-    searcher = spec.search.sampler if spec.search else "pbt" if spec.population else "none"
     projector.set_parent(
         metrics={"sweep/best_loss_nats": best.final_loss_nats, "sweep/num_trials": float(ended)} if best else {},
-        tags={"landscape_ray.status": status, "landscape_ray.searcher": searcher},
-        description=describe(spec, counts, best),
+        tags={"landscape_ray.status": status, **tags_of(spec, summaries)},
+        description=description_of(spec, folder.path.name, summaries, best),
     )
     if best is not None and status == "finished":
         # The sweep is done, and its checkpoint is there: a network that cannot be pickled undoes nothing.
@@ -260,16 +262,6 @@ def _counts(spec: SweepSpec, summary: RunSummary) -> bool:
     """Return whether a finished run may be the best: one at a lower fidelity is not what was asked for."""
     fidelity = spec.search.fidelity if spec.search is not None else None
     return fidelity is None or summary.varied.get(fidelity.name) == fidelity.values[-1]
-
-
-def describe(spec: SweepSpec, counts: dict[str, int], best: RunSummary | None) -> str:
-    """Return the result of a sweep as a few lines of Markdown, for the parent run."""
-    lines = [spec.description, ""] if spec.description else []
-    lines.append(f"**{spec.name}**: " + ", ".join(f"{number} {status}" for status, number in sorted(counts.items())))
-    if best is not None:
-        values = ", ".join(f"`{name}` = {value}" for name, value in best.varied.items())
-        lines.append(f"Best run **{best.run_id}**: {best.final_loss_nats:.4f} {best.loss_unit} with {values}")
-    return "\n\n".join(line for line in lines if line)
 
 
 @contextlib.contextmanager
@@ -287,6 +279,7 @@ def projected(folder: SweepFolder, spec: SweepSpec, tracking_uri: str | None) ->
                 f"the data of sweep '{folder.path.name}' changed since its launch; restore it, or start a new sweep"
             )
         projector = Projector(folder, uri, spec.experiment)
+        projector.set_parent({}, tags_of(spec), spec.description)
         projector.start()
         try:
             yield projector
@@ -300,9 +293,12 @@ def reason(error: BaseException) -> str:
     """Return in one line why a trial failed: the innermost error, without the traceback."""
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, UserError):
-        return str(cause)
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1].strip()}" if lines else type(cause).__name__
+        return mask_secrets(str(cause))
+    lines = [line for line in mask_secrets(str(cause)).strip().splitlines() if line.strip()]
+    text = f"{type(cause).__name__}: {lines[-1].strip()}" if lines else type(cause).__name__
+    if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+        text += "; lower train.batch_size or the model's size, or let fewer trials share a device"
+    return text
 
 
 def exit_status(outcome: Outcome) -> int:

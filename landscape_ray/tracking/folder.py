@@ -6,6 +6,7 @@
       trials/<trial_id>/trial.json          how far the trial is committed, and its summary
       trials/<trial_id>/records/part-000000.parquet ...
       trials/<trial_id>/checkpoint/         owned by the trainable
+      study.journal, population.json        what a search, or a population, has decided
       model/                                the best model, as MLflow loads it
       fits/*.json, report.html
 
@@ -30,7 +31,8 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, get_args
 
 from landscape_ray.errors import UserError
 from landscape_ray.files import storage_error, sync_folder, write_atomic
@@ -41,6 +43,16 @@ FORMAT_VERSION = 1
 
 _TRIAL_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _SUMMARY_FIELDS = frozenset(field.name for field in dataclasses.fields(RunSummary))
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "float | None": (int, float, NoneType),
+    "str": (str,),
+    "dict[str, Any]": (dict,),
+}
+_SUMMARY_KINDS = {
+    field.name: _KINDS[str(field.type)] for field in dataclasses.fields(RunSummary) if str(field.type) in _KINDS
+}
 
 
 class Commit(NamedTuple):
@@ -63,6 +75,17 @@ class Commit(NamedTuple):
     def initial_varied(self) -> dict[str, Any]:
         """The searched values that the trial began with."""
         return self.initial["varied"] if self.initial else self.summary.varied
+
+
+def _check_summary(trial_id: str, fields: dict[str, Any]) -> None:
+    """Raise ValueError unless a summary is what its trial wrote: others rely on its types and make file names of it."""
+    if fields["run_id"] != trial_id:
+        raise ValueError(f"it is of run {fields['run_id']!r}")
+    if fields["status"] not in get_args(RunStatus):
+        raise ValueError(f"status is {fields['status']!r}")
+    for name, kind in _SUMMARY_KINDS.items():
+        if name in fields and (not isinstance(fields[name], kind) or isinstance(fields[name], bool)):
+            raise ValueError(f"{name} is {fields[name]!r}")
 
 
 class TrialFolder:
@@ -91,6 +114,7 @@ class TrialFolder:
         try:
             content = json.loads(self.commit_path.read_text(encoding="utf-8"))
             fields = {key: value for key, value in content["summary"].items() if key in _SUMMARY_FIELDS}
+            _check_summary(self.trial_id, fields)
             initial = content.get("initial")
             if initial is not None:
                 initial = {"config": dict(initial["config"]), "varied": dict(initial["varied"])}
@@ -182,6 +206,7 @@ class SweepFolder:
         self.report_path = path / "report.html"
         self.ray_path = path / "ray_results"
         self.study_path = path / "study.journal"
+        self.population_path = path / "population.json"
         self.model_path = path / "model"
 
     def __repr__(self) -> str:

@@ -19,6 +19,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from landscape_ray.config import config_id
 from landscape_ray.tracking import server
 from landscape_ray.tracking.folder import Commit, SweepFolder, TrialFolder
+from landscape_ray.tracking.labels import trial_tags
 from landscape_ray.tracking.parts import read_part
 from landscape_ray.tracking.uris import mask_secrets
 
@@ -108,6 +109,7 @@ class SweepRuns:
             server.TRIAL_ID: trial.trial_id,
             server.NUM_REWINDS: str(commit.num_rewinds),
             server.PARENT: self.parent.run_id,
+            **trial_tags(commit.summary),
         }
         run = _tracked(self._create(start_ms, server.run_name(trial.trial_id, commit.initial_varied), tags))
         self.trials[trial.trial_id] = run

@@ -41,6 +41,8 @@ ARTIFACTS: Final = "landscape_ray.artifacts"
 """What the artifacts of the sweep's run were made of, by name; not sent again while that is unchanged."""
 PARENT: Final = "mlflow.parentRunId"
 DESCRIPTION: Final = "mlflow.note.content"
+EXPERIMENT_KIND: Final = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag of an experiment whose runs the UI opens in its view for training; without it, in the one for agents."""
 
 # Limits of MLflow's REST interface.
 MAX_METRICS = 1000
@@ -169,7 +171,7 @@ def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
         # Without a server the default place of artifacts depends on the working folder.
         location = (database.absolute().parent / "mlartifacts").as_uri() if database else None
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_KIND))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

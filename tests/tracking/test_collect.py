@@ -370,3 +370,13 @@ def test_one_pass_gives_what_a_filter_for_each_run_gives(search_folder, shuffled
                 found = by_run[run.run_id][name]
                 assert found.dtype == values.dtype
                 np.testing.assert_array_equal(found, values)
+
+
+def test_what_is_missing_everywhere_takes_no_memory(search_folder):
+    """Of the columns of a table most are empty for one kind of row; and names of runs are shared, not copied."""
+    table = collect(search_folder.path).records
+    rows = next(iter(columns_by_run(table, "eval").values()))
+    assert np.isnan(rows["lr"]).all()
+    assert rows["lr"].strides == (0,)
+    assert rows["loss_nats"].strides == (8,)
+    assert rows["run_id"][0] is rows["run_id"][-1]
