@@ -4,7 +4,7 @@ a million points from four writers, and the three ways to read a thousand runs b
 The server is `mlflow server --workers 1` on SQLite, on 127.0.0.1, ended here. One table: ours, peer, ratio.
 
 Usage:
-    python scripts/bench_tracking.py [--part callback|crash|million|collect|all] [--points 1000000] [--runs 1000]
+    python scripts/bench_tracking.py [--part callback|rate|crash|million|collect|all] [--points 1000000] [--runs 1000]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bench_collect import make_sweep
 from rich.console import Console
 
 from landscape_ray.errors import UserError
-from landscape_ray.records import ProbeRecord, RunSummary
+from landscape_ray.records import EvalRecord, ProbeRecord, RunSummary
 from landscape_ray.tracking import server
 from landscape_ray.tracking.collect import collect, collect_mlflow
 from landscape_ray.tracking.folder import SweepFolder
@@ -257,6 +257,44 @@ def part_callback(table: Table, folder: Path, steps: int) -> None:
     table.add("wall time of the sweep", our_seconds, peer_seconds, "s")
 
 
+def part_rate(table: Table, folder: Path, seconds: float) -> None:
+    """Requests and driver time a result where many results come: four trials, two results a second each."""
+    sweep = SweepFolder.create(folder / "rate", spec_text='name = "rate"\n', meta={"experiment": "rate"})
+
+    def train(trial_id: str) -> None:
+        trial, writer = sweep.trial(trial_id), PartWriter(sweep.trial(trial_id))
+        for step in range(1, round(2 * seconds) + 1):
+            place = {"step": step, "num_tokens": step, "flops": 1.0, "elapsed_seconds": 0.5 * step}
+            writer.append(EvalRecord(**place, time_unix=time.time(), cost_seconds=0.0, loss_nats=1 / step))
+            status: Any = "running" if step < round(2 * seconds) else "finished"
+            trial.commit(
+                RunSummary(run_id=trial_id, status=status, config={"lr": 0.1}, varied={}, step=step), writer.flush()
+            )
+            time.sleep(0.5)
+
+    original = Projector._sync
+    with Server(folder) as mlflow, metered() as meter:
+        Projector._sync = meter.timed(original)  # type: ignore[method-assign]
+        try:
+            projector = Projector(sweep, mlflow.uri, "rate")
+            projector.start()
+            trials = [threading.Thread(target=train, args=(f"t{k}",)) for k in range(4)]
+            for trial in trials:
+                trial.start()
+            for trial in trials:
+                trial.join()
+            begun = time.perf_counter()
+            report = projector.close()
+            closing = time.perf_counter() - begun
+        finally:
+            Projector._sync = original  # type: ignore[method-assign]
+    results = 4 * round(2 * seconds)
+    table.add(f"{results:,} results in {seconds:.0f} s: requests a result", meter.requests / results)
+    table.add("CPU of tracking, a result", 1e3 * meter.cpu_seconds / results, "", "ms")
+    table.add("driver waits for it, a result (at the end)", 1e3 * closing / results, "", "ms")
+    table.add("points behind, error", f"{report.behind}, {report.error or 'none'}")
+
+
 def part_crash(table: Table, folder: Path, steps: int) -> None:
     """What an exploit, and a server that dies after forty results, do to the sweep."""
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"  # its default would let the peer hang for four minutes first
@@ -401,16 +439,19 @@ def fill_store(mlflow: Server, runs: int, points: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["callback", "crash", "million", "collect", "all"], default="all")
+    parser.add_argument("--part", choices=["callback", "rate", "crash", "million", "collect", "all"], default="all")
     parser.add_argument("--steps", type=int, default=1000, help="updates of each of the four members; 10 a result")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of the part `rate`")
     parser.add_argument("--points", type=int, default=1_000_000, help="of the part `million`")
     parser.add_argument("--runs", type=int, default=1000, help="of the part `collect`")
     parser.add_argument("--run-points", type=int, default=1000, help="of each of them")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended here too
     table = Table()
     parts = {
         "callback": lambda folder: part_callback(table, folder, options.steps),
+        "rate": lambda folder: part_rate(table, folder, options.seconds),
         "crash": lambda folder: part_crash(table, folder, options.steps),
         "million": lambda folder: part_million(table, folder, options.points),
         "collect": lambda folder: part_collect(table, folder, options.runs, options.run_points),

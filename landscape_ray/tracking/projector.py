@@ -49,6 +49,10 @@ _FAILING_SECONDS = 5.0
 _MAX_BACKOFF_SECONDS = 60.0
 _BATCH_SHARE = 10.0
 """A run that is training is sent to at most every so many times as long as the last pass over all runs took."""
+_BATCH_AGE = 0.1
+"""The pause between two requests to a run grows by this share of how long it is followed ..."""
+_LONGEST_BATCH = 3.0
+"""... up to so many times of what it is at first: by default 30 seconds, after which MLflow's pages ask for news."""
 _MAX_TAGS = 20
 """More than a request to a trial's run carries."""
 
@@ -256,8 +260,10 @@ class Projector:
     def _may_wait(self, run: TrackedRun, commit: Commit) -> bool:
         """Return whether what a trial has committed can go with what it will have committed a little later."""
         ended = commit.summary.status in TERMINAL_STATUSES or run.num_rewinds != commit.num_rewinds
-        pause = max(self._batch_seconds, _BATCH_SHARE * self._pass_seconds)
-        return self._patient and not ended and time.monotonic() - run.sent_at < pause
+        now = time.monotonic()
+        by_age = min(_LONGEST_BATCH * self._batch_seconds, _BATCH_AGE * (now - run.found_at))
+        pause = max(self._batch_seconds, by_age, _BATCH_SHARE * self._pass_seconds)
+        return self._patient and not ended and now - run.sent_at < pause
 
     def _send_rows(
         self,

@@ -45,6 +45,8 @@ class TrackedRun:
     """The state of trial.json that was sent completely."""
     sent_at: float = -math.inf
     """When a request went to this run, by the monotonic clock."""
+    found_at: float = dataclasses.field(default_factory=time.monotonic)
+    """When the run was found or made, by the same clock."""
 
     def missing(self, params: Mapping[str, str]) -> dict[str, str]:
         """Return the parameters that the run does not have."""
@@ -88,7 +90,7 @@ class SweepRuns:
             found = self.trials[trial_id] = _tracked(run)
             same = known.get(found.run_id)
             if same is not None and same.parts == found.parts and same.tags.items() <= found.tags.items():
-                found.seen, found.sent_at = same.seen, same.sent_at
+                found.seen, found.sent_at, found.found_at = same.seen, same.sent_at, same.found_at
 
     def for_trial(self, trial: TrialFolder, commit: Commit) -> TrackedRun:
         """Return the run of a trial, made if there is none, or if it holds points of rows that were given up."""

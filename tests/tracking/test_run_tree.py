@@ -259,6 +259,15 @@ def test_what_comes_in_quickly_goes_in_one_request(
         assert report.error == ""
     assert state.calls == []
     assert report.behind == 10
+    assert projector._runs is not None
+    run = projector._runs.trials["t1"]
+    run.found_at -= 10_000.0  # followed for hours: the pause is as long as it gets
+    run.sent_at -= 170.0
+    assert projector._sync(closing=False, patient=True).behind == 10
+    run.sent_at -= 20.0
+    assert projector._sync(closing=False, patient=True).behind == 0
+    assert state.calls == ["log_batch"]
+    state.calls.clear()
     make.write(folder.trial("t1"), 16, 20, status="finished")
     assert projector._sync(closing=False, patient=True).behind == 0
     assert state.calls == ["log_batch", "set_terminated"]
