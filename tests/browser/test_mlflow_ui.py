@@ -37,7 +37,8 @@ FRAME = """
   var frame = document.querySelector('iframe');
   frame.scrollIntoView({block: 'nearest', inline: 'end', behavior: 'instant'});
   var box = frame.getBoundingClientRect(), middle = box.top + 0.6 * (box.bottom - box.top);
-  return [Math.max(box.left, 0), box.top, Math.min(box.right, innerWidth), Math.min(middle, innerHeight)].map(Math.round);
+  var right = Math.min(box.right, innerWidth), bottom = Math.min(middle, innerHeight);
+  return [Math.max(box.left, 0), box.top, right, bottom].map(Math.round);
 })()
 """
 
