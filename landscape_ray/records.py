@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 SCHEMA_VERSION = 3
@@ -55,7 +56,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("num_matvecs", "int64", "products", "Hessian-vector products spent (probe)"),
     Column("price_gradients", "float64", "gradients", "cost in gradients on the probe batch (probe)"),
     Column("converged", "int64", "", "1 where the accuracy that was asked for was reached, else 0 (probe)"),
-    Column("event", "string", "", "exploit | mutate | diverged | resume | branch | clamp (event)"),
+    Column("event", "string", "", "exploit | mutate | diverged | resume | branch | clamp | fallback (event)"),
     Column("donor", "string", "", "run whose weights were copied (event: exploit, branch)"),
     Column("donor_step", "int64", "updates", "step of the copied weights (event: exploit, branch)"),
     Column("detail", "string", "", "JSON object with what changed (event)"),
@@ -197,7 +198,12 @@ def to_row(run_id: str, record: Record) -> dict[str, Any]:
     return row
 
 
-def metrics(row: dict[str, Any]) -> dict[str, float]:
+def progress(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a tracking server can draw curves over instead of steps: tokens, FLOPs, seconds."""
+    return {f"progress/{name}": row[name] for name in ("num_tokens", "flops", "elapsed_seconds")}
+
+
+def metrics(row: Mapping[str, Any]) -> dict[str, float]:
     """Return what a tracking server should chart for this row, under `group/name_unit` keys.
 
     Non-finite values are left out: servers disagree on how to store them, and the Parquet copy keeps them.
@@ -208,7 +214,7 @@ def metrics(row: dict[str, Any]) -> dict[str, float]:
                 "train/loss_nats": row["loss_nats"],
                 "train/lr": row["lr"],
                 "train/grad_norm": row["grad_norm"],
-                "train/num_tokens": row["num_tokens"],
+                **progress(row),
             }
         case "eval":
             named = {"eval/loss_nats": row["loss_nats"], "eval/accuracy": row["accuracy"]}

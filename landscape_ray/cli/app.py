@@ -78,13 +78,26 @@ def resume(
     sweep: Annotated[
         str | None, typer.Argument(metavar="[SWEEP]", help="Name or folder; default: the newest unfinished sweep.")
     ] = None,
+    num_trials: Annotated[
+        int | None, typer.Option("--num-trials", min=1, help="Go on to so many trials; for a search.")
+    ] = None,
+    num_steps: Annotated[
+        int | None, typer.Option("--num-steps", min=1, help="Go on to so many updates; for a population or a run.")
+    ] = None,
+    spec: Annotated[
+        Path | None, typer.Option("--spec", help="Changed sweep file; differences that spoil the sweep are refused.")
+    ] = None,
     results: Results = DEFAULT_RESULTS,
     address: Address = None,
     tracking_uri: Tracking = None,
 ) -> None:
-    """Go on with a sweep that was stopped, killed or left with failed trials."""
-    folder = open_sweep(sweep, results, unfinished=True)
+    """Go on with a sweep that was stopped, killed or left with failed trials, perhaps further than it was to go."""
+    from landscape_ray.sweep.extension import extend
+
+    folder = open_sweep(sweep, results, unfinished=num_trials is None and num_steps is None and spec is None)
     console = new_console()
+    for name, value in extend(folder, spec, num_trials, num_steps).items():
+        console.print(f"{name} is now {value}", highlight=False)
     console.print(f"resuming [bold]{folder.path.name}[/bold] in {shown(folder.path)}", soft_wrap=True)
     if folder.meta.get("single_run"):
         from landscape_ray.sweep.session import train_one
@@ -308,12 +321,46 @@ def ui(
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than 127.0.0.1 open it to the network.")
     ] = "127.0.0.1",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow", help="Name, with the port, that browsers may ask for, such as mlflow.example.org:5000."
+        ),
+    ] = None,
     tracking_uri: Tracking = None,
 ) -> None:
     """Open the MLflow UI on the results, on this machine only. Ctrl-C ends it."""
     from landscape_ray.tracking.ui import serve
 
-    serve(results, host=host, port=port, tracking_uri=tracking_uri, console=new_console())
+    serve(results, host=host, port=port, tracking_uri=tracking_uri, console=new_console(), names=allow or ())
+
+
+@app.command()
+def doctor(
+    results: Results = DEFAULT_RESULTS,
+    address: Address = None,
+    tracking_uri: Tracking = None,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Also start Ray here, or ask the cluster.")] = True,
+) -> None:
+    """Check versions, GPU, storage, disk, tracking server and Ray, and say what to do; status 2 where a sweep fails."""
+    from landscape_ray.sweep.doctor import examine, worst
+    from landscape_ray.tracking.uris import resolve_tracking_uri
+
+    console = new_console()
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    findings = []
+    uri = resolve_tracking_uri(tracking_uri, results)
+    for finding in examine(results, address, uri, ray=ray):
+        findings.append(finding)
+        status = f"[{colours[finding.status]}]{finding.status:>7}[/{colours[finding.status]}]"
+        console.print(f"{status}  {finding.name}: ", end="", highlight=False)
+        console.print(finding.found, highlight=False, markup=False, soft_wrap=True)
+        if finding.remedy:
+            console.print(f"         -> {finding.remedy}", highlight=False, markup=False, soft_wrap=True)
+    verdict = {"ok": "everything is there", "warning": "sweeps run; see the warnings", "error": "mend the errors first"}
+    console.print(verdict[worst(findings)])
+    if worst(findings) == "error":
+        raise typer.Exit(2)
 
 
 @app.command(name="list")

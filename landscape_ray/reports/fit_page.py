@@ -32,10 +32,10 @@ def render(found: ScalingFit) -> str:
     drawn = figures(found)
     by_key = {figure.key: figure for figure in drawn}
     bodies = {
-        "law": block(by_key["law"]) + fit_section.parameters(found),
+        "law": block(by_key["law"]) + fit_section.parameters(found.fit, found.law),
         "measured": "".join(block(figure) for figure in drawn if figure.key != "law"),
         "unseen": fit_section.beyond(found),
-        "record": fit_section.record(found) + fit_section.excluded(found),
+        "record": fit_section.record(found.fit) + fit_section.excluded(found.excluded),
     }
     facts = ["landscape_ray law", found.source, found.law.name]
     title = (found.law.title or found.law.name).capitalize()

@@ -1,12 +1,14 @@
-"""The text of a scaling law, for its own page and for a report: what it says, how far to trust it, the full record."""
+"""The text of a law's fit, for its own page and for a report: what it says, how far to trust it, the full record."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 
 from landscape_ray import text
 from landscape_ray.analysis.scaling import ScalingFit
-from landscape_ray.laws.trust.checklist import SECTIONS
+from landscape_ray.laws import FitResult, Law
+from landscape_ray.laws.trust.checklist import SECTIONS, from_plain
 from landscape_ray.reports.law_section import STATUS_SENTENCE
 from landscape_ray.reports.markup import table, warnings
 
@@ -16,6 +18,19 @@ VERDICTS = {"ok": "", "warning": "read", "refusal": "do not use", "unknown": "no
 def summary(found: ScalingFit) -> str:
     """Return the law, its status and what to read before use."""
     fit, law = found.fit, found.law
+    objective = fit.objective
+    delta = f" (threshold {objective['huber_delta']:g})" if objective["huber_delta"] else ""
+    return (
+        f'<p class="lead"><code>{escape(law.formula)}</code></p>'
+        f"<p>{escape(law.reference)}. Fitted to {text.plural(fit.data['num_points'], 'point')} of "
+        f"{text.plural(len(fit.data['runs']), 'run')} from {escape(found.source)}, by "
+        f"{escape(objective['name'].replace('_', ' '))}{delta} of {escape(objective['of'])}.</p>"
+        f"{verdict(fit)}"
+    )
+
+
+def verdict(fit: FitResult) -> str:
+    """Return the status of a fit, how its optimum was found, and what to read before use."""
     mark = "good" if fit.status == "certified" else "bad"
     certificate = fit.certificate
     how = (
@@ -23,14 +38,8 @@ def summary(found: ScalingFit) -> str:
         f"condition number {text.number(certificate['condition_number'], 3)}; "
         f"{certificate['points_per_parameter']:.0f} points per parameter."
     )
-    objective = fit.objective
-    delta = f" (threshold {objective['huber_delta']:g})" if objective["huber_delta"] else ""
     counts = fit.checklist.get("counts", {})
     return (
-        f'<p class="lead"><code>{escape(law.formula)}</code></p>'
-        f"<p>{escape(law.reference)}. Fitted to {text.plural(fit.data['num_points'], 'point')} of "
-        f"{text.plural(len(fit.data['runs']), 'run')} from {escape(found.source)}, by "
-        f"{escape(objective['name'].replace('_', ' '))}{delta} of {escape(objective['of'])}.</p>"
         f'<p><span class="{mark}">{escape(fit.status)}</span> {escape(STATUS_SENTENCE[fit.status])} {escape(how)}</p>'
         f"<p>{counts.get('warning', 0)} warnings, {counts.get('unknown', 0)} unknowns and {counts.get('ok', 0)} items "
         "without objection in the record below.</p>"
@@ -38,9 +47,8 @@ def summary(found: ScalingFit) -> str:
     )
 
 
-def parameters(found: ScalingFit) -> str:
-    """Return its parameters with intervals, and how large the residuals are."""
-    fit, law = found.fit, found.law
+def parameters(fit: FitResult, law: Law) -> str:
+    """Return the parameters with their intervals and meanings, and the size of the residuals."""
     rows = []
     for name, value in fit.parameters.items():
         interval = fit.intervals.get(name)
@@ -67,11 +75,11 @@ def beyond(found: ScalingFit) -> str:
     return f"<ul>{items}</ul>{misfit}"
 
 
-def record(found: ScalingFit) -> str:
-    """Return the record of how it was made and checked."""
+def record(fit: FitResult) -> str:
+    """Return the record of a fit, a table a section."""
     parts = []
     for key, title in SECTIONS.items():
-        items = [item for item in found.record if item.section == key]
+        items = [item for item in from_plain(fit.checklist) if item.section == key]
         rows = [[item.name, VERDICTS[item.verdict], item.value, item.remark] for item in items]
         if rows:
             parts.append(f"<h3>{key} {escape(title.capitalize())}</h3>")
@@ -79,19 +87,20 @@ def record(found: ScalingFit) -> str:
     return "".join(parts)
 
 
-def excluded(found: ScalingFit) -> str:
-    """Return the runs that are not in it; empty without any."""
-    if not found.excluded:
+def excluded(runs: Mapping[str, str]) -> str:
+    """Return the runs that are not in a fit with the reasons, folded up."""
+    if not runs:
         return ""
-    items = "".join(f"<li>{escape(f'{run}: {why}')}</li>" for run, why in found.excluded.items())
-    return f"<details><summary>Not in the fit ({len(found.excluded)})</summary><ul>{items}</ul></details>"
+    items = "".join(f"<li>{escape(f'{run}: {why}')}</li>" for run, why in runs.items())
+    return f"<details><summary>Not in the fit ({len(runs)})</summary><ul>{items}</ul></details>"
 
 
 def section(found: ScalingFit) -> str:
     """Return the text of a law as a part of a report; its record unfolds."""
     title = (found.law.title or found.law.name).capitalize()
     return (
-        f"<h3>{escape(title)}</h3>{summary(found)}{parameters(found)}"
+        f"<h3>{escape(title)}</h3>{summary(found)}{parameters(found.fit, found.law)}"
         f"<p>Forecast from the other runs:</p>{beyond(found)}"
-        f"<details><summary>How it was made and checked</summary>{record(found)}</details>{excluded(found)}"
+        f"<details><summary>How it was made and checked</summary>{record(found.fit)}</details>"
+        f"{excluded(found.excluded)}"
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +31,8 @@ from landscape_ray.tracking.parts import PartWriter
 from landscape_ray.training import TrainState, read_checkpoint, train
 
 CHECKPOINT = "state.pt"
+PREVIOUS = "previous.pt"
+"""The checkpoint before, kept while a trial runs: where the last one turns out damaged, it goes on from there."""
 
 
 def trial_id_of(index: int, level: int = 0) -> str:
@@ -69,6 +73,15 @@ def checkpoint_of(folder: SweepFolder, run_id: str | None = None) -> tuple[str, 
     return run_id, there[run_id].checkpoint_path / CHECKPOINT
 
 
+def _set_aside(checkpoint: Path, previous: Path) -> None:
+    """Keep the checkpoint that is about to be replaced under another name; there is one under its own all the time."""
+    temporary = previous.with_name(f".{previous.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the first commit, or a file system without hard links, which keeps one only
+        os.link(checkpoint, temporary)
+        os.replace(temporary, previous)
+
+
 class TrialRun:
     """One trial and its folder. Used by the Ray trainable and by `landscape-ray train` alike.
 
@@ -101,7 +114,6 @@ class TrialRun:
         self.spec, self.folder, self.values, self.attempt = spec, folder, values, attempt
         self.config = spec.train_config(values, index)
         self.lr = math.nan
-        self.adopted = ""
         self.evals: list[tuple[int, float]] = []
         self.probes: dict[str, float] = {}
         self.first_probes: dict[str, float] = {}
@@ -111,16 +123,13 @@ class TrialRun:
         self._peak_bytes = before.peak_memory_bytes if before is not None else math.nan
         reset_peak()
         self.write_state: Callable[..., None] = lambda path, **extra: self.state.save(path, **extra)
-        checkpoint = folder.checkpoint_path / CHECKPOINT
-        if checkpoint.exists():
-            self.state, extra = TrainState.load(checkpoint, self.config, data)
-            self.adopted = str(extra["adopted"])
+        checkpoint, previous = folder.checkpoint_path / CHECKPOINT, folder.checkpoint_path / PREVIOUS
+        if checkpoint.exists() or previous.exists():
+            self.state, extra, damage = self._load(checkpoint, data)
             self.writer = PartWriter(folder, int(extra["num_parts"]))
-            # Nothing is committed here: mutated values become durable together with the weights that they came with.
-            if self.state.finished:
-                self.commit()  # its last commit may have been cut off after the checkpoint
-            elif extra["attempt"] != attempt:
-                self._event("resume")
+            self._reopened(extra)
+            if damage:
+                self._event("fallback", {"reason": damage})
         else:
             self.state = TrainState.create(self.config, data)
             self.writer = PartWriter(folder)
@@ -129,10 +138,32 @@ class TrialRun:
             self._branch_off()
             self.commit()
 
+    def _reopened(self, extra: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, with the extra values that were saved in it."""
+        if self.state.finished:
+            self.commit()  # its last commit may have been cut off after the checkpoint
+        elif extra["attempt"] != self.attempt:
+            self._event("resume")
+
     @property
     def finished(self) -> bool:
         """Whether the trial has ended."""
         return self.state.finished
+
+    def _load(self, checkpoint: Path, data: Data | None) -> tuple[TrainState, dict[str, Any], str]:
+        """Return the state of the last checkpoint, its extra values, and why it is the one before where it is."""
+        previous = checkpoint.with_name(PREVIOUS)
+        try:
+            return *TrainState.load(checkpoint, self.config, data), ""
+        except UserError as error:
+            if not previous.exists():
+                raise
+            try:
+                found = TrainState.load(previous, self.config, data)
+            except UserError:
+                raise error from None
+            os.replace(previous, checkpoint)  # else the next commit would keep the damaged one as the one before
+            return *found, str(error)
 
     def advance(self) -> None:
         """Train to the next commit and make it durable."""
@@ -156,13 +187,9 @@ class TrialRun:
     def next_stop(self) -> int:
         """Return the step of the next commit.
 
-        That is a multiple of commit_steps or of the population's interval, a step at which a verdict is due, or one of
-        a checkpoint for other trials.
+        That is a multiple of commit_steps, a step at which a verdict is due, or one of a checkpoint for other trials.
         """
-        strides = [self.spec.commit_steps]
-        if self.spec.population is not None:
-            strides.append(self.spec.population.interval_steps)
-        stops = [(self.state.step // stride + 1) * stride for stride in strides]
+        stops = [(self.state.step // self.spec.commit_steps + 1) * self.spec.commit_steps]
         stops += [step for step in self.spec.milestones if step > self.state.step]
         if (leave := self.trunk.next_stop(self.state.step)) is not None:
             stops.append(leave)
@@ -177,10 +204,15 @@ class TrialRun:
         started = time.perf_counter()
         num_parts = self.writer.flush()
         self._tracking_seconds += time.perf_counter() - started
-        self.save(self.folder.checkpoint_path / CHECKPOINT, num_parts)
+        checkpoint = self.folder.checkpoint_path / CHECKPOINT
+        previous = checkpoint.with_name(PREVIOUS)
+        _set_aside(checkpoint, previous)
+        self.save(checkpoint, num_parts)
         started = time.perf_counter()
         self.folder.commit(self.summary(), num_parts)
         self._tracking_seconds += time.perf_counter() - started
+        if self.state.finished:
+            previous.unlink(missing_ok=True)  # nothing is left to train: one checkpoint a trial is what stays
         if self.state.diverged is None and (path := self.trunk.wants(self.state.step)) is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.save(path)
@@ -210,30 +242,11 @@ class TrialRun:
 
     def save(self, path: Path, num_parts: int = 0) -> None:
         """Write the state with what a continuation or a copy needs to know about its origin."""
-        self.write_state(
-            path, num_parts=num_parts, run_id=self.folder.trial_id, adopted=self.adopted, attempt=self.attempt
-        )
+        self.write_state(path, num_parts=num_parts, run_id=self.folder.trial_id, attempt=self.attempt, **self._extra())
 
-    def adopt(self, checkpoint: Path, exploit: str) -> None:
-        """Continue from another member's checkpoint under this trial's own values; the lineage is recorded.
-
-        The donor's name and step come from the checkpoint itself, so they are those of the weights. An exploit that
-        was carried out before changes nothing: after a pause or a crash Ray hands out some checkpoint again, and the
-        durable state in the trial's folder is at least as far.
-
-        Args:
-            checkpoint: written by `save`.
-            exploit: serial of the exploit in this sweep; empty before a member's first one under this driver, when
-                every checkpoint that Ray has of it is its own.
-        """
-        if exploit in ("", self.adopted):
-            return
-        payload = read_checkpoint(checkpoint)
-        donor, donor_step = str(payload["extra"]["run_id"]), int(payload["counters"]["step"])
-        self.adopted = exploit
-        self._take_over(payload)
-        self._event("exploit", donor=donor, donor_step=donor_step)
-        self.commit()
+    def _extra(self) -> dict[str, str | int]:
+        """Return what else to save with the state."""
+        return {}
 
     def _event(self, event: str, detail: Mapping[str, Any] | None = None, **lineage: Any) -> None:
         """Record an event; without a detail it is the searched values."""

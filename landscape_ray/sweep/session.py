@@ -28,13 +28,16 @@ from landscape_ray.errors import UserError
 from landscape_ray.models import build_model
 from landscape_ray.records import RunSummary
 from landscape_ray.signals import termination_as_interrupt
+from landscape_ray.sweep.best_model import keep_best_model
 from landscape_ray.sweep.display import Dashboard, duration
+from landscape_ray.sweep.extension import text_id
 from landscape_ray.sweep.notes import description_of, tags_of
+from landscape_ray.sweep.provenance import git_state, packages
 from landscape_ray.sweep.run import TrialRun, trial_id_of
 from landscape_ray.sweep.spec import NAME, SweepSpec, spec_of
 from landscape_ray.tracking.folder import SweepFolder, exists_message
 from landscape_ray.tracking.projector import Projector, SyncReport
-from landscape_ray.tracking.uris import default_tracking_uri, resolve_tracking_uri
+from landscape_ray.tracking.uris import default_tracking_uri, mask_secrets, resolve_tracking_uri
 from landscape_ray.training import Objective, TrainConfig, build_optimizer
 
 FREE_BYTES_FLOOR = 256 * 2**20
@@ -93,12 +96,15 @@ def new_sweep(spec: SweepSpec, text: str, results: Path, name: str | None, track
         "experiment": spec.experiment,
         "launched_in": str(Path.cwd()),
         "spec_id": config_id(spec),
+        "spec_text_id": text_id(text),
         "num_trials": spec.num_trials,
         "corpus_id": corpus_id,
         "status": "pending",
         "attempts": 0,
         "versions": versions(),
         "hardware": hardware(),
+        "packages": packages(),
+        "git": git_state(Path.cwd()),
     }
     return SweepFolder.create(path, spec_text=text, meta=meta)
 
@@ -244,6 +250,10 @@ def conclude(
         tags={"landscape_ray.status": status, **tags_of(spec, summaries)},
         description=description_of(spec, folder.path.name, summaries, best),
     )
+    if best is not None and status == "finished":
+        # The sweep is done, and its checkpoint is there: a network that cannot be pickled undoes nothing.
+        with contextlib.suppress(Exception):
+            keep_best_model(folder, best.run_id)
     sync = projector.close(timeout_seconds=30.0)
     return Outcome(folder, status, counts, failures, best, sync, time.monotonic() - started)
 
@@ -283,9 +293,12 @@ def reason(error: BaseException) -> str:
     """Return in one line why a trial failed: the innermost error, without the traceback."""
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, UserError):
-        return str(cause)
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1].strip()}" if lines else type(cause).__name__
+        return mask_secrets(str(cause))
+    lines = [line for line in mask_secrets(str(cause)).strip().splitlines() if line.strip()]
+    text = f"{type(cause).__name__}: {lines[-1].strip()}" if lines else type(cause).__name__
+    if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+        text += "; lower train.batch_size or the model's size, or let fewer trials share a device"
+    return text
 
 
 def exit_status(outcome: Outcome) -> int:

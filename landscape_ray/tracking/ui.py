@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +23,15 @@ START_SECONDS = 60.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def serve(results: Path, *, host: str, port: int, tracking_uri: str | None, console: Console) -> None:
+def serve(
+    results: Path,
+    *,
+    host: str,
+    port: int,
+    tracking_uri: str | None,
+    console: Console,
+    names: Sequence[str] = (),
+) -> None:
     """Run the MLflow UI until it is interrupted.
 
     Args:
@@ -31,6 +40,7 @@ def serve(results: Path, *, host: str, port: int, tracking_uri: str | None, cons
         port: to listen on.
         tracking_uri: store to show; None for the environment's or the results folder's.
         console: where the address is printed.
+        names: under which browsers may ask for the server, beside its address.
 
     Raises:
         UserError: no store there, the port is taken, or the server does not come up.
@@ -55,10 +65,13 @@ def serve(results: Path, *, host: str, port: int, tracking_uri: str | None, cons
     check_port(host, port)
     if host not in LOOPBACK:
         console.print(
-            f"[yellow]anybody who reaches {host}:{port} can read and delete runs; it has no password[/yellow]"
+            f"[yellow]anybody who reaches {host}:{port} can read and delete runs; it has no password. Safer: leave it "
+            f"on 127.0.0.1 and come by `ssh -L {port}:127.0.0.1:{port}`, or put a proxy with TLS and passwords in "
+            "front[/yellow]",
+            soft_wrap=True,
         )
     with termination_as_interrupt(), contextlib.suppress(KeyboardInterrupt):
-        process = start_server(uri, host=host, port=port)
+        process = start_server(uri, host=host, port=port, names=names)
         try:
             with console.status("starting the MLflow UI ..."):
                 page = f"{address(host, port)}/#/{start_page(uri)}"  # from the store itself, while the server starts
@@ -87,11 +100,35 @@ def start_page(uri: str) -> str:
     return f"experiments/{place}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
 
 
-def start_server(uri: str, *, host: str, port: int) -> subprocess.Popen[bytes]:
-    """Start `mlflow server` with one worker and without its job runner: two processes instead of thirteen."""
+def allowed_hosts(host: str, port: int, names: Sequence[str] = ()) -> list[str]:
+    """Return the values of the header Host that the server answers to.
+
+    Without a list MLflow admits names such as 192.168.evil.example, which its patterns for private addresses match: a
+    page there could read the runs through a visitor's browser (DNS rebinding).
+
+    >>> allowed_hosts("127.0.0.1", 5000)
+    ['127.0.0.1:5000', 'localhost:5000', '[::1]:5000']
+    """
+    own = [] if host in LOOPBACK else [socket.gethostname(), socket.getfqdn(), host]
+    if host in ("0.0.0.0", "::"):
+        own = own[:2]  # every address of this machine is listened on: others than its names must be given
+    known = dict.fromkeys(["127.0.0.1", "localhost", "[::1]", *own])
+    return [f"{name}:{port}" for name in known] + list(names)
+
+
+def start_server(uri: str, *, host: str, port: int, names: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """Start `mlflow server` with one worker and without its job runner: two processes instead of thirteen.
+
+    It answers to its own names only and takes changes from its own pages only.
+    """
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host]
-    command += ["--port", str(port), "--workers", "1"]
+    environment["MLFLOW_BACKEND_STORE_URI"] = uri  # not an argument: those are shown to every user of the machine
+    for name in ("MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"):
+        environment.pop(name, None)  # the options below are what counts
+    hosts = allowed_hosts(host, port, names)
+    origins = [f"{scheme}://{name}" for name in hosts for scheme in ("http", "https")]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command += ["--allowed-hosts", ",".join(hosts), "--cors-allowed-origins", ",".join(origins)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )

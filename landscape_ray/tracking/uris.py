@@ -7,7 +7,11 @@ import re
 from pathlib import Path
 
 MASK = "***"
-_USER_INFO = re.compile(r"://[^/\s]*@")
+_USER_INFO = re.compile(r"(?<=://)\S*@")  # up to the last @: a password may hold a slash
+_SECRET = re.compile(
+    r"(?i)((?:password|passwd|secret|token|api[_-]?key|access[_-]?key(?:[_-]?id)?)[\"']?\s*[=:]\s*[\"']?"
+    r"(?:bearer\s+)?|\bbearer\s+)[^\s&,;\"']+"
+)
 
 
 def default_tracking_uri(results: Path) -> str:
@@ -34,12 +38,12 @@ def resolve_tracking_uri(explicit: str | None, results: Path, kept: str | None =
 
 
 def mask_secrets(text: str) -> str:
-    """Return the text with every `user:password@` of an address replaced by `***@`.
+    """Return the text with every `user:password@` of an address, and what follows `password=` and its like, masked.
 
-    >>> mask_secrets("no answer from https://ada:s3cret@mlflow.example.org/api")
-    'no answer from https://***@mlflow.example.org/api'
+    >>> mask_secrets("no answer from https://ada:s3cret@mlflow.example.org/api?token=abc")
+    'no answer from https://***@mlflow.example.org/api?token=***'
     """
-    return _USER_INFO.sub(f"://{MASK}@", text)
+    return _SECRET.sub(rf"\g<1>{MASK}", _USER_INFO.sub(f"{MASK}@", text))
 
 
 def sqlite_path(tracking_uri: str) -> Path | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 from collections.abc import Callable, Mapping
 from operator import attrgetter
@@ -25,7 +27,7 @@ from landscape_ray.training.optimizers import build_optimizer
 from landscape_ray.training.precision import LossScaler
 from landscape_ray.training.probing import build_monitor
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 
 ABSOLUTE_FIELDS = ("model", "data", "optimizer.name")
 """What weights and optimizer state depend on: a checkpoint cannot continue under other values of it. Nor can averages
@@ -124,13 +126,18 @@ class TrainState:
         Raises:
             UserError: no space left, or no permission.
         """
+        payload = self.payload(**extra)
+        write_atomic_with(path, lambda file: torch.save(payload, file))
+
+    def payload(self, **extra: str | int) -> dict[str, Any]:
+        """Return what `save` writes; tensors are not copied."""
         payload = {
             "version": CHECKPOINT_VERSION,
             "config": self.config.model_dump(mode="json"),
             "extra": extra,
             **self.content(),
         }
-        write_atomic_with(path, lambda file: torch.save(payload, file))
+        return {**payload, "checksum": checksum(payload)}
 
     def content(self) -> dict[str, Any]:
         """Return what `restore` takes over: tensors (no copies) and plain values."""
@@ -179,8 +186,20 @@ class TrainState:
         """Take over weights, optimizer, counters, averages and probes of a checkpoint; the configuration stays.
 
         Raises:
-            UserError: the checkpoint was trained on other data, or has another kind of averages.
+            UserError: the checkpoint was trained on other data, has another kind of averages, or holds something else
+                than a run of this configuration.
         """
+        try:
+            self._restore(payload)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"the checkpoint does not fit the run ({type(error).__name__}: {reason}); delete it to start anew"
+            ) from None
+
+    def _restore(self, payload: Mapping[str, Any]) -> None:
         kind = self.config.averaging.name if self.config.averaging is not None else None
         if (saved := payload["averager"].get("name")) != kind:
             raise UserError(
@@ -201,18 +220,58 @@ class TrainState:
         if self.averager is not None:
             self.averager.load_state_dict(payload["averager"])
         for name in self.COUNTERS:
-            setattr(self, name, payload["counters"][name])
+            value = payload["counters"][name]
+            wanted: tuple[type, ...] = (str,) if name == "diverged" else (int, float)
+            if name in ("step", "observed_step", "num_tokens"):
+                wanted = (int,)
+            if not isinstance(value, wanted) and not (value is None and name in ("diverged", "accuracy")):
+                raise TypeError(f"counters.{name} is a {type(value).__name__}")
+            setattr(self, name, value)
         self.monitor.load_state_dict(payload["probes"])
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint, tensors and plain values only.
+PARTS = ("config", "extra", "corpus_id", "counters", "module", "optimizer", "clipper", "scaler", "averager", "probes")
+"""What a checkpoint consists of, beside its version and checksum."""
+
+
+def checksum(payload: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of everything in a checkpoint: every byte of every tensor, every key and plain value."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        elif isinstance(value, Mapping):
+            digest.update(f"{{{len(value)}".encode())
+            for key, each in value.items():
+                digest.update(repr(key).encode())
+                add(each)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"[{len(value)}".encode())
+            for each in value:
+                add(each)
+        else:
+            digest.update(repr(value).encode())
+
+    add({name: payload[name] for name in PARTS})
+    return digest.hexdigest()
+
+
+def read_checkpoint(path: Path, content: bytes | None = None) -> dict[str, Any]:
+    """Return the content of a checkpoint, tensors and plain values only, after comparing its checksum.
+
+    Args:
+        path: the file.
+        content: what is in the file, where it is known already.
 
     Raises:
-        UserError: missing, truncated or foreign file, or an unknown version.
+        UserError: missing, truncated, changed or foreign file, or an unknown version.
     """
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        source = path if content is None else io.BytesIO(content)
+        payload = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Exception as error:  # torch.load raises many types for a damaged file
@@ -225,6 +284,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"checkpoint {path} has version {payload['version']}, this program reads {CHECKPOINT_VERSION}; "
             "use the version of landscape_ray that wrote it"
         )
+    try:
+        sound = payload["checksum"] == checksum(payload)
+    except Exception:  # a foreign file may hold anything under these names
+        sound = False
+    if not sound:
+        raise UserError(f"checkpoint {path} is damaged: its checksum differs; delete it to start this run anew")
     return payload
 
 

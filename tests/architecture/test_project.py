@@ -64,5 +64,18 @@ def test_help_lists_every_verb() -> None:
     out = subprocess.run(
         [sys.executable, "-m", "landscape_ray.cli", "--help"], capture_output=True, text=True, check=True
     )
-    for verb in ("sweep", "resume", "train", "fit", "predict", "report", "sync", "ui", "list", "check", "refine"):
+    for verb in (
+        "sweep",
+        "resume",
+        "train",
+        "doctor",
+        "fit",
+        "predict",
+        "report",
+        "sync",
+        "ui",
+        "list",
+        "check",
+        "refine",
+    ):
         assert re.search(rf"\b{verb}\b", out.stdout), verb

@@ -175,7 +175,7 @@ def test_bad_checkpoints_are_refused(tiny_config: TrainConfig, tmp_path: Path, d
         "missing": "no checkpoint at",
         "truncated": r"cannot be read .*delete it to start this run anew",
         "foreign": "is not a checkpoint of landscape_ray",
-        "version": "has version 99, this program reads 3",
+        "version": "has version 99, this program reads 4",
         "pickle": "cannot be read",
     }
     if damage == "missing":

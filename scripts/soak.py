@@ -1,0 +1,171 @@
+"""Kill workers and drivers of one sweep at random, again and again; nothing may be lost and nothing counted twice.
+
+usage: python scripts/soak.py [--kills 100] [--minutes 60] [--trials 12] [--seed 0] [--folder FOLDER]
+
+Runs a search of small trials through the command line, ends a random one of its processes (a trial's or the driver)
+with SIGKILL at random moments, resumes where the driver was hit, and goes on with new sweeps until enough kills have
+been made. Then every trial of every sweep must have ended at its full budget with every update recorded once, in the
+folder and in MLflow. Exit status 0, or 1 with what is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+from mlflow import MlflowClient
+
+from landscape_ray.tracking.collect import collect
+from landscape_ray.tracking.folder import SweepFolder
+
+STEPS = 60
+SPEC = """
+name = "soak"
+seed = {seed}
+commit_steps = 5
+resources = {{ cpus_per_trial = 0.5, max_failures = 1000 }}
+train = {{ num_steps = {steps}, batch_size = 32, data = {{ name = "images" }}, model = {{ name = "mlp", width = 64 }}, \
+eval = {{ every_steps = 20, num_batches = 2, batch_size = 64 }} }}
+space = {{ "schedule.peak_lr" = {{ log_uniform = [1e-3, 1e-1] }} }}
+search = {{ num_trials = {trials}, sampler = "random" }}
+"""
+
+
+class Sweep:
+    """One sweep of the soak and the driver that runs it now."""
+
+    def __init__(self, place: Path, number: int, trials: int) -> None:
+        self.name, self.place, self.trials = f"soak-{number}", place, trials
+        self.path = place / "runs" / self.name
+        (place / f"{self.name}.toml").write_text(SPEC.format(seed=number, steps=STEPS, trials=trials))
+        self.driver = self.launch()
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        """Start the sweep, or resume it."""
+        words = ["resume", self.name] if (self.path / "sweep.json").exists() else ["sweep", f"{self.name}.toml"]
+        words += [] if words[0] == "resume" else ["--name", self.name]
+        with open(self.place / f"{self.name}.log", "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "landscape_ray.cli", *words],
+                cwd=self.place,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def steps(self) -> int:
+        """Return how many updates are committed."""
+        if not (self.path / "sweep.json").exists():
+            return 0
+        return sum(s.step for trial in SweepFolder.open(self.path).trials() if (s := trial.summary()) is not None)
+
+    def workers(self) -> list[psutil.Process]:
+        """Return the processes that train at present."""
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.driver.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "SweepTrainable" in " ".join(process.cmdline()):
+                        found.append(process)
+        return found
+
+    def problems(self) -> list[str]:
+        """Return what is lost or doubled; nothing where all is well."""
+        collected = collect(self.path)
+        wrong = [f"{self.name}: {warning}" for warning in collected.warnings]
+        statuses = Counter(run.status for run in collected.runs)
+        if statuses != {"finished": self.trials}:
+            wrong.append(f"{self.name}: {dict(statuses)} of {self.trials} trials")
+        rows = collected.records.select(["run_id", "kind", "step"]).to_pylist()
+        for run in collected.runs:
+            steps = [row["step"] for row in rows if row["run_id"] == run.run_id and row["kind"] == "step"]
+            if steps != list(range(1, STEPS + 1)):
+                wrong.append(f"{self.name} {run.run_id}: {len(steps)} updates are recorded, of {STEPS}")
+        client = MlflowClient(f"sqlite:///{self.place / 'runs' / 'mlflow.db'}")
+        sweep_id = SweepFolder.open(self.path).meta["sweep_id"]
+        names: Counter[str] = Counter()
+        for experiment in client.search_experiments():
+            found = client.search_runs(
+                [experiment.experiment_id], f"tags.`landscape_ray.sweep_id` = '{sweep_id}'", max_results=1000
+            )
+            names.update(run.data.tags.get("landscape_ray.trial_id", "parent") for run in found)
+        if names != Counter(["parent", *(run.run_id for run in collected.runs)]):
+            wrong.append(f"{self.name}: MLflow holds {dict(names)}")
+        return wrong
+
+
+def soak(place: Path, kills: int, minutes: float, trials: int, seed: int) -> list[str]:
+    """Run sweeps under fire; return what is wrong with them."""
+    rng = random.Random(seed)
+    deadline = time.monotonic() + 60 * minutes
+    made: Counter[str] = Counter()
+    done: list[Sweep] = []
+    while sum(made.values()) < kills and time.monotonic() < deadline:
+        sweep = Sweep(place, len(done), trials)
+        done.append(sweep)
+        pause = time.monotonic() + rng.uniform(1.0, 8.0)
+        seen = 0
+        while True:
+            code = sweep.driver.poll()
+            if code == 0:
+                break
+            if code is not None:
+                sweep.driver = sweep.launch()
+            enough = sum(made.values()) >= kills or time.monotonic() > deadline
+            # between two kills something must have been committed, or a soak could stand still for ever
+            if not enough and time.monotonic() > pause and (steps := sweep.steps()) > seen:
+                workers = sweep.workers()
+                if workers and rng.random() < 0.75:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        rng.choice(workers).kill()
+                        made["worker"] += 1
+                else:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(sweep.driver.pid, signal.SIGKILL)
+                        sweep.driver.wait()
+                        made["driver"] += 1
+                seen, pause = steps, time.monotonic() + rng.uniform(1.0, 8.0)
+            if time.monotonic() > deadline + 300:
+                sweep.driver.kill()
+                return [f"{sweep.name} does not end"]
+            time.sleep(0.1)
+        print(f"{sweep.name} ended; {made['worker']} workers and {made['driver']} drivers killed", flush=True)
+    wrong = [problem for sweep in done for problem in sweep.problems()]
+    print(
+        f"{sum(made.values())} kills ({made['worker']} workers, {made['driver']} drivers) in {len(done)} sweeps of "
+        f"{trials} trials: {len(wrong)} problems"
+    )
+    return wrong
+
+
+def main() -> int:
+    """Read the command line, soak, and say what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=60.0, help="bound on the time in which kills are made")
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=None, help="default: a temporary one, removed when all is well")
+    options = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        place = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
+        place.mkdir(parents=True, exist_ok=True)
+        wrong = soak(place.absolute(), options.kills, options.minutes, options.trials, options.seed)
+    for problem in wrong:
+        print(problem)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""A model that fails in the middle of its training, as often as there are files that tell it to."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from landscape_ray.signature import Signature
+
+
+class Network(nn.Module):
+    """One linear layer on images. From the fourth training batch on it takes one file of `orders` and does its bidding.
+
+    Args:
+        signature: of the data.
+        orders: folder of files called raise.N, memory.N, die.N or hang.N.
+    """
+
+    def __init__(self, signature: Signature, orders: str) -> None:
+        super().__init__()
+        self.layer = nn.LazyLinear(10)
+        self.orders = Path(orders)
+        self.calls = 0
+        with torch.random.fork_rng():
+            self.layer(torch.zeros(1, 64))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls += 1
+            if self.calls > 3:
+                self.obey()
+        out: torch.Tensor = self.layer(inputs.flatten(1))
+        return out
+
+    def obey(self) -> None:
+        for order in sorted(self.orders.glob("*.*")):
+            try:
+                order.unlink()  # one trial alone takes it
+            except FileNotFoundError:
+                continue
+            self.fail(order.stem)
+
+    def fail(self, how: str) -> None:
+        if how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory is short
+        if how == "hang":
+            time.sleep(3600)
+        error: Any = torch.OutOfMemoryError("CUDA out of memory") if how == "memory" else RuntimeError("a faulty batch")
+        raise error

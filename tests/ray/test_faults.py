@@ -1,0 +1,215 @@
+"""The fault matrix of README, row by row, as far as it needs Ray: trials end whole, every step recorded once."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from landscape_ray.sweep.session import Outcome, reason
+from landscape_ray.tracking.collect import collect
+from landscape_ray.tracking.folder import SweepFolder
+from tests.ray.test_sweep import drive, start
+
+SweepText = Callable[..., str]
+
+STEPS = 12
+pytestmark = [pytest.mark.usefixtures("ray_session", "ready_store")]
+
+
+def sweep(write: SweepText, path: Path, orders: list[str], **resources: Any) -> tuple[SweepFolder, Outcome, str]:
+    """Run two trials of a model that obeys the orders."""
+    (path / "orders").mkdir()
+    for order in orders:
+        (path / "orders" / order).touch()
+    train = {
+        "num_steps": STEPS,
+        "batch_size": 4,
+        "data": {"name": "images"},
+        "model": {"name": "tests.ray.faulty:Network", "options": {"orders": str(path / "orders")}},
+        "schedule": {"peak_lr": 0.01},
+        "eval": {"every_steps": 6, "num_batches": 1, "batch_size": 4},
+    }
+    text = write(
+        train=train,
+        space={"schedule.peak_lr": {"log_uniform": [1e-3, 1e-1]}},
+        search={"num_trials": 2, "sampler": "random"},
+        commit_steps=2,
+        resources={"cpus_per_trial": 1, **resources},
+    )
+    folder = start(text, path)
+    outcome, shown = drive(folder)
+    return folder, outcome, shown
+
+
+def check_steps(folder: SweepFolder) -> None:
+    collected = collect(folder.path)
+    assert collected.warnings == []
+    rows = collected.records.to_pylist()
+    for run in collected.runs:
+        steps = [row["step"] for row in rows if row["run_id"] == run.run_id and row["kind"] == "step"]
+        assert steps == list(range(1, STEPS + 1)), run.run_id
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(
+    "orders",
+    [
+        ["die.1", "raise.1"],
+        pytest.param(["memory.1", "raise.1", "die.1", "die.2"], marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
+def test_trials_that_raise_or_die_go_on(orders: list[str], sweep_text: SweepText, tmp_path: Path) -> None:
+    folder, outcome, _ = sweep(sweep_text, tmp_path, orders, max_failures=5)
+    assert outcome.counts == {"finished": 2}
+    assert list((tmp_path / "orders").iterdir()) == [], "all faults have happened"
+    check_steps(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+def test_a_trial_that_hangs_is_ended_and_goes_on(sweep_text: SweepText, tmp_path: Path) -> None:
+    folder, outcome, _ = sweep(sweep_text, tmp_path, ["hang.1"], max_failures=1, max_report_seconds=20.0)
+    assert outcome.counts == {"finished": 2}
+    check_steps(folder)
+    assert list((folder.path / "hangs").iterdir()) == [], "a hang that was overcome is no news"
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+def test_faults_that_come_back_are_said(sweep_text: SweepText, tmp_path: Path) -> None:
+    orders = ["hang.1", "hang.2"]
+    folder, outcome, shown = sweep(sweep_text, tmp_path, orders, max_failures=0, max_report_seconds=20.0)
+    assert outcome.counts == {"failed": 2}
+    for error in outcome.failures.values():
+        assert "no commit within resources.max_report_seconds = 20.0; where it hung is in" in reason(error)
+    assert "faulty.py" in (folder.path / "hangs" / "t0000.txt").read_text()
+    assert "failed" in shown
+    resumed, _ = drive(folder)
+    assert resumed.counts == {"finished": 2}
+    check_steps(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ("memory", "lower train.batch_size"),
+        ("die", "its process died or its node was lost"),
+        ("raise", "a faulty batch"),
+    ],
+)
+def test_what_a_trial_failed_of(order: str, said: str, sweep_text: SweepText, tmp_path: Path) -> None:
+    folder, outcome, _ = sweep(sweep_text, tmp_path, [f"{order}.1"], max_failures=0)
+    assert outcome.counts == {"finished": 1, "failed": 1}
+    ((name, error),) = outcome.failures.items()
+    assert said in reason(error)
+    summary = folder.trial(name).summary()
+    assert summary is not None
+    assert said in summary.message
+
+
+@pytest.mark.acceptance
+@pytest.mark.slow
+def test_a_finished_search_is_extended(sweep_text: SweepText, tmp_path: Path) -> None:
+    from landscape_ray.sweep.extension import extend
+
+    folder, outcome, _ = sweep(sweep_text, tmp_path, [])
+    assert outcome.counts == {"finished": 2}
+    before = {trial.trial_id: trial.summary() for trial in folder.trials()}
+    extend(folder, num_trials=4)
+    longer, _ = drive(folder)
+    assert longer.counts == {"finished": 4}
+    assert longer.sync.error == ""
+    check_steps(folder)
+    assert {name: folder.trial(name).summary() for name in before} == before, "finished trials are not run again"
+
+
+FULL_STORE = """
+import io, json, sys, numpy as np, ray
+from pathlib import Path
+from rich.console import Console
+from landscape_ray.sweep.tuner import drive
+from landscape_ray.tracking.folder import SweepFolder
+ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
+kept = [ray.put(np.zeros(10 * 2**20, dtype=np.uint8)) for _ in range(12)]  # 120 MiB: some of it on the disk already
+outcome = drive(SweepFolder.open(Path(sys.argv[1])), Console(file=io.StringIO()))
+print(json.dumps(outcome.counts), len(kept))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+def test_a_full_object_store_holds_nobody(sweep_text: SweepText, tmp_path: Path) -> None:
+    """Trials give nothing big to Ray's object store: state goes to the folder."""
+    folder = start(sweep_text(), tmp_path)
+    command = [sys.executable, "-c", FULL_STORE, str(folder.path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1].rpartition(" ")[0]) == {"finished": 5}
+
+
+@pytest.mark.acceptance
+def test_the_doctor_asks_ray(tmp_path: Path) -> None:
+    from landscape_ray.sweep.doctor_ray import check_ray
+
+    found = {each.name: each for each in check_ray(tmp_path / "runs", None)}
+    assert found["Ray"].status == "ok"
+    assert "1 node(s), 2 CPUs" in found["Ray"].found
+    (node,) = (each for name, each in found.items() if name.startswith("node "))
+    assert node.found == "runs tasks, sees the results folder, has the same versions"
+    assert list((tmp_path / "runs").glob(".doctor*")) == []
+    (wrong,) = check_ray(tmp_path / "runs", "127.0.0.1:1")
+    assert wrong.status == "error"
+    assert "no Ray cluster answers at '127.0.0.1:1'" in wrong.found
+
+
+def test_nodes_that_see_another_folder_are_refused(
+    sweep_text: SweepText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from landscape_ray.errors import UserError
+    from landscape_ray.sweep import cluster
+
+    folder = start(sweep_text(), tmp_path)
+    monkeypatch.setattr(cluster, "nodes_alive", lambda: [{}, {}])
+    sound = {**cluster.versions(), "content": folder.meta_path.read_text()}
+
+    def answer(content: object) -> None:
+        monkeypatch.setattr(cluster, "ask_nodes", lambda _: {"10.0.0.1": content})
+
+    answer(sound)
+    assert cluster.check_nodes(folder) == []
+    answer({**sound, "torch": "1.0"})
+    (warning,) = cluster.check_nodes(folder)
+    assert "node 10.0.0.1 has torch 1.0, this machine" in warning
+    answer({**sound, "content": "No such file"})
+    with pytest.raises(UserError, match=r"node 10.0.0.1 does not see the sweep.*that all nodes share"):
+        cluster.check_nodes(folder)
+    answer("it cannot run landscape_ray: no torch")
+    with pytest.raises(UserError, match=r"node 10.0.0.1 cannot take trials \(it cannot run"):
+        cluster.check_nodes(folder)
+
+
+def test_a_resource_that_an_autoscaler_will_start_is_waited_for(
+    sweep_text: SweepText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tomllib
+
+    import ray
+
+    from landscape_ray.config import parse
+    from landscape_ray.errors import UserError
+    from landscape_ray.sweep.cluster import check_resources
+    from landscape_ray.sweep.spec import SweepSpec
+
+    spec = parse(SweepSpec, tomllib.loads(sweep_text(resources={"gpus_per_trial": 1})), "file")
+    with pytest.raises(UserError, match=r"resources.gpus_per_trial must fit on one node"):
+        check_resources(spec)
+    state = ray._private.state.state
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 8, "GPU": 2})
+    check_resources(spec)
