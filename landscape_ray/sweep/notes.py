@@ -21,17 +21,20 @@ def tags_of(spec: SweepSpec, summaries: Sequence[RunSummary] = ()) -> dict[str, 
     sizes = list(dict.fromkeys(size for summary in summaries if (size := size_of(summary))))
     stopping = spec.search.stopping if spec.search is not None else None
     tags = {
-        "searcher": spec.search.sampler if spec.search is not None else "none",
-        "strategy": strategy_of(spec) if spec.population is not None else stopping.name if stopping else "none",
+        "searcher": _searcher(spec),
+        "strategy": spec.population.strategy if spec.population is not None else stopping.name if stopping else "none",
         "task": task_of(spec.train),
         "size": sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}" if sizes else "",
     }
     return {name: value for name, value in tags.items() if value}
 
 
-def strategy_of(spec: SweepSpec) -> str:
-    """Return the name of a population's strategy."""
-    return str(getattr(spec.population, "strategy", "pbt"))
+def _searcher(spec: SweepSpec) -> str:
+    """Return who proposes values: the sampler of a search, or the one that a population begins with."""
+    if spec.search is not None:
+        return spec.search.sampler
+    initialiser = spec.population.initialiser if spec.population is not None else None
+    return initialiser.sampler if initialiser is not None else "none"
 
 
 def description_of(spec: SweepSpec, name: str, summaries: Sequence[RunSummary], best: RunSummary | None) -> str:
@@ -74,7 +77,7 @@ def _asked(spec: SweepSpec) -> str:
         how = f"{spec.num_trials} trials by `{spec.search.sampler}`"
         how += f", stopped by `{spec.search.stopping.name}`" if spec.search.stopping is not None else ""
     elif spec.population is not None:
-        how = f"A population of {spec.num_trials} by `{strategy_of(spec)}`"
+        how = f"A population of {spec.num_trials} by `{spec.population.strategy}`"
     else:
         return "A single run."
     return f"{how} over {', '.join(f'`{name}` ({_domain(domain)})' for name, domain in spec.space.items())}."

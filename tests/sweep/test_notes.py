@@ -54,7 +54,9 @@ def test_tags_name_searcher_strategy_task_and_size(spec, summaries):
     table = "[population]\nnum_members = 4\ninterval_steps = 100\n"
     members = tags_of(parse(SweepSpec, tomllib.loads(POPULATION + table), "notes"))
     assert members["searcher"] == "none"
-    assert members["strategy"] not in ("", "none")
+    assert members["strategy"] == "truncation"
+    begun = tomllib.loads(POPULATION + table + 'initialiser = { sampler = "qmc" }\n')
+    assert tags_of(parse(SweepSpec, begun, "notes"))["searcher"] == "qmc"
     asha = '[search]\nnum_trials = 4\nstopping = { name = "asha", min_steps = 25 }\n'
     assert tags_of(parse(SweepSpec, tomllib.loads(TRAIN + asha), "notes"))["strategy"] == "asha"
     sizes = [summaries[0], dataclasses.replace(summaries[1], num_params=1_000_000)]
