@@ -196,8 +196,7 @@ def rank_figure(study: RankStudy) -> Figure:
     coloured = min(peaks) > 0 and max(peaks) > 1.0001 * min(peaks)
     low, high = (math.log10(min(peaks)), math.log10(max(peaks))) if coloured else (0.0, 0.0)
     panels = []
-    known = [row for row in ranked if isinstance(row.cells[study.headline], Association)]
-    for row in known[:MAX_PANELS] or ranked[:1]:
+    for row in _shown(study, ranked) or ranked[:1]:
         marks, shown = [], []
         for (name, run), measured, target in zip(
             study.runs.items(), study.measures[row.measure], study.targets[study.headline], strict=True
@@ -398,6 +397,15 @@ def _left_out(excluded: Mapping[str, str]) -> str:
 
 def _spoken(study: RankStudy) -> str:
     return "generalisation gap" if study.headline == GAP else study.headline
+
+
+def _shown(study: RankStudy, ranked: Sequence[Row]) -> list[Row]:
+    """Return the rows that the figure has a panel for: of a measure and its parts, which mostly go together, one."""
+    best: dict[str, Row] = {}
+    for row in ranked:
+        if isinstance(row.cells[study.headline], Association):
+            best.setdefault(row.measure.partition("/")[0], row)
+    return list(best.values())[:MAX_PANELS]
 
 
 def _ranked(study: RankStudy) -> list[Row]:

@@ -140,6 +140,14 @@ def test_what_a_user_sees(study: RankStudy) -> None:
     assert numbers["overall"]["rows"][1]["found"]["gap"]["tau"] == 1
 
 
+def test_of_a_measure_and_its_parts_the_figure_shows_one(study: RankStudy) -> None:
+    row = next(row for row in study.overall if row.measure == "sharpness")
+    part = dataclasses.replace(row, measure="sharpness/part")
+    values = {**study.measures, "sharpness/part": study.measures["sharpness"]}
+    more = dataclasses.replace(study, measures=values, overall=(*study.overall, part))
+    assert [panel.y for panel in rank_figure(more).panels] == [panel.y for panel in rank_figure(study).panels]
+
+
 def test_seeds_are_one_configuration_and_sweeps_are_compared_together(tmp_path: Path) -> None:
     folders = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=2)]
     found = rank_study(folders)

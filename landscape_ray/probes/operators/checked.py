@@ -33,7 +33,15 @@ class CheckedHessian(CurvatureOperator):
         deviation: how far the quadratic form of the first vector was off, relative; 0 for exact products.
     """
 
-    def __init__(self, function: FixedLoss, route: Products, first: Tensor, *, check_exactly: bool = True) -> None:
+    def __init__(
+        self,
+        function: FixedLoss,
+        route: Products,
+        first: Tensor,
+        *,
+        check_exactly: bool = True,
+        eps: float | None = None,
+    ) -> None:
         """Check the product with one vector, which is remembered.
 
         Args:
@@ -41,9 +49,10 @@ class CheckedHessian(CurvatureOperator):
             route: auto or finite_difference.
             first: the vector to check with, (size,): the first that an estimate will ask for.
             check_exactly: in route auto, check by an exact product; else by a central difference, cheaper.
+            eps: length of the step of differences; None is that of :class:`FiniteDifferenceHessian`.
         """
         super().__init__(function.size, function.dtype, function.device)
-        self.exact, self.differences = HessianOperator(function), FiniteDifferenceHessian(function)
+        self.exact, self.differences = HessianOperator(function), FiniteDifferenceHessian(function, eps=eps)
         self._check_exactly = route == "auto" and check_exactly
         product, reference = self.differences(first), self.anew(first)
         distance = float(torch.linalg.vector_norm(product - reference))

@@ -34,6 +34,11 @@ from landscape_ray.probes.spectrum.quadrature import (
 )
 from landscape_ray.probes.spectrum.sign_samples import random_signs
 
+STEP = 0.002
+"""Of differences, in float32: a step of 0.005, which suits a random vector, is 1.8 percent off at the largest
+eigenvalue of a ReLU residual net with 269k weights. With 0.002 products with random vectors are off by up to 1.3
+percent, mostly by rounding, of which their quadratic forms hardly see anything."""
+
 
 def spectral_density(
     module: nn.Module,
@@ -131,7 +136,8 @@ def measure(
     else:
         first = random_signs(function.size, torch.Generator().manual_seed(seed), function.dtype, function.device)
         length = torch.linalg.vector_norm(first)
-        operator = CheckedHessian(function, route, first / length)  # as the iteration asks for it
+        eps = STEP * math.sqrt(torch.finfo(function.dtype).eps / torch.finfo(torch.float32).eps)
+        operator = CheckedHessian(function, route, first / length, eps=eps)  # as the iteration asks for it
     checked = operator if isinstance(operator, CheckedHessian) and operator.by_differences else None
     wanted = num_steps * num_vectors
     reserve = checked.price_of_anew if checked is not None else 0.0

@@ -33,13 +33,13 @@ class Hinge(nn.Module):
         return torch.where(x > 0, x, 0.0)
 
 
-def wide(activation, seed=0):
+def wide(activation, seed=0, num_examples=128):
     generator = torch.Generator().manual_seed(seed)
     module = nn.Sequential(nn.Linear(16, 48), activation(), nn.Linear(48, 48), activation(), nn.Linear(48, 5))
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[-1]))
-    inputs = torch.randn(128, 16, generator=generator)
+    inputs = torch.randn(num_examples, 16, generator=generator)
     targets = (inputs @ torch.randn(16, 5, generator=generator)).argmax(1)
     return module, (inputs, targets)
 
@@ -148,7 +148,7 @@ def test_probe_keeps_to_differences_on_a_smooth_network():
 @pytest.mark.acceptance
 @pytest.mark.parametrize("seed", range(6))
 def test_finite_differences_are_refused_on_networks_with_unknown_kinks(seed):
-    module, batch = wide(Hinge, seed)
+    module, batch = wide(Hinge, seed, 1024)
     auto = sharpness(module, cross_entropy, [batch], route="auto")
     Hv = HessianOperator(FixedLoss(module.eval(), cross_entropy, [batch]))(auto.vector)
     assert auto.converged
@@ -161,7 +161,7 @@ def test_finite_differences_are_refused_on_networks_with_unknown_kinks(seed):
 
 
 def test_differences_that_failed_are_not_tried_again_before_the_next_cold_start():
-    module, batch = wide(Hinge)
+    module, batch = wide(Hinge, 0, 1024)
     probe = SharpnessProbe([batch], route="auto", cold_every=3)
     estimates = [probe.measure(module, cross_entropy)["sharpness"] for _ in range(4)]
     assert [e.route for e in estimates] == ["exact"] * 4
@@ -170,7 +170,7 @@ def test_differences_that_failed_are_not_tried_again_before_the_next_cold_start(
 
 
 def test_differences_that_were_trusted_are_still_checked():
-    module, batch = wide(Hinge)
+    module, batch = wide(Hinge, 0, 1024)
     probe = SharpnessProbe([batch], route="auto")
     probe.measure(module, cross_entropy)["sharpness"]
     probe.load_state_dict({**probe.state_dict(), "differences_failed": False})

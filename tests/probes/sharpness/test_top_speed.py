@@ -24,13 +24,13 @@ class Hinge(nn.Module):
         return torch.where(x > 0, x, 0.0)
 
 
-def network(activation, seed=0):
+def network(activation, seed=0, num_examples=128):
     generator = torch.Generator().manual_seed(seed)
     module = nn.Sequential(nn.Linear(16, 48), activation(), nn.Linear(48, 48), activation(), nn.Linear(48, 5))
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[-1]))
-    inputs = torch.randn(128, 16, generator=generator)
+    inputs = torch.randn(num_examples, 16, generator=generator)
     return module, (inputs, (inputs @ torch.randn(16, 5, generator=generator)).argmax(1))
 
 
@@ -87,18 +87,39 @@ def test_differences_with_too_large_a_known_error_give_way_to_exact_products():
     assert probe.measure(module, cross_entropy)["sharpness"].route == "exact"
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_kinks_are_noticed_without_a_check_where_they_matter(seed):
-    # Trust earned on a smooth network is put to the test by one with kinks, of the same weights. Where differences
-    # happen to be symmetric there (seed 9), what they found is right.
-    smooth, batch = network(nn.GELU, seed)
+@pytest.mark.parametrize("num_examples", [128, 1024])
+@pytest.mark.parametrize("seed", range(8))
+def test_kinks_are_noticed_without_a_check_where_they_matter(seed, num_examples):
+    # Trust earned on a smooth network is put to the test by one with kinks, of the same weights. With few examples the
+    # steps of some cross no kink: what differences found there is right.
+    smooth, batch = network(nn.GELU, seed, num_examples)
     probe = SharpnessProbe([batch], route="auto")
     assert probe.measure(smooth, cross_entropy)["sharpness"].route == "finite_difference"
-    kinked, _ = network(Hinge, seed)
+    kinked, _ = network(Hinge, seed, num_examples)
     estimate = probe.measure(kinked, cross_entropy)["sharpness"]
     v = estimate.vector
     Hv = HessianOperator(FixedLoss(kinked, cross_entropy, [batch]))(v)
     assert estimate.converged
-    assert float(v @ Hv) == pytest.approx(estimate.value, rel=0.01)
-    if seed not in (1, 9):
+    assert float(v @ Hv) == pytest.approx(estimate.value, rel=0.003)
+    if num_examples == 1024:
         assert estimate.route == "exact"
+
+
+def test_a_warm_start_remembers_two_eigenvectors():
+    module, batch = network(nn.GELU)
+    probe = SharpnessProbe([batch], cold_every=100)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
+    vectors = []
+    for _ in range(3):
+        vectors.append(probe.measure(module, cross_entropy)["sharpness"].vector)
+        trained(module, batch, optimizer, 10)
+    state = probe.state_dict()
+    assert torch.equal(state["vector"], vectors[-1])
+    assert torch.equal(state["earlier_vector"], vectors[-2])
+    start = probe._start()
+    agree = math.copysign(0.5, float(vectors[-1] @ vectors[-2]))
+    assert torch.equal(start, vectors[-1] + agree * vectors[-2])
+    again = SharpnessProbe([batch], cold_every=100)
+    again.load_state_dict(state)
+    found, wanted = (p.measure(module, cross_entropy)["sharpness"] for p in (again, probe))
+    assert (found.value, found.num_matvecs) == (wanted.value, wanted.num_matvecs)
