@@ -24,8 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -34,6 +32,7 @@ os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "8")
 warnings.filterwarnings("ignore")
 
 import ray  # noqa: E402
+import psutil  # noqa: E402, I001  # comes with Ray, which has to be imported first
 from ray import tune  # noqa: E402
 
 SPEC = """

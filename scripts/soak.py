@@ -22,7 +22,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
+import ray  # noqa: F401  # brings psutil along
+import psutil  # noqa: I001
 from mlflow import MlflowClient
 
 from landscape_ray.tracking.collect import collect
