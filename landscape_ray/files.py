@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -90,3 +91,15 @@ def storage_error(path: Path, error: OSError) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = "free some space and run `landscape-ray resume`" if full else "choose a place that you may write to"
     return UserError(f"cannot write {path}: {(error.strerror or str(error)).lower()}; {remedy}")
+
+
+def link_or_copy(path: Path, other: Path) -> None:
+    """Give a file another name, under which it stays when the first is replaced."""
+    try:
+        os.link(path, other)
+    except FileExistsError:
+        pass  # a report is repeated
+    except OSError:  # a file system without hard links
+        temporary = other.with_suffix(".tmp")
+        shutil.copyfile(path, temporary)
+        os.replace(temporary, other)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 SCHEMA_VERSION = 3
@@ -180,6 +181,8 @@ class RunSummary:
     elapsed_seconds: float = 0.0
     probe_seconds: float = 0.0
     eval_seconds: float = 0.0
+    tracking_seconds: float = 0.0
+    """Time spent on writing records down, beside elapsed_seconds; that of the last commit is not in it yet."""
     peak_memory_bytes: float = math.nan
     """Most memory that the run has used: of the device, or without one of its process; nan where it is not known."""
     message: str = ""
@@ -195,7 +198,12 @@ def to_row(run_id: str, record: Record) -> dict[str, Any]:
     return row
 
 
-def metrics(row: dict[str, Any]) -> dict[str, float]:
+def progress(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a tracking server can draw curves over instead of steps: tokens, FLOPs, seconds."""
+    return {f"progress/{name}": row[name] for name in ("num_tokens", "flops", "elapsed_seconds")}
+
+
+def metrics(row: Mapping[str, Any]) -> dict[str, float]:
     """Return what a tracking server should chart for this row, under `group/name_unit` keys.
 
     Non-finite values are left out: servers disagree on how to store them, and the Parquet copy keeps them.
@@ -206,7 +214,7 @@ def metrics(row: dict[str, Any]) -> dict[str, float]:
                 "train/loss_nats": row["loss_nats"],
                 "train/lr": row["lr"],
                 "train/grad_norm": row["grad_norm"],
-                "train/num_tokens": row["num_tokens"],
+                **progress(row),
             }
         case "eval":
             named = {"eval/loss_nats": row["loss_nats"], "eval/accuracy": row["accuracy"]}

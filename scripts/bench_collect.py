@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from landscape_ray.analysis.runs import read_runs
 from landscape_ray.analysis.table import table_of
-from landscape_ray.laws import Curve, fit, fit_annealing
+from landscape_ray.laws import Curve, annealing_area, fit, fit_annealing
 from landscape_ray.laws.scaling.chinchilla import CHINCHILLA
 from landscape_ray.records import RunSummary
 from landscape_ray.schedules import Schedule
@@ -45,10 +45,11 @@ def make_sweep(path: Path, num_runs: int, num_points: int) -> None:
         name = f"t{index:04d}"
         size = float(np.geomspace(1e5, 1e8, 10)[index % 10])
         steps = num_points * (1 + index // 10 % 5)
-        lr = Schedule(name=SHAPES[index % 4], peak=1e-3, num_steps=num_points, warmup_steps=10).values()
+        shape = SHAPES[index // 50 % 4]
+        lr = Schedule(name=shape, peak=1e-3, num_steps=num_points, warmup_steps=10).values()
         tokens = TOKENS_PER_STEP * steps
         final = 1.7 + 400 * size**-0.34 + 400 * tokens**-0.28
-        loss = final + 0.5 * np.cumsum(lr) ** -0.5 - 0.5 * np.cumsum(lr)[-1] ** -0.5
+        loss = final + 0.05 * (np.cumsum(lr) ** -0.5 - num_points**-0.5) - 1.2 * annealing_area(lr, 0.99)
         loss = loss * np.exp(2e-3 * rng.standard_normal(num_points))
         nothing = pa.nulls(num_points)
         parts = []
@@ -76,7 +77,7 @@ def make_sweep(path: Path, num_runs: int, num_points: int) -> None:
             status="finished",
             config={
                 "num_steps": num_points,
-                "schedule": {"name": SHAPES[index % 4], "peak_lr": 1e-3, "warmup_steps": 10},
+                "schedule": {"name": shape, "peak_lr": 1e-3, "warmup_steps": 10},
             },
             varied={},
             step=num_points,
@@ -120,15 +121,15 @@ def main() -> None:
         with timed(rows, "scaling law, 200 resamples") as said:
             points, _ = table_of(collected, "bench").points(CHINCHILLA)
             said.append(f"{fit(CHINCHILLA, points, num_bootstrap=200).status}, {len(points):,} points")
-        with timed(rows, "annealing law of 40 curves") as said:
+        with timed(rows, "annealing law, 100 resamples") as said:
             curves = [
                 Curve(
                     run.run_id, run.steps["lr"], run.evals["step"].astype(int), run.evals["loss_nats"], run.warmup_steps
                 )
-                for run in runs[: 10 * 40 : 10]
+                for run in runs[::50]
             ]
             found = fit_annealing(curves, decay=0.99, num_bootstrap=100)
-            said.append(f"{found.status}, {found.data['num_points']:,} points")
+            said.append(f"{found.status}, {found.data['num_points']:,} points of {len(curves)} curves")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         started = time.perf_counter()
         for run in collected.runs[: options.peer_runs]:

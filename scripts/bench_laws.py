@@ -11,7 +11,8 @@ line, with exact ones; of these the first `--resamples` are run, and their time 
 over those resamples.
 
 Usage:
-    python scripts/bench_laws.py [--starts 3] [--every 10] [--resamples 100] [--repeats 5] [--data FOLDER]
+    python scripts/bench_laws.py [annealing] [chinchilla] [multi_power] [--starts 3] [--every 10] [--resamples 100]
+        [--repeats 5] [--data FOLDER]
 
 FOLDER holds `annealing_tissue`, `multi_power_law` and `chinchilla_epoch`; without it, and for what is missing, only
 synthetic runs are timed.
@@ -281,6 +282,8 @@ def bench_multi_power(folder: Path, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("annealing", "chinchilla", "multi_power")
+    parser.add_argument("part", nargs="*", help=f"of {', '.join(parts)}; all if none is named")
     parser.add_argument("--starts", type=int, default=3, help="starts of the peer along each of its four axes")
     parser.add_argument(
         "--every", type=int, default=10, help="of the peer's 4,500 starts of the Chinchilla law, one in"
@@ -289,6 +292,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="our fit is timed this often, the median is printed")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with published curves")
     options = parser.parse_args()
+    asked = options.part or parts
+    if not set(asked) <= set(parts):
+        parser.error(f"part must be of {', '.join(parts)}, got {', '.join(asked)}")
     cases = [
         ("synthetic 1k updates", synthetic(1000, 30, 0.98), 0.98),
         ("synthetic 20k updates", synthetic(20_000, 100, 0.999), 0.999),
@@ -304,7 +310,7 @@ def main() -> None:
     )
     print(f"{options.every}; bootstraps: peer {options.resamples} of 4,000 run, time scaled up")
     print(HEADER)
-    for name, curves, decay in cases:
+    for name, curves, decay in cases if "annealing" in asked else ():
         seconds = []
         for _ in range(options.repeats):
             fresh = [Curve(c.run_id, c.lr, c.step, c.loss_nats, c.warmup_steps) for c in curves]  # no kept areas
@@ -314,10 +320,11 @@ def main() -> None:
         ours = float(np.median(seconds))
         peer, peer_objective = peer_fit(curves, decay, options.starts)
         row(name, found.data["num_points"], ours, peer, found.objective["value"], peer_objective)
-    name, points = chinchilla(options.data)
-    chinchilla_fit(name, points, options.every, options.repeats)
-    chinchilla_bootstrap(points, options.resamples)
-    if (options.data / "multi_power_law").is_dir():
+    if "chinchilla" in asked:
+        name, points = chinchilla(options.data)
+        chinchilla_fit(name, points, options.every, options.repeats)
+        chinchilla_bootstrap(points, options.resamples)
+    if "multi_power" in asked and (options.data / "multi_power_law").is_dir():
         bench_multi_power(options.data, options.repeats)
 
 

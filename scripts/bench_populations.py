@@ -7,23 +7,27 @@ Toys: Figure 2 of the paper on population-based training, and the triangle wave 
 noisy quadratic and loss curves of a law, where the best schedule of a family is computed; the greedy gap is what
 truncation ends above it, and a column says how much of this gap a row closes (median over paired seeds).
 
-Real: all rows have the same number of members and of updates each, the same initial learning rates for each seed where
-they draw any, and end with the lowest held-out loss of a member. The populations change the peak learning rate; the
-search draws peak and schedule (constant, linear, cosine or wsd); "best fixed wsd" spaces its peaks evenly over the
-domain. "stock rules" are the decision rules of Ray Tune's scheduler with its defaults, carried out in the same process:
-perturbation by 0.8 or 1.2 without a domain, a draw from the domain with probability 0.25, members that report NaN out
-of the race; all members meet at each interval, as with its option synch. Paired columns are against them under a
-constant schedule: median difference, wins.
+Real: all rows spend the same number of updates, 8 members of --steps each, and end with the lowest held-out loss of a
+member that came to the end. They share the initial learning rates of a seed where they draw any. The populations change
+the peak learning rate; the searches draw peak and schedule (constant, linear, cosine or wsd); "best fixed wsd" spaces
+its peaks evenly over the domain. "ASHA + TPE" promotes one of three trials at 1/8 and 3/8 of a run. Paired columns say
+how forecasts end against each row: median difference, wins.
 
-Populations under a wsd schedule share its cooldown; those marked "constant" have to find one. The forecast row also
-evaluates averaged weights: the same updates, more evaluations. With --save every run is appended to a file as a line of
-JSON, and runs that the file has are not made again.
+"stock Ray" is Ray Tune's own scheduler object with its defaults (quantiles of a quarter, resampling with probability
+0.25, factors 1.2 and 0.8 without bounds, diverged members left alone), asked for every decision; the training itself
+is done here, at no cost of Ray's actors (see population_rivals.py). Its members meet at each interval (synch = True);
+"stock Ray asynchronous" is its default, where a copy may fall back an interval and pay for it with more updates.
+
+Populations under a wsd schedule share its cooldown; those marked "constant" have to find one. The rows "forecast" and
+"averaged truncation" also evaluate averaged weights: the same updates, more evaluations. With --save every run is
+appended to a file as a line of JSON, and runs that the file has are not made again; --no-training prints what it has.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -32,9 +36,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from population_rivals import AveragedTruncation, StockRay, asha_tpe
 
 from landscape_ray.domains import Domain
-from landscape_ray.populations import STRATEGIES, Choice, Strategy, Values
+from landscape_ray.populations import STRATEGIES, Strategy
 from landscape_ray.populations.simulation import (
     LawCurves,
     NoisyQuadratic,
@@ -43,44 +48,18 @@ from landscape_ray.populations.simulation import (
     ToyQuadratic,
     TriangleWave,
 )
-from landscape_ray.populations.strategies import Truncation
 from landscape_ray.schedules import Schedule
 
 MEMBERS = 8
 COOLDOWN = 0.2
 
 
-class StockRules(Truncation):
-    """What Ray Tune's scheduler would decide: the baseline that users have today."""
-
-    name = "stock"
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        options |= {"factors": (1.2, 0.8), "resample_probability": 0.25}
-        super().__init__(*args, **options)
-
-    def propose(self, donor: int) -> Values:
-        values = dict(self.members[donor].values)
-        for name, domain in self.space.items():
-            resample, which, where = self.generator.random(3)
-            if resample < self.resample_probability:
-                values[name] = domain.at(where)
-            else:
-                values[name] = float(values[name]) * self.factors[int(which < 0.5)]
-        return values
-
-    def rescue(self, number: int) -> Choice:
-        return Choice(reason="diverged")
-
-    def _check_values(self, values: Values, source: str) -> None:
-        """Let values leave their domains."""
-
-
 ROWS: dict[str, tuple[type[Strategy], str, dict[str, Any]]] = {
     "random search": (STRATEGIES["independent"], "any", {}),
     "best fixed wsd": (STRATEGIES["independent"], "wsd", {"grid": True}),
-    "stock rules, constant": (StockRules, "constant", {}),
-    "stock rules, wsd": (StockRules, "wsd", {}),
+    "stock Ray, constant": (StockRay, "constant", {}),
+    "stock Ray, wsd": (StockRay, "wsd", {}),
+    "stock Ray asynchronous, constant": (StockRay, "constant", {"synchronous": False}),
     "truncation, constant": (STRATEGIES["truncation"], "constant", {}),
     "truncation, wsd": (STRATEGIES["truncation"], "wsd", {}),
     "significance, wsd": (STRATEGIES["significance"], "wsd", {}),
@@ -90,11 +69,18 @@ ROWS: dict[str, tuple[type[Strategy], str, dict[str, Any]]] = {
     "mf_pbt, constant": (STRATEGIES["mf_pbt"], "constant", {}),
     "mf_pbt, wsd": (STRATEGIES["mf_pbt"], "wsd", {}),
     "ipbt, constant": (STRATEGIES["ipbt"], "constant", {}),
+    "averaged truncation, wsd": (AveragedTruncation, "wsd", {}),
     "forecast, wsd": (STRATEGIES["forecast"], "wsd", {}),
 }
 """Name of the row, its strategy, the schedule of the learning rate, options."""
 
-BASELINE = "stock rules, constant"
+ASHA = "ASHA + TPE"
+"""A row of real training that is no population."""
+
+OURS = "forecast, wsd"
+"""The row that all others are compared with."""
+
+SCHEDULES = Domain(choices=["constant", "linear", "cosine", "wsd"])
 
 
 def schedule_of(name: str, num_steps: int, warmup_steps: int = 0) -> Schedule:
@@ -107,7 +93,7 @@ def make(row: str, domain: Domain, lr_name: str, schedule: Schedule, **settings:
     space = {lr_name: domain}
     options = dict(options)
     if shape == "any":
-        space["schedule.name"] = Domain(choices=["constant", "linear", "cosine", "wsd"])
+        space["schedule.name"] = SCHEDULES
     if options.pop("grid", False):
         options["initial"] = [{lr_name: domain.at((k + 0.5) / MEMBERS)} for k in range(MEMBERS)]
     if kind is STRATEGIES["forecast"]:
@@ -158,7 +144,7 @@ SIMULATED: dict[str, tuple[Callable[[Schedule], Any], Domain]] = {
     "law curves": (LawCurves, Domain(log_uniform=[1e-4, 1e-1])),
 }
 SIMULATED_STEPS, SIMULATED_INTERVAL = 2000, 100
-SIMULATED_ROWS = [row for row, (_, shape, _) in ROWS.items() if shape != "any"]
+SIMULATED_ROWS = [row for row, (kind, shape, _) in ROWS.items() if shape != "any" and kind is not AveragedTruncation]
 
 
 def best_known(problem: Any, domain: Domain) -> tuple[float, str]:
@@ -197,14 +183,14 @@ def simulated(seeds: int, rows: Sequence[str]) -> None:
         best, which = best_known(problem(schedule_of("constant", SIMULATED_STEPS)), domain)
         greedy = [simulated_end(task, "truncation, constant", seed) for seed in range(seeds)]
         print(f"\n{task}: best known {best:.4f} ({which}); greedy gap {statistics.median(greedy) - best:.4f}")
-        print(f"{'':<24}{'median':>10}{'mean':>10}{'gap closed':>12}{'wins':>8}{'s/run':>8}")
+        print(f"{'':<34}{'median':>10}{'mean':>10}{'gap closed':>12}{'wins':>8}{'s/run':>8}")
         for row in rows:
             started = time.perf_counter()
             ends = [simulated_end(task, row, seed) for seed in range(seeds)]
             closed = statistics.median((a - b) / (a - best) for a, b in zip(greedy, ends, strict=True))
             wins = sum(b < a for a, b in zip(greedy, ends, strict=True))
             print(
-                f"{row:<24}{statistics.median(ends):>10.4f}{statistics.mean(ends):>10.4f}{closed:>11.0%} "
+                f"{row:<34}{statistics.median(ends):>10.4f}{statistics.mean(ends):>10.4f}{closed:>11.0%} "
                 f"{wins:>4}/{seeds:<3}{(time.perf_counter() - started) / seeds:>7.2f}",
                 flush=True,
             )
@@ -233,7 +219,18 @@ TASKS: dict[str, tuple[dict[str, Any], Domain]] = {
         Domain(log_uniform=[1e-4, 1.0]),
     ),
 }
-REAL_ROWS = [row for row in ROWS if not row.startswith(("significance", "fire", "ipbt"))]
+REAL_ROWS = [
+    "random search",
+    "best fixed wsd",
+    ASHA,
+    "stock Ray, constant",
+    "stock Ray, wsd",
+    "truncation, wsd",
+    "averaged truncation, wsd",
+    "pb2, wsd",
+    "mf_pbt, wsd",
+    OURS,
+]
 ROUNDS, EVALS = 16, 2
 LR = "schedule.peak_lr"
 
@@ -243,7 +240,8 @@ def real_end(task: str, row: str, seed: int, num_steps: int) -> dict[str, Any]:
     from landscape_ray.training.population import CohortPopulation
 
     train, domain = TASKS[task]
-    shape, interval, warmup = ROWS[row][1], num_steps // ROUNDS, num_steps // 50
+    shape = "any" if row == ASHA else ROWS[row][1]
+    interval, warmup = num_steps // ROUNDS, num_steps // 50
     train = train | {
         "num_steps": num_steps,
         "eval": train["eval"] | {"every_steps": interval // EVALS},
@@ -253,65 +251,67 @@ def real_end(task: str, row: str, seed: int, num_steps: int) -> dict[str, Any]:
             "cooldown_fraction": COOLDOWN,
         },
     }
-    if ROWS[row][0] is STRATEGIES["forecast"]:
+    started = time.process_time()
+    about = {"task": task, "row": row, "seed": seed, "num_steps": num_steps}
+    if row == ASHA:
+        space = {LR: domain, "schedule.name": SCHEDULES}
+        found = asha_tpe(train, space, seed, num_steps=num_steps, min_steps=2 * interval, budget=MEMBERS * num_steps)
+        return about | found | {"cpu_seconds": round(time.process_time() - started, 1)}
+    if ROWS[row][0] in (STRATEGIES["forecast"], AveragedTruncation):
         # averaged over the last half of an interval, more or less
         train["averaging"] = {"name": "ema", "decay": 1 - 2 / interval}
     schedule = schedule_of("wsd" if shape == "any" else shape, num_steps, warmup)
     strategy = make(row, domain, LR, schedule, num_steps=num_steps, interval_steps=interval, seed=seed)
-    started = time.process_time()
     population = CohortPopulation(train, strategy, seed=seed, route=ROUTES[task])
     for _ in population.run():
         pass
     best = strategy.members[strategy.best()]
-    return {
-        "task": task,
-        "row": row,
-        "seed": seed,
-        "num_steps": num_steps,
+    return about | {
         "loss": best.loss,
-        "lr": best.values[LR],
+        "values": best.values,
         "updates": population.num_updates,
         "exploits": sum(decision.donor is not None for decision in population.decisions),
         "cpu_seconds": round(time.process_time() - started, 1),
     }
 
 
-ROUTES = {"gpt": "stacked", "cnn": "single"}
+ROUTES = {"gpt": "recorded", "cnn": "single"}
 """Fixed, so that runs repeat to the bit."""
 
 
-def real(tasks: Sequence[str], rows: Sequence[str], seeds: int, num_steps: int, save: Path | None) -> None:
+def real(
+    tasks: Sequence[str], rows: Sequence[str], seeds: int, num_steps: int, save: Path | None, *, train: bool
+) -> None:
+    """Make the runs that the file lacks, and print the table of those that there are."""
     import torch
 
     torch.set_num_threads(1)
     known = [json.loads(line) for line in save.read_text().splitlines()] if save and save.exists() else []
     ends = {(r["task"], r["row"], r["seed"]): r for r in known if r["num_steps"] == num_steps}
+    for task, seed, row in itertools.product(tasks, range(seeds), rows):
+        if train and (task, row, seed) not in ends:
+            found = ends[task, row, seed] = real_end(task, row, seed, num_steps)
+            if save:
+                with save.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
     for task in tasks:
-        for seed in range(seeds):
-            for row in rows:
-                if (task, row, seed) not in ends:
-                    found = ends[task, row, seed] = real_end(task, row, seed, num_steps)
-                    if save:
-                        with save.open("a") as file:
-                            file.write(json.dumps(found) + "\n")
-    for task in tasks:
-        print(f"\n{task}: {MEMBERS} members of {num_steps} updates, {seeds} seeds, final held-out loss in nats")
-        print(
-            f"{'':<24}{'median':>9}{'worst':>9}{'difference':>12}{'wins':>7}{'updates':>9}{'exploits':>10}{'CPU s':>7}"
-        )
-        base = [ends[task, BASELINE, seed]["loss"] for seed in range(seeds) if (task, BASELINE, seed) in ends]
+        print(f"\n{task}: {MEMBERS} members of {num_steps} updates, final held-out loss in nats")
+        print(f"{'':<34}{'seeds':>6}{'median':>9}{'worst':>9}{'forecast -':>12}{'wins':>7}{'updates':>9}{'CPU s':>7}")
         for row in rows:
-            found = [ends[task, row, seed] for seed in range(seeds)]
-            losses = [f["loss"] for f in found]
-            paired = [b - a for a, b in zip(base, losses, strict=True)] if len(base) == seeds else []
-            difference = (
-                f"{statistics.median(paired):+12.4f}{sum(d < 0 for d in paired):>4}/{seeds}" if paired else f"{'':>18}"
-            )
+            found = {seed: ends[task, row, seed] for seed in range(seeds) if (task, row, seed) in ends}
+            if not found:
+                continue
+            losses = [f["loss"] for f in found.values()]
+            pairs = [
+                ends[task, OURS, seed]["loss"] - f["loss"]
+                for seed, f in found.items()
+                if row != OURS and (task, OURS, seed) in ends
+            ]
+            paired = f"{statistics.median(pairs):+12.4f}{sum(d < 0 for d in pairs):>4}/{len(pairs):<2}" if pairs else ""
             print(
-                f"{row:<24}{statistics.median(losses):>9.4f}{max(losses):>9.4f}{difference}"
-                f"{statistics.median(f['updates'] for f in found):>10.0f}"
-                f"{statistics.median(f['exploits'] for f in found):>10.0f}"
-                f"{statistics.median(f['cpu_seconds'] for f in found):>7.0f}"
+                f"{row:<34}{len(found):>6}{statistics.median(losses):>9.4f}{max(losses):>9.4f}{paired:<19}"
+                f"{statistics.median(f['updates'] for f in found.values()):>9.0f}"
+                f"{statistics.median(f['cpu_seconds'] for f in found.values()):>7.0f}"
             )
 
 
@@ -325,18 +325,26 @@ def main() -> None:
     parser.add_argument("--tasks", default="gpt,cnn", help="of real training")
     parser.add_argument("--steps", type=int, default=480, help="updates of each member in real training")
     parser.add_argument("--save", type=Path, help="file that runs of real training are appended to")
+    parser.add_argument("--no-training", action="store_true", help="only print the runs that the file has")
     options = parser.parse_args()
     parts = options.part or ["toys", "simulated"]
     chosen = [row.strip() for row in options.rows.split(";") if row.strip()]
     for row in chosen:
-        if row not in ROWS:
-            parser.error(f"--rows must name rows of the table, got '{row}'; valid: {'; '.join(ROWS)}")
+        if row not in ROWS and not (row == ASHA and parts == ["real"]):
+            parser.error(f"--rows must name rows of the table, got '{row}'; valid: {'; '.join([ASHA, *ROWS])}")
     if "toys" in parts:
         toys(options.seeds or 20)
     if "simulated" in parts:
         simulated(options.seeds or 20, chosen or SIMULATED_ROWS)
     if "real" in parts:
-        real(options.tasks.split(","), chosen or REAL_ROWS, options.seeds or 5, options.steps, options.save)
+        real(
+            options.tasks.split(","),
+            chosen or REAL_ROWS,
+            options.seeds or 5,
+            options.steps,
+            options.save,
+            train=not options.no_training,
+        )
 
 
 if __name__ == "__main__":

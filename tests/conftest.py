@@ -47,7 +47,9 @@ MANY_FILES = 25
 """From so many Python files on, workers gain more than their own start, an import of PyTorch, takes."""
 MOST_WORKERS = 8
 """Each takes about a gigabyte, and with that many the longest file decides."""
-SHARED = {"tests/ray/test_readme.py": "one Ray session", "tests/ray/test_sweep.py": "one Ray session"}
+SHARED = dict.fromkeys(
+    ("tests/ray/test_readme.py", "tests/ray/test_sweep.py", "tests/ray/test_exchange.py"), "one Ray session"
+)
 """Files that stay in one worker, under the name of what they share."""
 
 

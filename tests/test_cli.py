@@ -190,6 +190,13 @@ def test_train_runs_without_ray_and_every_verb_reads_the_result(here: Path, caps
     assert code == 0
     page = (here / "runs" / "one" / "report.html").read_text()
     assert "t0000" in page
+    code, out, _ = run(capsys, "status", "one")
+    assert (code, "one: 1/1 trials ended" in out) == (0, True)
+    code, out, _ = run(capsys, "export", "one")
+    assert (code, "tensorboard --logdir runs/one/tensorboard" in out) == (0, True)
+    assert list((here / "runs" / "one" / "tensorboard" / "t0000").glob("events.*"))
+    code, _, err = run(capsys, "export", "one")
+    assert (code, "exists; delete it" in err) == (2, True)
     code, out, _ = run(capsys, "refine", "one", "--num-points", "5")
     assert (code, '[train.schedule]\nname = "table"' in out) == (0, True)
     code, _, err = run(capsys, "resume")
@@ -199,7 +206,7 @@ def test_train_runs_without_ray_and_every_verb_reads_the_result(here: Path, caps
 
 
 def test_sweeps_that_are_not_there_are_named(here: Path, capsys: Any) -> None:
-    for verb in ("fit", "predict", "report", "sync", "resume"):
+    for verb in ("fit", "predict", "report", "sync", "resume", "status", "export"):
         code, _, err = run(capsys, verb, "nothing")
         assert code == 2, verb
         assert "no sweep 'nothing' in runs; there: none" in err, verb

@@ -30,8 +30,10 @@ from landscape_ray.laws import (
     calibrate,
     fit_curves,
     leave_one_schedule_out,
+    objective_sensitivity,
 )
 from landscape_ray.laws.curves.annealing import ANNEALING
+from landscape_ray.laws.trust.checklist import Evidence, Item, checklist, to_plain
 from landscape_ray.text import listing, lr, plural
 
 if TYPE_CHECKING:
@@ -51,6 +53,9 @@ HOLDOUT_RULE = (
 
 MAX_CALIBRATED = 12
 """Curves up to which the misfit of the law is measured anew for every forecast; its cost grows with their square."""
+
+MAX_GAP = 0.02
+"""Largest share of a foreign run between two updates whose learning rate is told."""
 
 FILE_NAME = "{law}.json"
 
@@ -151,7 +156,7 @@ def annealing_curves(collected: Collected, *, loss: Literal["eval", "train"] = "
         if reason:
             excluded[run.run_id] = reason
             continue
-        key, curve = setting(run), _curve(run, loss)
+        key, curve = setting(run), curve_of(run, loss)
         for known, peak, members in families:
             if known == key and math.isclose(peak, run.peak_lr, rel_tol=1e-6):
                 members.append((run, curve))
@@ -250,8 +255,14 @@ def fit_collected(
     units = {run.run_id: run.loss_unit for run in collected.runs}
     best = min(group.curves, key=lambda curve: float(curve.loss_nats[-1]))
     warmups = [curve.warmup_steps for curve in group.curves]
+    fitted = calibrate(fit_curves(law, group.curves, **options), forecasts)
+    # Under other objectives at the chosen momentum: a search over it is what the fit itself is for.
+    chosen = {"decay": fitted.parameters["decay"]} if grid else {}
+    others = objective_sensitivity(group.curves, law=law, **(options | chosen))
+    evidence = Evidence(schedules=forecasts, objectives=others)
+    record = checklist(law, fitted, evidence, _facts(group, fitted, found.excluded))
     return SweepFit(
-        fit=calibrate(fit_curves(law, group.curves, **options), forecasts),
+        fit=dataclasses.replace(fitted, checklist=to_plain(record)),
         peak_lr=group.peak_lr,
         run_ids=tuple(curve.run_id for curve in group.curves),
         shapes=group.shapes,
@@ -265,6 +276,36 @@ def fit_collected(
         best_loss_nats=float(best.loss_nats[-1]),
         loss_unit=units.get(best.run_id, "nats/token"),
     )
+
+
+def _facts(group: CurveGroup, fit: FitResult, excluded: dict[str, str]) -> list[Item]:
+    """Return what the record says of the training set-up and the data."""
+    dropped = fit.data["num_points_dropped"]
+    left = "; ".join(f"{run}: {why}" for run, why in list(excluded.items())[:5])
+    return [
+        Item("B", "peak learning rate", f"{lr(group.peak_lr)}, the same in all runs"),
+        Item("B", "schedules", f"{group.num_schedules} different: {', '.join(sorted(set(group.shapes.values())))}"),
+        Item(
+            "B",
+            "model, data, optimizer and batch",
+            "not told by loss curves",
+            "unknown",
+            "the law holds for one setting: make sure that the runs share it",
+        ),
+        Item(
+            "C",
+            "losses",
+            f"{fit.data['num_points']} fitted; {dropped} up to step {fit.data['skip_steps']} or in a warm-up left out",
+        ),
+        Item(
+            "C",
+            "runs left out",
+            f"{len(excluded)}{': ' + left if left else ''}",
+            "warning" if excluded else "ok",
+            "see the list of excluded runs" if excluded else "",
+        ),
+        Item("F", "precision", "parameters and samples with every digit of float64"),
+    ]
 
 
 def load_fit(folder: SweepFolder | Path | str, law: str = ANNEALING.name) -> SweepFit | None:
@@ -306,17 +347,29 @@ def _unusable(run: Run, loss: Literal["eval", "train"]) -> str:
     if run.mutated:
         return "its weights or its LR were changed by a population on the way: no fixed schedule"
     steps = np.asarray(run.steps["step"], dtype=np.int64)
-    if not len(steps) or not np.array_equal(steps, np.arange(1, len(steps) + 1)):
+    foreign = not run.schedule
+    if not len(steps) or (not foreign and not np.array_equal(steps, np.arange(1, len(steps) + 1))):
         return "its step rows do not cover every update"
+    if foreign and _longest_gap(run) > MAX_GAP * steps[-1]:
+        return f"its LR is told for too few updates: {_longest_gap(run)} of {steps[-1]} lie between two of them"
     if not np.isfinite(run.steps["lr"]).all():
         return "its step rows do not tell the LR of every update"
     measured, _ = _measured(run, loss)
     return "" if len(measured) else f"it has no {'held-out' if loss == 'eval' else 'training'} loss after its warm-up"
 
 
-def _curve(run: Run, loss: Literal["eval", "train"]) -> Curve:
+def _longest_gap(run: Run) -> int:
+    """Return the most updates between two whose LR is told."""
+    return int(np.diff(np.asarray(run.steps["step"], dtype=np.int64), prepend=0).max())
+
+
+def curve_of(run: Run, loss: Literal["eval", "train"]) -> Curve:
+    """Return a run's learning rates and losses after its warm-up, as laws of loss curves take them."""
     step, loss_nats = _measured(run, loss)
     lr_applied = np.asarray(run.steps["lr"], dtype=np.float64)
+    if not run.schedule:  # told for some updates only: straight lines between them
+        told = np.asarray(run.steps["step"], dtype=np.int64)
+        lr_applied = np.interp(np.arange(1, max(told[-1], step[-1]) + 1), told, lr_applied)
     return Curve(run_id=run.run_id, lr=lr_applied, step=step, loss_nats=loss_nats, warmup_steps=run.warmup_steps)
 
 

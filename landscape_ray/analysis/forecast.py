@@ -1,12 +1,14 @@
-"""The forecast of one schedule that was not run, from the law of a sweep."""
+"""Schedules that were not run, from the law of a sweep: the forecast of one, and the one that it prefers."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from landscape_ray.analysis.annealing import SweepFit
-from landscape_ray.laws import Prediction, predict_curve
+from landscape_ray.analysis.annealing import SweepFit, curve_of
+from landscape_ray.analysis.runs import Run
+from landscape_ray.laws import BestSchedule, Prediction, best_schedule, predict_curve
 from landscape_ray.schedules import Schedule
 from landscape_ray.text import loss, lr
 
@@ -85,3 +87,19 @@ def forecast_schedule(
         best_loss_nats=fitted.best_loss_nats,
         loss_unit=fitted.loss_unit,
     )
+
+
+def recommended_schedule(fitted: SweepFit, runs: Sequence[Run], num_steps: int | None = None) -> BestSchedule:
+    """Return the schedule whose final loss a sweep's law considers lowest, at the peak of the fitted runs.
+
+    Args:
+        fitted: the law.
+        runs: those of the sweep; the fitted ones are what it is compared with.
+        num_steps: updates; None for as many as the fitted runs have.
+
+    Raises:
+        UserError: out of the fitted range, a fit that knows of no decay, or none of the fitted runs is there.
+    """
+    curves = [curve_of(run, "eval") for run in runs if run.run_id in fitted.run_ids]
+    steps = num_steps or fitted.num_steps
+    return best_schedule(fitted.fit, curves, steps, warmup_steps=fitted.warmup_steps)

@@ -72,8 +72,18 @@ class Run:
 
     @property
     def warmup_steps(self) -> int:
-        """Updates of warm-up, as asked."""
-        return int(self.schedule.get("warmup_steps", 0))
+        """Updates of warm-up, as asked; of a foreign run, without a configuration, those that rise to the peak.
+
+        The latter only where the rate never falls before its peak, and reaches it in the first quarter of the run.
+        """
+        if self.schedule or not len(self.steps["lr"]):
+            return int(self.schedule.get("warmup_steps", 0))
+        lr = np.asarray(self.steps["lr"], dtype=np.float64)
+        if not np.isfinite(lr).all():
+            return 0
+        first = int(np.argmax(lr >= lr.max() * (1 - 1e-9)))
+        rises = bool((np.diff(lr[: first + 1]) >= 0).all()) and first <= len(lr) // 4
+        return max(int(self.steps["step"][first]) - 1, 0) if rises and first else 0
 
     @property
     def loss(self) -> float:
@@ -88,9 +98,13 @@ class Run:
     @functools.cached_property
     def lives(self) -> NDArray[np.int64]:
         """For each row of `all_steps`, how many times the run had adopted another member's weights before it."""
+        return self.lives_of(self.all_steps)
+
+    def lives_of(self, rows: Columns) -> NDArray[np.int64]:
+        """Return for each row how many times the run had adopted another member's weights before it."""
         copied = self.events["event"].astype(str) == "exploit"
         adopted = np.asarray(self.events["elapsed_seconds"][copied], dtype=np.float64)
-        return np.searchsorted(adopted, np.asarray(self.all_steps["elapsed_seconds"], dtype=np.float64), side="left")
+        return np.searchsorted(adopted, np.asarray(rows["elapsed_seconds"], dtype=np.float64), side="left")
 
     def probe(self, name: str) -> Columns:
         """Return the rows of one probe."""

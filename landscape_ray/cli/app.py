@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 from pathlib import Path
@@ -234,7 +235,9 @@ def report(
     sweeps: Sweeps = None,
     results: Results = DEFAULT_RESULTS,
     out: Annotated[Path | None, typer.Option("--out", help="File to write; default: report.html of the sweep.")] = None,
-    figures: Annotated[Path | None, typer.Option("--figures", help="Also write every figure as PNG here.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", help="Also write every figure as PNG and SVG here.")
+    ] = None,
 ) -> None:
     """Write one HTML page about one or several sweeps; it needs no network to be read."""
     import tempfile
@@ -250,9 +253,49 @@ def report(
             export_figures(paths, figures)
     console.print(f"report: {shown(page)}", highlight=False, soft_wrap=True)
     with console.status("adding it to MLflow ..."), tempfile.TemporaryDirectory() as temporary:
-        images = export_figures(paths, Path(temporary))
+        images = export_figures(paths, Path(temporary), ("png",))
         for folder in folders:
             _attach(folder, [page, *images], console)
+
+
+@app.command()
+def status(
+    sweep: OneSweep = None,
+    results: Results = DEFAULT_RESULTS,
+    watch: Annotated[
+        float | None, typer.Option("--watch", min=0.5, help="Show it anew every so many seconds until it has ended.")
+    ] = None,
+) -> None:
+    """Show how a sweep is doing, from its folder alone: from another terminal, or another machine."""
+    from landscape_ray.sweep.status import status_of
+    from landscape_ray.sweep.status import watch as follow
+
+    console = new_console()
+    folder = open_sweep(sweep, results)
+    if watch is None:
+        console.print(status_of(folder)[1], highlight=False)
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        follow(folder, console, watch)
+
+
+@app.command()
+def export(
+    sweeps: Sweeps = None,
+    results: Results = DEFAULT_RESULTS,
+    tensorboard: Annotated[
+        Path | None, typer.Option("--tensorboard", help="Where to write; default: tensorboard/ of each sweep.")
+    ] = None,
+) -> None:
+    """Write sweeps as TensorBoard event files, one run a trial, every row at full resolution."""
+    from landscape_ray.tracking.tensorboard import write_events
+
+    console = new_console()
+    for folder in open_all(sweeps, results):
+        out = folder.path / "tensorboard" if tensorboard is None else tensorboard / folder.path.name
+        with console.status(f"writing the events of {folder.path.name} ..."):
+            made = write_events(folder, out)
+        console.print(f"{len(made)} runs written: tensorboard --logdir {shown(out)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

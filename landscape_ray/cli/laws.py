@@ -238,9 +238,10 @@ class _Curves(NamedTuple):
 
 def _fit_curves(given: _Curves, law: str, num_bootstrap: int, confidence: float, console: Console) -> None:
     """Fit a law of loss curves to each sweep, or to the curves of an experiment or a file."""
-    from landscape_ray.analysis.annealing import FILE_NAME, fit_collected, fit_sweep
+    from landscape_ray.analysis.annealing import FILE_NAME, annealing_curves, fit_collected, fit_sweep
     from landscape_ray.analysis.scaling import find_law
     from landscape_ray.files import write_atomic
+    from landscape_ray.reports.curves_page import write_curves_page
     from landscape_ray.reports.terminal import fit_tables
     from landscape_ray.tracking.collect import collect_csv, collect_mlflow
     from landscape_ray.tracking.uris import resolve_tracking_uri
@@ -270,8 +271,10 @@ def _fit_curves(given: _Curves, law: str, num_bootstrap: int, confidence: float,
     with console.status(f"fitting {name} ..."):
         result = fit_collected(collected, **options)
     write_atomic(target / FILE_NAME.format(law=chosen.name), result.to_json())
+    curves = annealing_curves(collected).groups[0].curves
+    page = write_curves_page(result, chosen, curves, name, target / f"{chosen.name}.html")
     console.print(fit_tables(name, result))
-    console.print(f"saved in {shown(target)}", highlight=False, soft_wrap=True)
+    console.print(f"saved in {shown(target)}; page: {shown(page)}", highlight=False, soft_wrap=True)
 
 
 def _predict_schedule(

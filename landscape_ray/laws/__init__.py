@@ -33,7 +33,6 @@ from landscape_ray.laws.memory.functional import FUNCTIONAL
 from landscape_ray.laws.memory.multi_power import MULTI_POWER
 from landscape_ray.laws.memory.regularised import fit_multi_power
 from landscape_ray.laws.optima.batch import (
-    CRITICAL_BATCH_LOSS,
     CRITICAL_BATCH_TOKENS,
     LR_BATCH_LINEAR,
     LR_BATCH_POWER,
@@ -129,7 +128,6 @@ LAWS: dict[str, Law] = {
         LR_BATCH_SATURATING,
         LR_BATCH_SURGE,
         STEPS_BATCH,
-        CRITICAL_BATCH_LOSS,
         CRITICAL_BATCH_TOKENS,
         # transfer: losses and tasks
         LOSS_TO_LOSS,

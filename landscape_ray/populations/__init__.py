@@ -18,7 +18,7 @@ under a fake clock.
 """
 
 from landscape_ray.populations.decisions import Choice, Decision, Observation, Point, Restart, Values
-from landscape_ray.populations.explore import explore, initial_members, position
+from landscape_ray.populations.explore import Explorer, explore, initial_members, position
 from landscape_ray.populations.lineage import Change, Lineage, Segment, table_of
 from landscape_ray.populations.strategies import STRATEGIES
 from landscape_ray.populations.strategy import Member, Strategy
@@ -28,6 +28,7 @@ __all__ = [
     "Change",
     "Choice",
     "Decision",
+    "Explorer",
     "Lineage",
     "Member",
     "Observation",

@@ -8,10 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from landscape_ray.domains import Domain, Value
+
+
+class Explorer(Protocol):
+    """Where copies get their values from, in place of a perturbation."""
+
+    def explore(self, values: dict[str, Value]) -> dict[str, Value]:
+        """Return the values that a copy goes on with, inside their domains, given those of its donor."""
+
+    def learn(self, values: dict[str, Value], rate: float) -> None:
+        """Take note how fast the logarithm of the loss fell under these values; nan where the run diverged.
+
+        Rates are for the whole horizon: a tenth of it at rate 1 makes a loss smaller by a factor exp(-.1).
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that later values depend on, JSON-able."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
 
 
 def explore(

@@ -23,10 +23,10 @@ import numpy as np
 from landscape_ray.domains import Domain
 from landscape_ray.errors import UserError
 from landscape_ray.populations.decisions import Action, Choice, Decision, Observation, Values, decode, encode
-from landscape_ray.populations.explore import explore, initial_members
+from landscape_ray.populations.explore import Explorer, explore, initial_members
 from landscape_ray.populations.lineage import Lineage
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 Status = Literal["training", "waiting", "finished", "stopped"]
 
@@ -73,12 +73,15 @@ class Strategy(ABC):
         quantile_fraction: share of the population that is replaced, and share that is copied, in (0, 0.5].
         factors: of the perturbation of numbers, > 0.
         resample_probability: of drawing a value anew instead.
+        explorer: proposes the values of copies instead; None to perturb those of the donor.
 
     Raises:
         UserError: an option is out of range.
     """
 
     name: ClassVar[str]
+    rescues: ClassVar[bool] = True
+    """Whether a diverged member that finds nobody to copy waits until somebody has reported."""
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class Strategy(ABC):
         quantile_fraction: float = 0.25,
         factors: Sequence[float] = (0.8, 1.25),
         resample_probability: float = 0.1,
+        explorer: Explorer | None = None,
     ) -> None:
         if not space:
             raise UserError("space must name at least one hyperparameter, got none; name what members may change")
@@ -114,6 +118,7 @@ class Strategy(ABC):
         self.quantile_fraction = quantile_fraction
         self.factors, self.resample_probability = tuple(factors), resample_probability
         self.generator = np.random.default_rng(seed)
+        self.explorer = explorer
         self.lineage = Lineage()
         drawn = initial_members(self.space, num_members, self.generator)
         self.members: dict[int, Member] = {}
@@ -157,8 +162,22 @@ class Strategy(ABC):
         member.status = "waiting"
         self._waiting.add(number)
         self._num_training -= 1
+        if self.explorer is not None and (seen := self._improvement(number)) is not None:
+            self.explorer.learn(*seen)
         self.learn(observation)
         if self.synchronous and self._num_training:
+            return []
+        return self._settle()
+
+    def reopen(self) -> list[Decision]:
+        """Take up again members that had reached a shorter horizon; return the decisions about them, perhaps none."""
+        ended = [
+            n for n, member in self.members.items() if member.status == "finished" and member.step < self.num_steps
+        ]
+        for number in ended:
+            self.members[number].status = "waiting"
+        self._waiting |= set(ended)
+        if not ended or (self.synchronous and self._num_training):
             return []
         return self._settle()
 
@@ -208,6 +227,7 @@ class Strategy(ABC):
             ],
             "lineage": self.lineage.state_dict(),
             "extra": self.extra_state(),
+            "explorer": None if self.explorer is None else self.explorer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -227,11 +247,15 @@ class Strategy(ABC):
         self._num_training = sum(member.status == "training" for member in self.members.values())
         self.lineage.load_state_dict(state["lineage"])
         self.load_extra_state(state["extra"])
+        if self.explorer is not None:
+            self.explorer.load_state_dict(state["explorer"])
 
     # for subclasses
 
     def explored(self, values: Values) -> Values:
         """Return mutated values, inside their domains."""
+        if self.explorer is not None:
+            return self.explorer.explore(values)
         return explore(
             values,
             self.space,
@@ -272,6 +296,19 @@ class Strategy(ABC):
         donor = self.draw(donors[: max(1, math.ceil(self.quantile_fraction * len(donors)))])
         return Choice(self.explored(self.members[donor].values), donor, reason="diverged")
 
+    def _improvement(self, member: int) -> tuple[Values, float] | None:
+        """Return the values of a member's last segment and how fast the loss fell; None where that can't be said."""
+        path = self.lineage.path(member)
+        if len(path) < 2 or path[-1].restart is not None:
+            return None
+        segment, start = path[-1], path[-2].points[-1].loss
+        span, end = (segment.stop_step - segment.start_step) / self.num_steps, segment.points[-1].loss
+        if not (math.isfinite(start) and start > 0):
+            return None
+        if not (math.isfinite(end) and end > 0):
+            return segment.values, math.nan
+        return (segment.values, math.log(start / end) / span) if span > 0 else None
+
     # carrying decisions out
 
     def _settle(self) -> list[Decision]:
@@ -283,6 +320,10 @@ class Strategy(ABC):
         sound = [n for n in ready if self.members[n].sound]
         choices = self.decide(sound) if sound else {}
         choices |= {n: self.rescue(n) for n in ready if n not in sound}
+        if self.rescues and self._num_training:  # among those that train there may soon be somebody to copy
+            lost = {n for n in ready if n not in sound and choices[n].donor is None and choices[n].restart is None}
+            self._waiting |= lost
+            ready = [n for n in ready if n not in lost]
         # Donors' weights are those of before this round, whatever is decided about the donors themselves.
         before = {n: (self.members[n].step, self.members[n].loss) for n in ready}
         made = [self._carry_out(n, choices.get(n, Choice()), before) for n in ready]

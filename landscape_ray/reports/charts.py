@@ -10,7 +10,6 @@ import numpy as np
 from landscape_ray import text
 from landscape_ray.analysis.runs import Run
 from landscape_ray.reports.figures import SYMBOLS, Axis, ColorBar, Figure, Panel, Series, sequential, series, thin
-from landscape_ray.reports.lineage import ancestry_lr
 from landscape_ray.reports.views import (
     Sweep,
     best_overall,
@@ -31,7 +30,7 @@ def loss_curves(sweeps: Sequence[Sweep]) -> Figure | str:
     drawn = [(sweep, run) for sweep in sweeps for run in sweep.runs if len(run.evals["step"])]
     if not drawn:
         return f"No held-out loss has been recorded ({empty_reason(sweeps)}); curves appear with the first evaluation."
-    limits = _loss_limits([run for _, run in drawn])
+    limits = view_of_losses([run for _, run in drawn])
     muted: list[Series] = []
     main: list[Series] = []
     others = sum(run is not sweep.best and run.summary.status != "diverged" for sweep, run in drawn)
@@ -88,7 +87,11 @@ def generalisation(sweeps: Sequence[Sweep]) -> Figure | str:
         right = series("line", evals, accuracy, name="held out", color="c0", weight="main", hover="accuracy")
         panels.append(Panel(y=Axis(label="held-out accuracy", limits=(-0.02, 1.02)), series=(right,), share=0.6))
     gap = float(held_out[-1] - np.median(losses[-max(len(losses) // 20, 1) :]))
-    last = f", {accuracy[-1]:.1%} predicted right" if np.isfinite(accuracy[-1:]).all() and len(accuracy) else ""
+    last = (
+        f", {text.percent(float(accuracy[-1]), 3)} predicted right"
+        if np.isfinite(accuracy[-1:]).all() and len(accuracy)
+        else ""
+    )
     return Figure(
         key="generalisation",
         title="Training and held-out loss of the best run",
@@ -124,65 +127,11 @@ def schedules(sweeps: Sequence[Sweep]) -> Figure | str:
         title="Learning-rate schedules that were tried",
         takeaway=_schedule_takeaway(searches, [run for _, run in runs if run.has_result]),
         x=STEP,
-        panels=(Panel(y=_lr_axis([run for _, run in runs]), series=tuple(drawn)),),
+        panels=(Panel(y=lr_axis([run for _, run in runs]), series=tuple(drawn)),),
         note="The learning rate is the one that the optimizer applied, not the one that was configured.",
         colorbar=ColorBar(label=_with_unit("final held-out loss", sweeps), best=best, worst=worst)
         if worst > best
         else None,
-    )
-
-
-def lineage(sweeps: Sequence[Sweep], sweep: Sweep) -> Figure | str:
-    """Return who copied whom in a population, and the learning rates that the winner's weights went through."""
-    members = [run for run in sweep.runs if len(run.all_steps["step"])]
-    if not members:
-        return f"No member of {sweep.name} has recorded an update; a sweep with [population] fills this figure."
-    runs = {run.run_id: run for run in members}
-    rows = {run_id: index for index, run_id in enumerate(runs)}
-    copies = [copy for copy in sweep.copies if copy.run_id in rows]
-    path = sweep.ancestry
-    timeline: list[Series] = []
-    for run_id, row in rows.items():
-        end = float(np.nanmax(runs[run_id].all_steps["step"]))
-        style = {"color": "muted", "hover": describe(runs[run_id], run_id), "name": "member"}
-        timeline.append(series("line", [0.0, end], [row, row], **style))
-    for segment in path:
-        if segment.run_id in rows:
-            ends, level = [segment.start, segment.stop], rows[segment.run_id]
-            timeline.append(series("line", ends, [level, level], color="c1", weight="main", name="path of the winner"))
-    on_path = {(one.run_id, one.start) for one in path if one.life}
-    for copy in copies:
-        if copy.donor in rows:
-            color = "c1" if (copy.run_id, copy.step) in on_path else "c0"
-            ends = [rows[copy.donor], rows[copy.run_id]]
-            timeline.append(series("arrow", [copy.step] * 2, ends, name="weights copied", color=color, size=10))
-    told = tuple(
-        f"{copy.run_id} copies {copy.donor} at step {copy.step:,}"
-        + (f" → {_values(copy.values)}" if copy.values else "")
-        for copy in copies
-    )
-    if copies:
-        at, levels = [copy.step for copy in copies], [rows[copy.run_id] for copy in copies]
-        timeline.append(series("points", at, levels, color="c0", size=6, hover=told))
-    rates: list[Series] = []
-    for run_id, run in runs.items():
-        x, y = thin(run.steps["step"], run.steps["lr"])
-        rates.append(series("step", x, y, name="member", color="muted", weight="muted", hover=run_id))
-    if path:
-        x, y = thin(*ancestry_lr(runs, path))
-        found = {"name": "path of the winner", "color": "c1", "weight": "main", "hover": "path of the winner"}
-        rates.append(series("step", x, y, **found))
-    names = tuple(f"{run_id}  {text.loss(run.loss)}" for run_id, run in runs.items())
-    return Figure(
-        key=f"lineage-{list(sweeps).index(sweep)}" if len(sweeps) > 1 else "lineage",
-        title="Lineage of the population and the schedule that it found",
-        takeaway=_lineage_takeaway(sweep),
-        x=STEP,
-        panels=(
-            Panel(y=Axis(label="member and its final loss", categories=names), series=tuple(timeline)),
-            Panel(y=_lr_axis(members), series=tuple(rates), share=1.1),
-        ),
-        note="Arrows are exploits: the member at the tip takes over the weights of the one at the foot and mutates.",
     )
 
 
@@ -252,10 +201,6 @@ def _point(run: Run, name: str, edge: float) -> str:
     return describe(run, name) + above
 
 
-def _values(values: dict[str, object]) -> str:
-    return ", ".join(f"{key.split('.')[-1]} {text.value(value)}" for key, value in values.items())
-
-
 def _measured(loss: float, sweeps: Sequence[Sweep]) -> str:
     return f"{text.loss(loss)} {loss_unit(sweeps)}".strip()
 
@@ -271,7 +216,7 @@ def _clipped_worst(losses: list[float]) -> float:
     return min(max(losses), best + 4 * (upper - best)) if len(losses) >= 4 and upper > best else max(losses)
 
 
-def _loss_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
+def view_of_losses(runs: Sequence[Run]) -> tuple[float, float] | None:
     """Return the range in which the curves differ: from the best loss to where runs are after a tenth of them."""
     lowest, early, highest = [], [], []
     for run in runs:
@@ -292,7 +237,7 @@ def _loss_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
     return low - pad, high + pad
 
 
-def _lr_axis(runs: Sequence[Run]) -> Axis:
+def lr_axis(runs: Sequence[Run]) -> Axis:
     """Return a linear axis where the peaks are of one size, a logarithmic one where they differ tenfold."""
     peaks = [run.peak_lr for run in runs if run.peak_lr > 0]
     if not peaks or max(peaks) < 12 * min(peaks):
@@ -330,19 +275,3 @@ def _search_takeaway(finished: Sequence[Run], best: Run) -> str:
         f"The lowest loss, {text.loss(best.loss)}, was reached at peak LR {text.lr(best.peak_lr)} with {best.shape}."
     )
     return f"{start} {edge_of_search(finished)}".strip()
-
-
-def _lineage_takeaway(sweep: Sweep) -> str:
-    copies, path, best = sweep.copies, sweep.ancestry, sweep.best
-    if best is None:
-        return f"{text.plural(len(copies), 'copy')} of weights so far; no member has finished."
-    known = {run.run_id: run for run in sweep.runs}
-    _, rates = ancestry_lr(known, path)
-    seen = ""
-    if len(rates):
-        start = rates[min(best.warmup_steps, len(rates) - 1)]
-        seen = f"; after the warm-up its learning rate went from {text.lr(start)} to {text.lr(rates[-1])}"
-    if len(path) == 1:
-        return f"The winner {best.run_id} never copied another member{seen}."
-    chain = " → ".join(dict.fromkeys(segment.run_id for segment in path))
-    return f"After {text.plural(len(copies), 'copy')} of weights the winner's came by way of {chain}{seen}."

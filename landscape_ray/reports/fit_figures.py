@@ -24,6 +24,11 @@ BEYOND = 10.0
 """A law is drawn up to this many times the fitted range."""
 
 
+def figures(found: ScalingFit) -> list[Figure]:
+    """Return all figures of a law: through its points, measured against fitted, residuals over every variable."""
+    return [law_figure(found), agreement_figure(found), *residual_figures(found)]
+
+
 def law_figure(found: ScalingFit) -> Figure:
     """Return the law through its points: by size over compute where there are N and D, else over its first variable."""
     names = [variable.name for variable in found.law.variables]

@@ -98,6 +98,7 @@ def _trace(figure: Figure, panel: Panel, item: Series, yaxis: str, unified: bool
             base["line"] = {"color": colour, "width": WIDTH[item.weight], "dash": item.dash}
         case "bar":
             base |= {"type": "bar", "orientation": "h", "x": _plain(item.x), "y": _plain(item.y), "width": 0.55}
+            base["textposition"] = "none"  # what pointing at a bar says is not written into it
             base["marker"] = {"color": colour, "line": {"color": "@ground", "width": 1}}
         case "arrow":
             base |= {"mode": "lines+markers", "x": _plain(item.x), "y": _plain(item.y)}
@@ -168,6 +169,8 @@ def _layout(figure: Figure, unified: bool) -> dict[str, Any]:
         top = bottom - gap
     last = len(figure.panels)
     layout["xaxis"] |= {"spikecolor": "@faint", "spikethickness": 1}
+    if unified:
+        layout["xaxis"]["unifiedhovertitle"] = {"text": f"{html.escape(figure.x.label)} %{{x:,.6~g}}"}
     layout["xaxis"]["anchor"] = "y" if last == 1 else f"y{last}"
     return layout
 

@@ -8,6 +8,7 @@ from html import escape
 
 from landscape_ray import text
 from landscape_ray.reports.insight import forecast_sentence
+from landscape_ray.reports.law_checks import checks
 from landscape_ray.reports.markup import table, warnings
 from landscape_ray.reports.views import Sweep
 
@@ -71,6 +72,7 @@ def law(sweep: Sweep, sweeps: Sequence[Sweep]) -> str:
     return (
         f"{head}{FORMULA}<p>{escape(words)}</p>{status}{parameters}"
         f"{warnings('Read before use', [*fit.reasons, *(_plain_warning(one) for one in fit.warnings)])}"
+        f"<h3>How it was checked</h3>{checks(saved)}"
         f"<h3>Every schedule forecast from the others</h3><p>{escape(_forecast_summary(sweep))}</p>"
         f"{_forecast_table(sweep)}{dropped}"
     )
@@ -143,4 +145,6 @@ def _plain_warning(warning: str) -> str:
     name, separator, sentence = warning.partition(": ")
     if not separator or " " in name:
         return warning
-    return sentence[:1].upper() + sentence[1:]
+    # a sentence may begin with the name of a run, which is not ours to change
+    first = sentence.split(" ", 1)[0]
+    return sentence[:1].upper() + sentence[1:] if first.isalpha() else sentence

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,8 @@ class Exploit:
     """When it happened, in any unit that orders the copies of a sweep."""
     values: dict[str, Any]
     """Values after the copy, as recorded."""
+    reason: str = ""
+    """Why, where the decision gave a reason."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +48,16 @@ def exploits(runs: Sequence[Run]) -> list[Exploit]:
         for index in np.flatnonzero(rows["event"].astype(str) == "exploit"):
             donor_step, stamp = float(rows["donor_step"][index]), float(rows["time_unix"][index])
             step = int(donor_step) if math.isfinite(donor_step) else int(rows["step"][index])
+            detail = _detail(rows["detail"][index])
+            reason, values = str(detail.pop("reason", "")), detail.get("values")
             found.append(
                 Exploit(
                     run_id=run.run_id,
                     donor=str(rows["donor"][index]),
                     step=step,
                     time=stamp if math.isfinite(stamp) else float(step),
-                    values=_detail(rows["detail"][index]),
+                    values=values if isinstance(values, dict) else detail,
+                    reason=reason,
                 )
             )
     return sorted(found, key=lambda one: (one.time, one.step, one.run_id))
@@ -79,16 +84,31 @@ def ancestry(copies: Sequence[Exploit], winner: str, end: int) -> list[Segment]:
 
 def ancestry_lr(runs: Mapping[str, Run], segments: Sequence[Segment]) -> tuple[Floats, Floats]:
     """Return (steps, learning rates) of the updates that the surviving weights went through, in order."""
-    steps, rates = [np.zeros(0)], [np.zeros(0)]
+    return _along(runs, segments, "all_steps", "lr")
+
+
+def ancestry_evals(runs: Mapping[str, Run], segments: Sequence[Segment]) -> tuple[Floats, Floats]:
+    """Return (steps, held-out losses) of the evaluations of the surviving weights, in order."""
+    return _along(runs, segments, "evals", "loss_nats")
+
+
+def _along(
+    runs: Mapping[str, Run], segments: Sequence[Segment], rows: Literal["all_steps", "evals"], column: str
+) -> tuple[Floats, Floats]:
+    """Return (steps, values) of the rows that belong to an ancestry."""
+    steps, values = [np.zeros(0)], [np.zeros(0)]
     for segment in segments:
         if segment.run_id not in runs:
             continue
         run = runs[segment.run_id]
-        step = np.asarray(run.all_steps["step"], dtype=np.float64)
-        inside = (run.lives == segment.life) & (step > segment.start) & (step <= segment.stop)
+        table = getattr(run, rows)
+        step = np.asarray(table["step"], dtype=np.float64)
+        # what is there before the first update belongs to the weights as they were drawn
+        after = (step > segment.start) | ((segment.start == 0) & (step == 0))
+        inside = (run.lives_of(table) == segment.life) & after & (step <= segment.stop)
         steps.append(step[inside])
-        rates.append(np.asarray(run.all_steps["lr"], dtype=np.float64)[inside])
-    return np.concatenate(steps), np.concatenate(rates)
+        values.append(np.asarray(table[column], dtype=np.float64)[inside])
+    return np.concatenate(steps), np.concatenate(values)
 
 
 def _detail(text: Any) -> dict[str, Any]:

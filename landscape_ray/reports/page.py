@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from landscape_ray.errors import UserError
 from landscape_ray.files import write_atomic
-from landscape_ray.reports import charts, insight, law_section, probe_section, rank_section, sections
+from landscape_ray.reports import (
+    charts,
+    fit_figures,
+    fit_section,
+    insight,
+    law_section,
+    population,
+    probe_section,
+    rank_section,
+    recommendation,
+    sections,
+)
 from landscape_ray.reports.figures import Figure, palette
+from landscape_ray.reports.importance_figure import importance
 from landscape_ray.reports.interactive import legend, plotly_js, specification
 from landscape_ray.reports.ranking import RankStudy, rank_figure
 from landscape_ray.reports.template import PAGE, POLICY, SCRIPT, STYLE
@@ -23,6 +36,8 @@ if TYPE_CHECKING:
     from landscape_ray.tracking.folder import SweepFolder
 
 Folders: TypeAlias = "SweepFolder | Path | str | Sequence[SweepFolder | Path | str]"
+
+ImageKind: TypeAlias = Literal["png", "svg"]
 
 PIXELS_PER_PANEL = 400
 
@@ -63,12 +78,13 @@ def write_report(folders: Folders, out: Path | None = None) -> Path:
     return path
 
 
-def export_figures(folders: Folders, out_dir: Path) -> list[Path]:
-    """Write every figure that has data as a PNG file, 1280 pixels wide, and return the paths.
+def export_figures(folders: Folders, out_dir: Path, kinds: Sequence[ImageKind] = ("png", "svg")) -> list[Path]:
+    """Write every figure that has data as image files and return the paths.
 
     Args:
         folders: a sweep folder or several.
         out_dir: where to write; made when missing.
+        kinds: png (1280 pixels wide), svg, or both.
 
     Raises:
         UserError: no folder given, not a sweep folder, or a file cannot be written.
@@ -79,9 +95,10 @@ def export_figures(folders: Folders, out_dir: Path) -> list[Path]:
     opened = _open(folders)
     sweeps = [open_sweep(folder) for folder in opened]
     for figure in figures(sweeps, rank_section.study(opened, sweeps)):
-        path = Path(out_dir) / f"{figure.key}.png"
-        write_atomic(path, render(figure))
-        paths.append(path)
+        for kind in kinds:
+            path = Path(out_dir) / f"{figure.key}.{kind}"
+            write_atomic(path, render(figure, kind))
+            paths.append(path)
     return paths
 
 
@@ -104,14 +121,18 @@ def render_page(sweeps: Sequence[Sweep], study: RankStudy | str = rank_section.N
         drawn = "".join(block(item) for item in drawings.get(key, []))
         parts.append(f'<section><h2 id="{key}">{html.escape(title)}</h2>{before}{drawn}{after}</section>')
 
+    chapter("use", "Recommendation", after=recommendation.recommendation(sweeps))
     chapter("curves", "Loss curves", after=sections.variants(sweeps))
-    chapter("schedules", "Schedules")
-    chapter("search", "Learning rate and loss")
+    members = "".join(population.survivors_table(sweeps, sweep) for sweep in sweeps if sweep.population)
+    chapter("schedules", "Schedules", after=members)
+    chapter("search", "What mattered")
     chapter("sharpness", "Sharpness")
     chapter("probes", "Probes", after=probe_section.probe_tables(sweeps))
     ranked = rank_section.rank_table(study) if isinstance(study, RankStudy) else ""
     chapter("ranking", "What ranks generalisation", after=ranked)
-    chapter("law", "Law and forecast", after="".join(law_section.law(sweep, sweeps) for sweep in sweeps if sweep.fit))
+    laws = "".join(law_section.law(sweep, sweeps) for sweep in sweeps if sweep.fit)
+    laws += "".join(fit_section.section(found) for sweep in sweeps for found in sweep.scaling)
+    chapter("law", "Law and forecast", after=laws)
     chapter("runs", "All runs", before=sections.runs_table(sweeps))
     chapter("cost", "Cost", after=sections.cost_text(sweeps))
     chapter("again", "How to run it again", before=sections.reproduce(sweeps))
@@ -158,20 +179,36 @@ def _drawings(sweeps: Sequence[Sweep], study: RankStudy | str) -> dict[str, list
     """Return the figures of every chapter, or in their place the sentence that says why there is none."""
     populations = [sweep for sweep in sweeps if sweep.population]
     schedules: list[Figure | str] = [charts.schedules(sweeps)] if len(populations) < len(sweeps) else []
-    schedules += [charts.lineage(sweeps, sweep) for sweep in populations]
+    schedules += [population.lineage(sweeps, sweep) for sweep in populations]
     # a population has no fixed schedules, so nobody expects a law of it unless one was fitted
     lawful = [sweep for sweep in sweeps if sweep.fit or not sweep.population] or list(sweeps)
     keys = [f"forecast-{index}" if len(lawful) > 1 else "forecast" for index in range(len(lawful))]
+    forecasts = [insight.forecast(sweep, key) for sweep, key in zip(lawful, keys, strict=True)]
+    searches = [sweep for sweep in sweeps if not sweep.population]
+    mattered = [
+        importance(sweep, f"importance-{index}" if len(searches) > 1 else "importance")
+        for index, sweep in enumerate(searches)
+    ]
     return {
         "curves": [charts.loss_curves(sweeps), charts.generalisation(sweeps)],
         "schedules": schedules,
-        "search": [charts.search_result(sweeps)],
+        "search": [charts.search_result(sweeps), *mattered],
         "sharpness": [insight.sharpness(sweeps)],
         "probes": [probe_section.probes(sweeps)],
         "ranking": [rank_figure(study) if isinstance(study, RankStudy) else study],
-        "law": [insight.forecast(sweep, key) for sweep, key in zip(lawful, keys, strict=True)],
+        "law": [*forecasts, *_scaling(sweeps)],
         "cost": [insight.time_spent(sweeps)],
     }
+
+
+def _scaling(sweeps: Sequence[Sweep]) -> list[Figure]:
+    """Return the figures of the scaling laws that were fitted to the sweeps, under keys of their own."""
+    found = [fit for sweep in sweeps for fit in sweep.scaling]
+    return [
+        dataclasses.replace(figure, key=f"law-{index}-{figure.key}", title=f"{figure.title}: {fit.law.name}")
+        for index, fit in enumerate(found)
+        for figure in fit_figures.figures(fit)
+    ]
 
 
 def block(item: Figure | str) -> str:
@@ -179,7 +216,11 @@ def block(item: Figure | str) -> str:
     if isinstance(item, str):
         return f'<p class="empty">{html.escape(item)}</p>'
     note = f'<p class="note">{html.escape(item.note)}</p>' if item.note else ""
-    save = f'<button type="button" class="save" data-figure="{item.key}" title="Save this figure as PNG">PNG</button>'
+    save = "".join(
+        f'<button type="button" class="save" data-figure="{item.key}" data-kind="{kind}" '
+        f'title="Save this figure as {kind.upper()}">{kind.upper()}</button>'
+        for kind in ("png", "svg")
+    )
     caption = f'<h3>{html.escape(item.title)}{save}</h3><p class="takeaway">{html.escape(item.takeaway)}</p>'
     said = html.escape(f"{item.title}. {item.takeaway}")
     return (

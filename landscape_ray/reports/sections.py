@@ -29,14 +29,15 @@ from landscape_ray.reports.views import (
 
 ANCHORS = (
     ("found", "Result"),
-    ("curves", "Loss curves"),
+    ("use", "Recommendation"),
+    ("curves", "Loss"),
     ("schedules", "Schedules"),
-    ("search", "Learning rate"),
+    ("search", "What mattered"),
     ("sharpness", "Sharpness"),
     ("probes", "Probes"),
     ("ranking", "Ranking"),
-    ("law", "Law and forecast"),
-    ("runs", "All runs"),
+    ("law", "Law"),
+    ("runs", "Runs"),
     ("cost", "Cost"),
     ("again", "Run it again"),
 )
@@ -173,15 +174,44 @@ def cost_text(sweeps: Sequence[Sweep]) -> str:
     spent = cost(sweeps)
     pairs = [
         ("Run time", f"{text.duration(spent.total_seconds)} of all runs added up"),
+        ("GPU time", _gpu_time(sweeps, spent)),
+        ("CPU time", f"{_hours(spent.cpu_seconds)} core-hours reserved"),
         ("Wall clock", f"{text.duration(spent.wall_seconds)} from the first record to the last"),
         ("Training", _part(spent, spent.training_seconds)),
         ("Evaluation", _part(spent, spent.eval_seconds)),
         ("Probes", _part(spent, spent.probe_seconds)),
+        ("Tracking", _tracking(spent)),
         ("Computed", f"{text.si(spent.flops, 'FLOP')} in training, {text.si(spent.num_tokens)} {counted(sweeps)}"),
     ]
     if spent.training_seconds > 0 and spent.flops > 0:
         pairs.append(("Rate", f"{text.si(spent.flops / spent.training_seconds, 'FLOP/s')} a run while training"))
     return definitions(pairs)
+
+
+def _gpu_time(sweeps: Sequence[Sweep], spent: Cost) -> str:
+    if spent.gpu_seconds == 0:
+        return "none, the runs were on CPUs"
+    models = [name for sweep in sweeps for name in _table_of(sweep.meta, "hardware").get("gpus") or []]
+    told = f" on {text.listing(list(dict.fromkeys(map(str, models))))}" if models else ""
+    return f"{_hours(spent.gpu_seconds)} GPU-hours reserved{told}"
+
+
+def _tracking(spent: Cost) -> str:
+    if not spent.tracking_seconds > 0:
+        return "not recorded"
+    return (
+        f"{text.duration(spent.tracking_seconds)} ({text.percent(spent.tracking_share)}) in which runs wrote records; "
+        "the copy to MLflow is made beside them"
+    )
+
+
+def _hours(seconds: float) -> str:
+    return text.number(seconds / 3600, 3)
+
+
+def _table_of(meta: dict[str, Any], name: str) -> dict[str, Any]:
+    table = meta.get(name)
+    return table if isinstance(table, dict) else {}
 
 
 def reproduce(sweeps: Sequence[Sweep]) -> str:
@@ -191,14 +221,12 @@ def reproduce(sweeps: Sequence[Sweep]) -> str:
         file = f"{sweep.spec.get('name', sweep.name)}.toml"
         verb = "train" if sweep.meta.get("single_run") else "sweep"
         pairs = [("Seed", text.value(sweep.meta.get("seed", sweep.spec.get("seed", 0))))]
-        versions = sweep.meta.get("versions")
-        if isinstance(versions, dict):
-            pairs.append(("Versions", ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))))
-        hardware = sweep.meta.get("hardware")
-        if isinstance(hardware, dict):
-            pairs.append(
-                ("Machine", ", ".join(f"{name} {text.value(item)}" for name, item in hardware.items() if item))
-            )
+        for term, name in (("Versions", "versions"), ("Machine", "hardware"), ("Git", "git")):
+            if found := _table_of(sweep.meta, name):
+                told = [f"{key} {text.value(item)}" for key, item in sorted(found.items()) if item]
+                pairs.append((term, ", ".join(told)))
+        if corpus := sweep.meta.get("corpus_id"):
+            pairs.append(("Data", f"identity {corpus}"))
         head = f"<h3>{escape(sweep.name)}</h3>" if len(sweeps) > 1 else ""
         out.append(
             f"{head}<p>Save the specification below as <code>{escape(file)}</code>, then:</p>"

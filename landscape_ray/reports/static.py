@@ -124,9 +124,11 @@ def _draw(ax: Axes, item: Series, colors: dict[str, str]) -> None:
         case "hline":
             ax.axhline(float(item.y[0]), ls=DASH[item.dash], color=color, lw=width, zorder=order)
         case "bar":
-            left = np.zeros(len(item.x))
+            reached: dict[int, float] = {}  # by row: a series need not have a bar in each
             for patch in ax.patches:
-                left[round(patch.get_y() + patch.get_height() / 2)] += patch.get_width()  # type: ignore[attr-defined]
+                row = round(patch.get_y() + patch.get_height() / 2)  # type: ignore[attr-defined]
+                reached[row] = reached.get(row, 0.0) + patch.get_width()  # type: ignore[attr-defined]
+            left = [reached.get(round(row), 0.0) for row in item.y]
             ax.barh(item.y, item.x, left=left, height=0.55, color=color, edgecolor=colors["ground"], zorder=order)
         case "arrow":
             arrow: dict[str, Any] = {

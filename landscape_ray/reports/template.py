@@ -53,6 +53,7 @@ figure { margin:16px 0 30px; } figcaption { margin-bottom:6px; }
   color:var(--faint); }
 .warnings { background:var(--warnground); border-left:4px solid var(--warn); border-radius:6px;
   padding:8px 16px; margin:12px 0; }
+ul.prose { margin:4px 0 12px; padding-left:22px; max-width:80ch; } ul.prose li { margin:4px 0; }
 .warnings ul { margin:4px 0; padding-left:20px; } .warnings li { overflow-wrap:anywhere; }
 .good { color:var(--good); font-weight:600; } .bad { color:var(--warn); font-weight:600; }
 .scroll { overflow-x:auto; margin:10px 0 22px; border:1px solid var(--line); border-radius:10px; }
@@ -65,6 +66,7 @@ table.sortable th { cursor:pointer; user-select:none; white-space:normal; vertic
 table.sortable th[aria-sort=ascending]::after { content:" ▲"; }
 table.sortable th[aria-sort=descending]::after { content:" ▼"; }
 td.wrap { white-space:normal; min-width:16ch; overflow-wrap:anywhere; }
+pre.wrap { white-space:pre-wrap; overflow-wrap:anywhere; }
 details { margin:10px 0; } summary { cursor:pointer; color:var(--accent); }
 pre { background:var(--raised); border:1px solid var(--line); border-radius:10px; padding:12px 16px; overflow-x:auto;
   font-size:.85rem; line-height:1.45; }
@@ -122,7 +124,8 @@ SCRIPT = """
         trace.marker.colorbar.title.side = 'top';
       }
     });
-    layout.height = spec.height * (narrow ? 0.86 : 1);
+    // on paper two figures share a page, and the tallest has one
+    layout.height = printing ? Math.min(0.8 * spec.height, 780) : spec.height * (narrow ? 0.86 : 1);
     layout.width = printing ? 660 : node.clientWidth;
     if (narrow) {
       layout.font.size = 11;
@@ -157,9 +160,9 @@ SCRIPT = """
 
   document.querySelectorAll('button.save').forEach(function (button) {
     button.addEventListener('click', function () {
-      var key = button.dataset.figure, node = document.getElementById('plot-' + key);
-      var height = page.figures[key].height;
-      Plotly.downloadImage(node, { format: 'png', scale: 2, filename: key, width: 1000, height: height });
+      var key = button.dataset.figure, kind = button.dataset.kind, node = document.getElementById('plot-' + key);
+      var scale = kind === 'png' ? 2 : 1, height = page.figures[key].height;
+      Plotly.downloadImage(node, { format: kind, scale: scale, filename: key, width: 1000, height: height });
     });
   });
 
@@ -168,8 +171,18 @@ SCRIPT = """
     all();
   });
   dark.addEventListener('change', all);
-  addEventListener('beforeprint', function () { printing = true; all(); });
-  addEventListener('afterprint', function () { printing = false; all(); });
+  var folded = [];
+  addEventListener('beforeprint', function () {
+    printing = true;
+    folded = Array.from(document.querySelectorAll('details:not([open])'));
+    folded.forEach(function (one) { one.open = true; });  // paper cannot be unfolded
+    all();
+  });
+  addEventListener('afterprint', function () {
+    printing = false;
+    folded.forEach(function (one) { one.open = false; });
+    all();
+  });
 
   document.querySelectorAll('table.sortable').forEach(function (table) {
     var body = table.tBodies[0];

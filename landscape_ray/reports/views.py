@@ -13,6 +13,8 @@ import numpy as np
 
 from landscape_ray.analysis.annealing import SweepFit, load_fit
 from landscape_ray.analysis.runs import Run, read_runs
+from landscape_ray.analysis.scaling import FILE_NAME, ScalingFit
+from landscape_ray.analysis.scaling import load as load_scaling
 from landscape_ray.config import flatten
 from landscape_ray.errors import UserError
 from landscape_ray.reports.lineage import Exploit, Segment, ancestry, ancestry_lr, exploits
@@ -31,6 +33,8 @@ class Sweep:
     spec_text: str
     runs: tuple[Run, ...]
     fit: SweepFit | None = None
+    scaling: tuple[ScalingFit, ...] = ()
+    """Laws of size, data, compute, learning rate or batch, as saved beside the sweep."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -77,6 +81,11 @@ class Cost:
     total_seconds: float
     eval_seconds: float
     probe_seconds: float
+    tracking_seconds: float
+    """Writing records down, which runs do beside `total_seconds`; 0 where it was not recorded."""
+    gpu_seconds: float
+    """Run time multiplied by the GPUs that each trial had."""
+    cpu_seconds: float
     flops: float
     num_tokens: int
 
@@ -89,6 +98,12 @@ class Cost:
     def probe_share(self) -> float:
         """Share of the time that probes took; nan when no time was recorded."""
         return self.probe_seconds / self.total_seconds if self.total_seconds > 0 else math.nan
+
+    @property
+    def tracking_share(self) -> float:
+        """Share of the time that writing records took; nan when none was recorded."""
+        whole = self.total_seconds + self.tracking_seconds
+        return self.tracking_seconds / whole if self.tracking_seconds > 0 else math.nan
 
 
 def open_sweep(folder: SweepFolder | Path | str) -> Sweep:
@@ -109,6 +124,12 @@ def open_sweep(folder: SweepFolder | Path | str) -> Sweep:
         fit = load_fit(opened)
     except UserError as error:
         warnings.append(f"fits: {error}")
+    scaling = []
+    for path in sorted(opened.fits_path.glob(f"*/{FILE_NAME}")):
+        try:
+            scaling.append(load_scaling(path))
+        except UserError as error:
+            warnings.append(f"fits/{path.parent.name}: {error}")
     meta = opened.meta
     return Sweep(
         name=str(meta.get("name", opened.path.name)),
@@ -116,6 +137,7 @@ def open_sweep(folder: SweepFolder | Path | str) -> Sweep:
         spec_text=opened.spec_text,
         runs=_with_inherited_rates(read_runs(collected)),
         fit=fit,
+        scaling=tuple(scaling),
         warnings=tuple(warnings),
     )
 
@@ -170,8 +192,20 @@ def cost(sweeps: Sequence[Sweep]) -> Cost:
         total_seconds=math.fsum(s.elapsed_seconds for s in summaries),
         eval_seconds=math.fsum(s.eval_seconds for s in summaries),
         probe_seconds=math.fsum(s.probe_seconds for s in summaries),
+        tracking_seconds=math.fsum(s.tracking_seconds for s in summaries),
+        gpu_seconds=_occupied(sweeps, "gpus_per_trial", 0.0),
+        cpu_seconds=_occupied(sweeps, "cpus_per_trial", 1.0),
         flops=math.fsum(s.flops for s in summaries),
         num_tokens=sum(s.num_tokens for s in summaries),
+    )
+
+
+def _occupied(sweeps: Sequence[Sweep], resource: str, default: float) -> float:
+    """Return the run time of all trials multiplied by how much of a resource each had, in seconds."""
+    return math.fsum(
+        float(sweep.spec.get("resources", {}).get(resource, default)) * run.summary.elapsed_seconds
+        for sweep in sweeps
+        for run in sweep.runs
     )
 
 
@@ -218,7 +252,8 @@ def varied_names(sweeps: Sequence[Sweep]) -> list[str]:
 def asked(sweep: Sweep) -> list[tuple[str, str]]:
     """Return what the sweep was asked to do as (term, text) pairs, from its runs and its specification."""
     spec = sweep.spec
-    config = sweep.runs[0].summary.config if sweep.runs else spec.get("train", {})
+    # what the file says, where there is one: defaults that nobody named are not what was asked
+    config = spec.get("train") or (sweep.runs[0].summary.config if sweep.runs else {})
     summary = sweep.runs[0].summary if sweep.runs else None
     out: list[tuple[str, str]] = []
 
@@ -250,11 +285,30 @@ def asked(sweep: Sweep) -> list[tuple[str, str]]:
         add("Search", f"{value(search.get('num_trials'))} trials by {search.get('sampler', 'tpe')}{given}")
     if isinstance(population, Mapping):
         add("Population", _table(population))
-    add("Varied", ", ".join(varied_names([sweep])))
+    space = spec.get("space")
+    domains = [f"{name} {domain(entry)}".strip() for name, entry in space.items()] if isinstance(space, Mapping) else []
+    add("Varied", "; ".join(domains or varied_names([sweep])))
     add("Runs", ", ".join(f"{count} {status}" for status, count in status_counts(sweep.runs).items()))
     seed = sweep.meta.get("seed", spec.get("seed", config.get("seed")))
     add("Seed", "" if seed is None else value(seed))
     return out
+
+
+def domain(entry: Any) -> str:
+    """Return a domain of a sweep file in words.
+
+    >>> domain({"log_uniform": [1e-3, 0.05]}), domain({"choices": ["wsd", "cosine"]}), domain({"integers": [2, 8]})
+    ('from 0.001 to 0.05 (log)', 'one of wsd, cosine', 'from 2 to 8 (whole numbers)')
+    """
+    if not isinstance(entry, Mapping):
+        return ""
+    for kind, word in (("uniform", ""), ("log_uniform", " (log)"), ("integers", " (whole numbers)")):
+        ends = entry.get(kind)
+        if isinstance(ends, list) and len(ends) == 2:
+            return f"from {value(ends[0])} to {value(ends[1])}{word}"
+    if isinstance(choices := entry.get("choices"), list):
+        return f"one of {', '.join(map(value, choices))}"
+    return ", ".join(f"{key.replace('_', ' ')} {value(item)}" for key, item in entry.items() if key != "when")
 
 
 def edge_of_search(finished: Sequence[Run]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -127,10 +128,7 @@ class Dashboard:
 
     def counts(self) -> dict[str, int]:
         """Return how many trials have each status."""
-        counts: dict[str, int] = {}
-        for row in self.rows.values():
-            counts[row.status] = counts.get(row.status, 0) + 1
-        return counts
+        return dict(Counter(row.status for row in self.rows.values()))
 
     def remaining_seconds(self) -> float:
         """Return the estimated time to the end: steps to do over steps per second of this driver; nan before any.
@@ -140,56 +138,88 @@ class Dashboard:
         done = sum(row.step - row.first_step for row in self.rows.values())
         if done <= 0 or self._first_news is None:
             return math.nan
-        elapsed = time.monotonic() - self._first_news
-        to_do = sum(row.num_steps - row.step for row in self.rows.values() if row.status not in ENDED)
-        to_do += (self.num_trials - len(self.rows)) * self.num_steps
-        return to_do * elapsed / done
+        return to_do_seconds(
+            self.rows.values(), self.num_trials, self.num_steps, done, time.monotonic() - self._first_news
+        )
 
     def headline(self) -> str:
         """Return one line: how many are done, best loss, time spent and left."""
-        counts = self.counts()
-        ended = sum(counts.get(status, 0) for status in ENDED)
-        sound = [r.loss_nats for r in self.rows.values() if math.isfinite(r.loss_nats) and r.status != "diverged"]
-        best = min(sound, default=math.nan)
-        left = self.remaining_seconds()
-        parts = [
-            f"{self.name}: {ended}/{self.num_trials} trials ended",
-            f"best {_number(best)} {self.loss_unit}".rstrip(),
-            f"{duration(time.monotonic() - self._started)} spent",
-        ]
-        if math.isfinite(left) and ended < self.num_trials:
-            end = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
-            parts.append(f"about {duration(left)} left (until {end})")
-        parts += [
-            f"{number} {status}"
-            for status in ("paused", "stopped", "diverged", "failed")
-            if (number := counts.get(status))
-        ]
-        return " · ".join(parts)
+        spent = time.monotonic() - self._started
+        return headline(self.name, self.rows.values(), self.num_trials, self.loss_unit, spent, self.remaining_seconds())
 
     def __rich__(self) -> RenderableType:
         """Return the table as it stands."""
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for heading, justify in (("trial", "left"), ("status", "left"), ("progress", "left"), ("step", "right")):
-            table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        table.add_column("held-out loss", justify="right", no_wrap=True)
-        table.add_column("lr now", justify="right", no_wrap=True)
-        table.add_column("searched values", overflow="ellipsis", no_wrap=True, ratio=1)
-        order = {"running": 0, "failed": 1, "waiting": 2}
-        rows = sorted(self.rows.values(), key=lambda r: (order.get(r.status, 3), _nan_last(r.loss_nats), r.trial_id))
-        for row in rows[:MAX_ROWS]:
-            table.add_row(
-                row.trial_id,
-                Text(row.status, style=STYLES.get(row.status, "")),
-                ProgressBar(total=row.num_steps, completed=row.step, width=16),
-                f"{row.step}/{row.num_steps}",
-                _number(row.loss_nats),
-                _number(row.lr, "{:.2e}"),
-                short_values(row.values),
-            )
-        more = [Text(f"... and {len(rows) - MAX_ROWS} more", style="dim")] if len(rows) > MAX_ROWS else []
         foot = [Text(self.note, style="yellow")] if self.note else []
-        return Group(Text(self.headline(), style="bold"), table, *more, *foot)
+        return Group(Text(self.headline(), style="bold"), trial_table(self.rows.values()), *foot)
+
+
+def to_do_seconds(rows: Iterable[Row], num_trials: int, num_steps: int, done: int, seconds: float) -> float:
+    """Return how long what is left takes at the speed so far.
+
+    Args:
+        rows: the trials that have begun.
+        num_trials: how many there are to be.
+        num_steps: updates of a trial that has not begun.
+        done: updates made in `seconds`, at least one.
+        seconds: how long they took.
+    """
+    rows = list(rows)
+    to_do = sum(row.num_steps - row.step for row in rows if row.status not in ENDED)
+    to_do += max(0, num_trials - len(rows)) * num_steps
+    return to_do * seconds / done
+
+
+def headline(name: str, rows: Iterable[Row], num_trials: int, loss_unit: str, spent: float, left: float) -> str:
+    """Return a sweep in one line: how many trials have ended, the best loss, seconds spent and left (nan: unknown)."""
+    rows = list(rows)
+    counts = Counter(row.status for row in rows)
+    ended = sum(counts[status] for status in ENDED)
+    best = _best(rows)
+    parts = [
+        f"{name}: {ended}/{num_trials} trials ended",
+        f"best {_number(best.loss_nats if best else math.nan)} {loss_unit}".rstrip(),
+    ]
+    if math.isfinite(spent):
+        parts.append(f"{duration(spent)} spent")
+    if math.isfinite(left) and ended < num_trials:
+        end = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
+        parts.append(f"about {duration(left)} left (until {end})")
+    parts += [
+        f"{number} {status}" for status in ("paused", "stopped", "diverged", "failed") if (number := counts[status])
+    ]
+    return " · ".join(parts)
+
+
+def trial_table(rows: Iterable[Row]) -> RenderableType:
+    """Return trials as a table: what runs first, then the best; the best of all in bold."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading, justify in (("trial", "left"), ("status", "left"), ("progress", "left"), ("step", "right")):
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("held-out loss", justify="right", no_wrap=True)
+    table.add_column("lr now", justify="right", no_wrap=True)
+    table.add_column("searched values", overflow="ellipsis", no_wrap=True, ratio=1)
+    order = {"running": 0, "failed": 1, "waiting": 2}
+    known = sorted(rows, key=lambda r: (order.get(r.status, 3), _nan_last(r.loss_nats), r.trial_id))
+    best = _best(known)
+    for row in known[:MAX_ROWS]:
+        table.add_row(
+            row.trial_id,
+            Text(row.status, style=STYLES.get(row.status, "")),
+            ProgressBar(total=row.num_steps, completed=row.step, width=16),
+            f"{row.step}/{row.num_steps}",
+            _number(row.loss_nats),
+            _number(row.lr, "{:.2e}"),
+            short_values(row.values),
+            style="bold" if row is best else "",
+        )
+    more = [Text(f"... and {len(known) - MAX_ROWS} more", style="dim")] if len(known) > MAX_ROWS else []
+    return Group(table, *more)
+
+
+def _best(rows: Iterable[Row]) -> Row | None:
+    """Return the trial with the lowest loss, of those that did not diverge."""
+    sound = [row for row in rows if math.isfinite(row.loss_nats) and row.status != "diverged"]
+    return min(sound, key=lambda row: row.loss_nats, default=None)
 
 
 def _number(value: float, form: str = "{:.4f}") -> str:

@@ -114,25 +114,20 @@ class TrialRun:
         self.spec, self.folder, self.values, self.attempt = spec, folder, values, attempt
         self.config = spec.train_config(values, index)
         self.lr = math.nan
-        self.adopted = ""
         self.evals: list[tuple[int, float]] = []
         self.probes: dict[str, float] = {}
         self.first_probes: dict[str, float] = {}
         self.trunk = Trunk(spec, folder.path.parents[1], self.config)
         before = folder.summary()
+        self._tracking_seconds = before.tracking_seconds if before is not None else 0.0
         self._peak_bytes = before.peak_memory_bytes if before is not None else math.nan
         reset_peak()
         self.write_state: Callable[..., None] = lambda path, **extra: self.state.save(path, **extra)
         checkpoint, previous = folder.checkpoint_path / CHECKPOINT, folder.checkpoint_path / PREVIOUS
         if checkpoint.exists() or previous.exists():
             self.state, extra, damage = self._load(checkpoint, data)
-            self.adopted = str(extra["adopted"])
             self.writer = PartWriter(folder, int(extra["num_parts"]))
-            # Nothing is committed here: mutated values become durable together with the weights that they came with.
-            if self.state.finished:
-                self.commit()  # its last commit may have been cut off after the checkpoint
-            elif extra["attempt"] != attempt:
-                self._event("resume")
+            self._reopened(extra)
             if damage:
                 self._event("fallback", {"reason": damage})
         else:
@@ -142,6 +137,13 @@ class TrialRun:
                 self._event(event, detail)
             self._branch_off()
             self.commit()
+
+    def _reopened(self, extra: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, with the extra values that were saved in it."""
+        if self.state.finished:
+            self.commit()  # its last commit may have been cut off after the checkpoint
+        elif extra["attempt"] != self.attempt:
+            self._event("resume")
 
     @property
     def finished(self) -> bool:
@@ -185,13 +187,9 @@ class TrialRun:
     def next_stop(self) -> int:
         """Return the step of the next commit.
 
-        That is a multiple of commit_steps or of the population's interval, a step at which a verdict is due, or one of
-        a checkpoint for other trials.
+        That is a multiple of commit_steps, a step at which a verdict is due, or one of a checkpoint for other trials.
         """
-        strides = [self.spec.commit_steps]
-        if self.spec.population is not None:
-            strides.append(self.spec.population.interval_steps)
-        stops = [(self.state.step // stride + 1) * stride for stride in strides]
+        stops = [(self.state.step // self.spec.commit_steps + 1) * self.spec.commit_steps]
         stops += [step for step in self.spec.milestones if step > self.state.step]
         if (leave := self.trunk.next_stop(self.state.step)) is not None:
             stops.append(leave)
@@ -203,12 +201,16 @@ class TrialRun:
         A crash in between leaves rows that no checkpoint counts; they are dropped on resume and made again.
         """
         self._check_driver()
+        started = time.perf_counter()
         num_parts = self.writer.flush()
+        self._tracking_seconds += time.perf_counter() - started
         checkpoint = self.folder.checkpoint_path / CHECKPOINT
         previous = checkpoint.with_name(PREVIOUS)
         _set_aside(checkpoint, previous)
         self.save(checkpoint, num_parts)
+        started = time.perf_counter()
         self.folder.commit(self.summary(), num_parts)
+        self._tracking_seconds += time.perf_counter() - started
         if self.state.finished:
             previous.unlink(missing_ok=True)  # nothing is left to train: one checkpoint a trial is what stays
         if self.state.diverged is None and (path := self.trunk.wants(self.state.step)) is not None:
@@ -240,30 +242,11 @@ class TrialRun:
 
     def save(self, path: Path, num_parts: int = 0) -> None:
         """Write the state with what a continuation or a copy needs to know about its origin."""
-        self.write_state(
-            path, num_parts=num_parts, run_id=self.folder.trial_id, adopted=self.adopted, attempt=self.attempt
-        )
+        self.write_state(path, num_parts=num_parts, run_id=self.folder.trial_id, attempt=self.attempt, **self._extra())
 
-    def adopt(self, checkpoint: Path, exploit: str) -> None:
-        """Continue from another member's checkpoint under this trial's own values; the lineage is recorded.
-
-        The donor's name and step come from the checkpoint itself, so they are those of the weights. An exploit that
-        was carried out before changes nothing: after a pause or a crash Ray hands out some checkpoint again, and the
-        durable state in the trial's folder is at least as far.
-
-        Args:
-            checkpoint: written by `save`.
-            exploit: serial of the exploit in this sweep; empty before a member's first one under this driver, when
-                every checkpoint that Ray has of it is its own.
-        """
-        if exploit in ("", self.adopted):
-            return
-        payload = read_checkpoint(checkpoint)
-        donor, donor_step = str(payload["extra"]["run_id"]), int(payload["counters"]["step"])
-        self.adopted = exploit
-        self._take_over(payload)
-        self._event("exploit", donor=donor, donor_step=donor_step)
-        self.commit()
+    def _extra(self) -> dict[str, str | int]:
+        """Return what else to save with the state."""
+        return {}
 
     def _event(self, event: str, detail: Mapping[str, Any] | None = None, **lineage: Any) -> None:
         """Record an event; without a detail it is the searched values."""
@@ -305,6 +288,7 @@ class TrialRun:
             elapsed_seconds=state.elapsed_seconds,
             probe_seconds=state.probe_seconds,
             eval_seconds=state.eval_seconds,
+            tracking_seconds=self._tracking_seconds,
             peak_memory_bytes=self._peak(),
             message=state.diverged or "",
         )

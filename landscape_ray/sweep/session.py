@@ -28,8 +28,11 @@ from landscape_ray.errors import UserError
 from landscape_ray.models import build_model
 from landscape_ray.records import RunSummary
 from landscape_ray.signals import termination_as_interrupt
+from landscape_ray.sweep.best_model import keep_best_model
 from landscape_ray.sweep.display import Dashboard, duration
 from landscape_ray.sweep.extension import text_id
+from landscape_ray.sweep.notes import description_of, tags_of
+from landscape_ray.sweep.provenance import git_state, packages
 from landscape_ray.sweep.run import TrialRun, trial_id_of
 from landscape_ray.sweep.spec import NAME, SweepSpec, spec_of
 from landscape_ray.tracking.folder import SweepFolder, exists_message
@@ -100,6 +103,8 @@ def new_sweep(spec: SweepSpec, text: str, results: Path, name: str | None, track
         "attempts": 0,
         "versions": versions(),
         "hardware": hardware(),
+        "packages": packages(),
+        "git": git_state(Path.cwd()),
     }
     return SweepFolder.create(path, spec_text=text, meta=meta)
 
@@ -240,12 +245,15 @@ def conclude(
     folder.update_meta(status=status, ended_unix=time.time())
     finished = [s for s in summaries if s.status == "finished" and _counts(spec, s)]
     best = min(finished, key=lambda s: s.final_loss_nats, default=None)
-    searcher = spec.search.sampler if spec.search else "pbt" if spec.population else "none"
     projector.set_parent(
         metrics={"sweep/best_loss_nats": best.final_loss_nats, "sweep/num_trials": float(ended)} if best else {},
-        tags={"landscape_ray.status": status, "landscape_ray.searcher": searcher},
-        description=describe(spec, counts, best),
+        tags={"landscape_ray.status": status, **tags_of(spec, summaries)},
+        description=description_of(spec, folder.path.name, summaries, best),
     )
+    if best is not None and status == "finished":
+        # The sweep is done, and its checkpoint is there: a network that cannot be pickled undoes nothing.
+        with contextlib.suppress(Exception):
+            keep_best_model(folder, best.run_id)
     sync = projector.close(timeout_seconds=30.0)
     return Outcome(folder, status, counts, failures, best, sync, time.monotonic() - started)
 
@@ -254,16 +262,6 @@ def _counts(spec: SweepSpec, summary: RunSummary) -> bool:
     """Return whether a finished run may be the best: one at a lower fidelity is not what was asked for."""
     fidelity = spec.search.fidelity if spec.search is not None else None
     return fidelity is None or summary.varied.get(fidelity.name) == fidelity.values[-1]
-
-
-def describe(spec: SweepSpec, counts: dict[str, int], best: RunSummary | None) -> str:
-    """Return the result of a sweep as a few lines of Markdown, for the parent run."""
-    lines = [spec.description, ""] if spec.description else []
-    lines.append(f"**{spec.name}**: " + ", ".join(f"{number} {status}" for status, number in sorted(counts.items())))
-    if best is not None:
-        values = ", ".join(f"`{name}` = {value}" for name, value in best.varied.items())
-        lines.append(f"Best run **{best.run_id}**: {best.final_loss_nats:.4f} {best.loss_unit} with {values}")
-    return "\n\n".join(line for line in lines if line)
 
 
 @contextlib.contextmanager
@@ -281,6 +279,7 @@ def projected(folder: SweepFolder, spec: SweepSpec, tracking_uri: str | None) ->
                 f"the data of sweep '{folder.path.name}' changed since its launch; restore it, or start a new sweep"
             )
         projector = Projector(folder, uri, spec.experiment)
+        projector.set_parent({}, tags_of(spec), spec.description)
         projector.start()
         try:
             yield projector

@@ -14,6 +14,8 @@ from pydantic import Field, field_validator, model_validator
 from landscape_ray.config import Model, flatten, parse, read_toml, with_values
 from landscape_ray.domains import Domain, Value, allowed, applies, in_order
 from landscape_ray.errors import UserError
+from landscape_ray.populations.strategies import Iterated
+from landscape_ray.sweep.population.config import PopulationConfig, build_strategy
 from landscape_ray.sweep.searching.config import MLFLOW, AshaConfig, FidelityConfig, SearchConfig
 from landscape_ray.sweep.searching.knots import expand, is_knots
 from landscape_ray.tracking.folder import SweepFolder
@@ -32,27 +34,6 @@ CHANGES = "changes"
 """Entry of sweep.json: what was changed when the sweep was extended, by dotted name."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-class PopulationConfig(Model):
-    """The table [population]: members that train together, copy the better ones and mutate (Jaderberg et al. 2017)."""
-
-    num_members: int = Field(default=4, ge=2)
-    interval_steps: int = Field(ge=1)
-    """Updates between two decisions of a member."""
-    quantile_fraction: float = Field(default=0.25, gt=0, le=0.5)
-    """Share of the population that is replaced, and share that is copied."""
-    resample_probability: float = Field(default=0.1, ge=0, le=1)
-    factors: list[float] = Field(default=[0.8, 1.25], min_length=1)
-    synchronous: bool = False
-    """Whether members wait for each other at every interval."""
-
-    @field_validator("factors")
-    @classmethod
-    def _positive(cls, factors: list[float]) -> list[float]:
-        if min(factors) <= 0:
-            raise ValueError(f"factors must be positive, got {factors}")
-        return factors
 
 
 class CohortConfig(Model):
@@ -145,8 +126,7 @@ class SweepSpec(Model):
             self._check_population(self.population, train)
         if self.cohort is not None:
             self._check_cohort(train)
-        if self.search is not None:
-            _check_with_optuna(self)
+        _check_with_optuna(self)
         if train.device == "cuda" and self.resources.gpus_per_trial == 0 and (self.search or self.population):
             raise ValueError(
                 "train.device 'cuda' needs resources.gpus_per_trial > 0, got 0; a share such as 0.25 will do"
@@ -263,6 +243,26 @@ class SweepSpec(Model):
                 f"population.interval_steps must be a multiple of train.eval.every_steps = {train.eval.every_steps}, "
                 f"got {population.interval_steps}; decisions are made on a fresh evaluation"
             )
+        try:
+            strategy = build_strategy(
+                population,
+                self.space,
+                num_steps=train.num_steps,
+                schedule=train.schedule.build(train.num_steps),
+                seed=self.seed,
+                initial=population.initial,
+            )
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        interval = population.interval_steps
+        while isinstance(strategy, Iterated) and (interval := round(strategy.growth * interval)) < train.num_steps:
+            if interval % train.eval.every_steps:
+                raise ValueError(
+                    f"population.options.growth must keep intervals multiples of train.eval.every_steps = "
+                    f"{train.eval.every_steps}, got {strategy.growth:g}; whole numbers do"
+                )
+            if strategy.growth == 1:
+                break
 
     def _check_cohort(self, train: TrainConfig) -> None:
         """Check that all trials of a search can be members of one cohort."""
@@ -329,15 +329,20 @@ class SweepSpec(Model):
 
 
 def _check_with_optuna(spec: SweepSpec) -> None:
-    """Check what can only be checked by making it: sampler and guard. Where Optuna is missing, no search can run."""
-    assert spec.search is not None
-    if importlib.util.find_spec("optuna") is None:
+    """Check what can only be checked by making it: samplers and guard. Where Optuna is missing, no sweep can run."""
+    search, population = spec.search, spec.population
+    wanted: dict[str, Any] = {} if search is None else {"search": search}
+    if population is not None:
+        both = {"population.initialiser": population.initialiser, "population.explorer": population.explorer}
+        wanted |= {field: table for field, table in both.items() if table is not None}
+    if not wanted or importlib.util.find_spec("optuna") is None:
         return
     from landscape_ray.sweep.searching.samplers import check_sampler  # here: importing Optuna takes a while
 
     try:
-        check_sampler(spec.search)
-        if spec.search.guard is not None:
+        for field, table in wanted.items():
+            check_sampler(table.sampler, table.options, (f"{field}.sampler", f"{field}.options"))
+        if search is not None and search.guard is not None:
             from landscape_ray.sweep.searching.guard import check_guard
 
             check_guard(spec)

@@ -1,4 +1,4 @@
-"""One trial in a Ray actor: the trial's folder has everything, Ray gets a few numbers."""
+"""A trial of a search in a Ray actor: the trial's folder has everything, Ray gets a few numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ray import tune
 
 from landscape_ray.sweep.cohort import CohortRun
 from landscape_ray.sweep.limits import hang_path, limit_gpu_memory, time_limit
-from landscape_ray.sweep.run import CHECKPOINT, TrialRun, index_of
+from landscape_ray.sweep.run import TrialRun, index_of
 from landscape_ray.sweep.spec import spec_of
 from landscape_ray.tracking.folder import SweepFolder
 
@@ -19,13 +19,11 @@ from landscape_ray.tracking.folder import SweepFolder
 class SweepTrainable(tune.Trainable):
     """Ray Tune's view of a `TrialRun`. An actor is reused by many trials, one after the other.
 
-    The trial's folder is opened by the first step, load or save, not by the constructor: Ray starts actors for a trial
+    The trial's folder is opened by the first step, not by the constructor: Ray starts actors for a trial
     and then lets another one, which became free, run it. An actor that is never asked to work must touch nothing.
 
-    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `max_report_seconds` (may be absent), `trial` (`values`;
-    after an exploit also its serial, `exploit`; of a search its `note`; for a cohort its `members`, each with
-    `trial_id`, `values` and `note`). A population's scheduler overwrites a member's whole configuration with its
-    donor's, so identity is taken from the trial's name, which stays.
+    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `max_report_seconds` (may be absent), `trial`
+    (`trial_id`, `values` and `note`; for a cohort its `members`, each with these).
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -52,12 +50,6 @@ class SweepTrainable(tune.Trainable):
                 self._opened = TrialRun(spec, folder.trial(name), index_of(name), values, attempt, note=note)
         return self._opened
 
-    @property
-    def _member(self) -> TrialRun:
-        """The trial, as a member of a population."""
-        assert isinstance(self._run, TrialRun), "only single trials have checkpoints in Ray"
-        return self._run
-
     def step(self) -> dict[str, Any]:
         """Train to the next commit."""
         report = hang_path(Path(self._given["sweep_path"]), self.trial_name)
@@ -66,15 +58,7 @@ class SweepTrainable(tune.Trainable):
                 self._run.advance()
             return self._run.result()
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Hand the state to Ray, which a population's exploit copies from."""
-        self._member.save(Path(checkpoint_dir) / CHECKPOINT)
-
-    def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Take over a state from Ray: a donor's weights, or this member's own after a pause."""
-        self._member.adopt(Path(checkpoint_dir) / CHECKPOINT, self._given["trial"].get("exploit", ""))
-
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Become another trial, or the same one under mutated values."""
+        """Become another trial."""
         self.setup(new_config)
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import socket
@@ -29,7 +30,11 @@ from landscape_ray.signals import termination_as_interrupt
 from landscape_ray.sweep.cluster import check_nodes, check_resources, private_token, runtime_env
 from landscape_ray.sweep.display import Dashboard
 from landscape_ray.sweep.limits import hang_path
-from landscape_ray.sweep.population import build_population_scheduler, members
+from landscape_ray.sweep.population.book import PopulationBook
+from landscape_ray.sweep.population.exchange import open_exchange, weights_limit
+from landscape_ray.sweep.population.scheduler import PopulationScheduler
+from landscape_ray.sweep.population.trainable import MemberTrainable
+from landscape_ray.sweep.run import trial_id_of
 from landscape_ray.sweep.searching.book import Book
 from landscape_ray.sweep.searching.searcher import OBJECTIVE, OptunaSearcher, StoppingScheduler
 from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected
@@ -39,9 +44,6 @@ from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.uris import resolve_tracking_uri
 
 CONNECT_SECONDS = 5.0
-
-CHECKPOINTS_KEPT = 6
-"""Ray's own checkpoints of a population's member; an exploit needs the donor's last one or two."""
 
 
 def drive(
@@ -95,7 +97,11 @@ def _fit(
         "trial_dirname_creator": _name_of,
     }
     param_space: dict[str, Any] = {}
+    trainable: type[tune.Trainable] = SweepTrainable
     book: Book | None = None
+    population: PopulationBook | None = None
+    exchange: Any = None
+    scheduler: PopulationScheduler | None = None
     if spec.search is not None:
         book = Book(spec, folder, tracking_uri)
         searcher = OptunaSearcher(book, fixed)
@@ -105,13 +111,20 @@ def _fit(
         if book.num_left() == 0:
             return {}, 0
     else:
-        left = members(spec, known)
-        if not left:
+        population = PopulationBook(spec, folder)
+        population.reopen()
+        if not population.open:
             return {}, 0
-        population = [{"trial_id": trial_id, "values": values} for trial_id, values in left.items()]
-        param_space = {**fixed, "trial": tune.grid_search(population)}
-        reached = max((known[trial_id].step for trial_id in left if trial_id in known), default=0)
-        tune_config |= {"scheduler": build_population_scheduler(spec, attempt, reached)}
+        name = f"population-{folder.meta['sweep_id']}-{attempt}"
+        exchange, trainable = open_exchange(name), MemberTrainable
+        members = [
+            {"trial_id": trial_id_of(member), "values": population.orders[member].decision.values}
+            for member in population.open
+        ]
+        fixed |= {"exchange": name, "weights_limit": weights_limit(len(members))}
+        param_space = {**fixed, "trial": tune.grid_search(members)}
+        scheduler = PopulationScheduler(population, exchange, _num_places(spec))
+        tune_config |= {"scheduler": scheduler}
 
     resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
     if spec.resources.memory_gib_per_trial is not None:
@@ -123,7 +136,7 @@ def _fit(
         _show(standing, dashboard)
         callback = DashboardCallback(dashboard, standing)
         tuner = Tuner(
-            tune.with_resources(SweepTrainable, resources),
+            tune.with_resources(trainable, resources),
             param_space=param_space,
             tune_config=TuneConfig(**tune_config),
             run_config=RunConfig(
@@ -132,18 +145,26 @@ def _fit(
                 callbacks=[callback],
                 verbose=0,
                 failure_config=FailureConfig(max_failures=spec.resources.max_failures),
-                checkpoint_config=_checkpoints(spec),
+                # trials are durable by themselves
+                checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
             ),
         )
         try:
             tuner.fit()
         except KeyboardInterrupt:
             dashboard.note = "stopping; work up to the last checkpoint of each trial is safe"
+        finally:
+            if scheduler is not None:
+                try:
+                    scheduler.close()
+                finally:
+                    ray.kill(exchange)
         _show(standing, dashboard)  # those that waited to the end are stopped by now
     shutil.rmtree(folder.ray_path, ignore_errors=True)
     if book is not None:
         book.close()
-    return callback.failures, book.num_left() if book is not None else 0
+    num_left = len(population.open) if population is not None else book.num_left() if book is not None else 0
+    return callback.failures, num_left
 
 
 def _show(standing: Mapping[str, str], dashboard: Dashboard) -> None:
@@ -153,16 +174,11 @@ def _show(standing: Mapping[str, str], dashboard: Dashboard) -> None:
             dashboard.rows[trial_id].status = status
 
 
-def _checkpoints(spec: SweepSpec) -> CheckpointConfig:
-    """Return when Ray saves: never in a search, whose trials are durable by themselves; else once an interval.
-
-    After an exploit a member's latest checkpoint in Ray's eyes is its donor's; it must have one of its own before the
-    donor's is deleted, or Ray could not restart it.
-    """
-    if spec.population is None:
-        return CheckpointConfig(checkpoint_at_end=False)
-    reports = max(1, spec.population.interval_steps // spec.commit_steps)
-    return CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT, checkpoint_frequency=reports, checkpoint_at_end=False)
+def _num_places(spec: SweepSpec) -> int:
+    """Return for how many trials the cluster has room."""
+    there: dict[str, float] = ray.cluster_resources()
+    wanted = {"CPU": spec.resources.cpus_per_trial, "GPU": spec.resources.gpus_per_trial}
+    return min(math.floor(there.get(resource, 0.0) / amount + 1e-9) for resource, amount in wanted.items() if amount)
 
 
 class DashboardCallback(Callback):
@@ -187,7 +203,8 @@ class DashboardCallback(Callback):
         for each in members_of(trial):
             news = results.get(each["trial_id"], {}) if results else result or {}
             ended = "diverged" if news.get("diverged") else "finished" if news.get("ended") else status
-            self._dashboard.update(each["trial_id"], each["values"], ended if results else status, news)
+            values = dict(news.get("values", ())) or each["values"]  # those of a population change
+            self._dashboard.update(each["trial_id"], values, ended if results else status, news)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the trial as running."""

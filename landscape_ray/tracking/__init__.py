@@ -8,3 +8,5 @@ import os
 
 # MLflow reads this once, when it is first imported; nothing here should report its use to anybody unasked.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# Otherwise it prints two lines for every run that ends on a server, in the middle of a live display.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -12,6 +13,9 @@ from landscape_ray.tracking.collected import Collected, columns_by_run, run_colu
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.foreign import collect_csv
 from landscape_ray.tracking.parts import ARROW_SCHEMA, read_part
+
+if TYPE_CHECKING:
+    from landscape_ray.tracking.from_mlflow import Route
 
 __all__ = ["Collected", "collect", "collect_csv", "collect_mlflow", "columns_by_run", "run_columns"]
 
@@ -47,21 +51,25 @@ def collect(path_or_folder: Path | str | SweepFolder) -> Collected:
     return Collected(pa.concat_tables(tables), runs, warnings)
 
 
-def collect_mlflow(tracking_uri: str, experiment: str) -> Collected:
-    """Return what an MLflow experiment holds of our metrics, for when the Parquet parts are not at hand.
+def collect_mlflow(tracking_uri: str, experiment: str, *, route: Route = "auto") -> Collected:
+    """Return what an MLflow experiment holds of our metrics.
 
-    Slower than :func:`collect` (one request for each run and metric) and thinner: `train/*` was thinned when it was
-    projected, time stamps are whole milliseconds, non-finite values and columns that are no metrics are missing.
-    `num_tokens` of an evaluation is there when a step row of the same step is. Runs of other programs are read as
-    well when they log the same keys (`train/loss_nats`, `train/lr`, `eval/loss_nats`, `probe/<name>` ...).
+    For each sweep the first of these that is complete: its folder, where the server says that it is and this machine
+    has it; the Parquet copy on the sweep's run, made when the sweep ended; the store's bulk interface (an SQLite file
+    is read directly); one request for each run and metric.
+
+    Metrics are thinner than Parquet: `train/*` was thinned when it was projected, time stamps are whole milliseconds,
+    non-finite values and columns that are no metrics are missing. Runs of other programs are read as well when they
+    log the same keys (`train/loss_nats`, `train/lr`, `eval/loss_nats`, `probe/<name>` ...).
 
     Args:
         tracking_uri: address of an MLflow server or `sqlite:///` store.
         experiment: name of the experiment.
+        route: `parquet`, `bulk` or `history` to take only that one; `parquet` leaves out what has no such copy.
 
     Raises:
         UserError: the server does not answer, or has no such experiment.
     """
     from landscape_ray.tracking.from_mlflow import read_experiment  # here: importing mlflow takes a second
 
-    return read_experiment(tracking_uri, experiment)
+    return read_experiment(tracking_uri, experiment, route)

@@ -51,13 +51,18 @@ def columns_by_run(table: pa.Table, kind: str) -> dict[str, dict[str, np.ndarray
     Returns:
         For each run that has such rows its columns, views of common arrays; rows in the order of the table.
     """
-    rows = table.filter(pc.equal(table["kind"], kind)).combine_chunks()
-    run_ids = pc.unique(rows["run_id"])
-    codes = pc.index_in(rows["run_id"], value_set=run_ids).combine_chunks().to_numpy(zero_copy_only=False)
+    kept = pc.equal(table["kind"], kind)
+    names = table["run_id"].filter(kept)
+    run_ids = pc.unique(names)
+    codes = pc.index_in(names, value_set=run_ids).combine_chunks().to_numpy(zero_copy_only=False)
+    order = None
     if (np.diff(codes) < 0).any():  # runs that stand together, as in a sweep, need no sorting
         order = np.argsort(codes, kind="stable")
-        rows, codes = rows.take(pa.array(order)), codes[order]
-    arrays = {name: _array(rows[name]) for name in rows.column_names}
+        codes = codes[order]
+    # Column by column, so that no second table of all rows is ever held.
+    arrays = {name: _array(table[name].filter(kept)) for name in table.column_names}
+    if order is not None:
+        arrays = {name: values[order] for name, values in arrays.items()}
     bounds = np.searchsorted(codes, np.arange(len(run_ids) + 1))
     return {
         run_id: {name: values[bounds[i] : bounds[i + 1]] for name, values in arrays.items()}
@@ -66,9 +71,16 @@ def columns_by_run(table: pa.Table, kind: str) -> dict[str, dict[str, np.ndarray
 
 
 def _array(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a column as an array; text that is missing everywhere, as most is, takes no memory."""
-    if pa.types.is_string(column.type) and column.null_count == len(column):
-        return np.broadcast_to(np.array([None], dtype=object), (len(column),))
+    """Return a column as an array; values that are missing everywhere, as most are, take no memory, nor do repeats."""
+    if column.null_count == len(column) and len(column):
+        number = pa.types.is_floating(column.type) or pa.types.is_integer(column.type)
+        nothing = np.array([np.nan]) if number else np.array([None], dtype=object)
+        return np.broadcast_to(nothing, (len(column),))
+    if pa.types.is_string(column.type):
+        words = pc.unique(column)
+        if len(words) < len(column) // 2:
+            codes = pc.index_in(column, value_set=words).combine_chunks().to_numpy(zero_copy_only=False)
+            return np.asarray(np.array(words.to_pylist(), dtype=object)[codes])
     return np.asarray(column.combine_chunks().to_numpy(zero_copy_only=False))
 
 

@@ -6,7 +6,8 @@
       trials/<trial_id>/trial.json          how far the trial is committed, and its summary
       trials/<trial_id>/records/part-000000.parquet ...
       trials/<trial_id>/checkpoint/         owned by the trainable
-      mlflow.json                           notes of the projector; may be deleted
+      study.journal, population.json        what a search, or a population, has decided
+      model/                                the best model, as MLflow loads it
       fits/*.json, report.html
 
 Commit protocol of a worker: rows are buffered, `PartWriter.flush()` writes part k, the trainable saves a checkpoint
@@ -61,6 +62,19 @@ class Commit(NamedTuple):
     summary: RunSummary
     num_rewinds: int
     """How often committed parts were given up again (see :meth:`TrialFolder.rewind`)."""
+    initial: dict[str, dict[str, Any]] | None = None
+    """`config` and `varied` of the first commit, once they differ from those of the summary: a population changes
+    what its members are, and a tracking server that starts empty must still be told what they began with."""
+
+    @property
+    def initial_config(self) -> dict[str, Any]:
+        """The configuration that the trial began with."""
+        return self.initial["config"] if self.initial else self.summary.config
+
+    @property
+    def initial_varied(self) -> dict[str, Any]:
+        """The searched values that the trial began with."""
+        return self.initial["varied"] if self.initial else self.summary.varied
 
 
 def _check_summary(trial_id: str, fields: dict[str, Any]) -> None:
@@ -101,7 +115,10 @@ class TrialFolder:
             content = json.loads(self.commit_path.read_text(encoding="utf-8"))
             fields = {key: value for key, value in content["summary"].items() if key in _SUMMARY_FIELDS}
             _check_summary(self.trial_id, fields)
-            return Commit(int(content["num_parts"]), RunSummary(**fields), int(content.get("num_rewinds", 0)))
+            initial = content.get("initial")
+            if initial is not None:
+                initial = {"config": dict(initial["config"]), "varied": dict(initial["varied"])}
+            return Commit(int(content["num_parts"]), RunSummary(**fields), int(content.get("num_rewinds", 0)), initial)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -140,7 +157,14 @@ class TrialFolder:
             )
         if num_parts and not self.part_path(num_parts - 1).exists():
             raise ValueError(f"num_parts must be the number of written parts, got {num_parts}; flush before the commit")
-        self._write(Commit(num_parts, summary, before.num_rewinds if before else 0))
+        if before is None:
+            self._write(Commit(num_parts, summary, 0))
+            return
+        initial = before.initial
+        # a trial that failed before its first commit has an empty configuration, which it did not begin with
+        if initial is None and before.summary.config and before.summary.config != summary.config:
+            initial = {"config": before.summary.config, "varied": before.summary.varied}
+        self._write(Commit(num_parts, summary, before.num_rewinds, initial))
 
     def rewind(self, num_parts: int) -> None:
         """Give up committed parts beyond `num_parts`, because the checkpoint that a trial starts from is older.
@@ -150,7 +174,7 @@ class TrialFolder:
         """
         before = self.read()
         if before and num_parts < before.num_parts:
-            self._write(Commit(num_parts, before.summary, before.num_rewinds + 1))
+            self._write(before._replace(num_parts=num_parts, num_rewinds=before.num_rewinds + 1))
 
     def set_status(self, status: RunStatus, message: str = "") -> None:
         """Change the status in trial.json. For the driver, when no worker is writing to this trial.
@@ -182,7 +206,8 @@ class SweepFolder:
         self.report_path = path / "report.html"
         self.ray_path = path / "ray_results"
         self.study_path = path / "study.journal"
-        self.notes_path = path / "mlflow.json"
+        self.population_path = path / "population.json"
+        self.model_path = path / "model"
 
     def __repr__(self) -> str:
         return f"SweepFolder({str(self.path)!r})"

@@ -1,19 +1,21 @@
 """The projector: one thread of the driver that copies committed rows to MLflow, in batches, as often as it must.
 
-MLflow is a projection of the sweep folder, so everything here may be repeated: runs are found again by their tags
-before one is made, and a point carries the time stamp of its record, so that sending it twice stores it once. What
-was sent is noted in mlflow.json only to save work. A dead server costs nothing but the delay of its charts.
+The sweep folder is the spool: append-only parts with checksums, written by the trials, which never wait for a server.
+MLflow is a projection of it, so everything here may be repeated: runs are found again by their tags before one is
+made, how far a run is stands on the run, and a point carries the time stamp of its record, so that sending it twice
+stores it once. Nothing is noted in the folder: another machine with a copy of it, or a server that lost everything,
+goes on by the same rules. A dead server costs nothing but the delay of its charts.
 
-In MLflow: an experiment; in it one parent run a sweep (parameters: the specification, flattened), and one child run a
-trial (parameters: its training configuration; tags `landscape_ray.*`). `train/*` is thinned to about 500 points a
-run, by step number; evaluations and probes are all there; the Parquet parts are complete.
+In MLflow: an experiment; in it one parent run a sweep (parameters: the specification, flattened; artifacts: what the
+sweep is and came to), and one child run a trial (parameters: the training configuration that it began with; tags
+`landscape_ray.*`). `train/*` is thinned to about 500 points a run, by step number; evaluations, probes and changed
+values are all there; the Parquet parts are complete.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import threading
 import time
@@ -21,20 +23,34 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlflow.entities import Metric, RunTag
+from mlflow.entities import Metric, Param
 
 from landscape_ray.errors import UserError
-from landscape_ray.files import write_atomic
+from landscape_ray.records import TERMINAL_STATUSES
 from landscape_ray.tracking import server
 from landscape_ray.tracking.folder import Commit, SweepFolder, TrialFolder
+from landscape_ray.tracking.parent_run import InterruptedSync, ParentRun
 from landscape_ray.tracking.parts import read_part
-from landscape_ray.tracking.points import mlflow_status, summary_text, to_points
-from landscape_ray.tracking.runs import SweepRuns, TrackedRun, to_tags
+from landscape_ray.tracking.points import (
+    charted_rows,
+    closing_metrics,
+    events_text,
+    mlflow_status,
+    summary_text,
+    to_event,
+    to_points,
+    value_metrics,
+)
+from landscape_ray.tracking.runs import SweepRuns, TrackedRun
 from landscape_ray.tracking.uris import resolve_tracking_uri
 
 _REQUEST_SECONDS = 10.0
+_FAILING_SECONDS = 5.0
 _MAX_BACKOFF_SECONDS = 60.0
-_MAX_ATTEMPTS = 3
+_BATCH_SHARE = 10.0
+"""A run that is training is sent to at most every so many times as long as the last pass over all runs took."""
+_MAX_TAGS = 20
+"""More than a request to a trial's run carries."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,20 +67,6 @@ class SyncReport:
     """Why it is behind or what could not be sent; empty when all is well. Holds no secrets."""
 
 
-@dataclasses.dataclass(slots=True)
-class _ForParent:
-    """Something to put on the sweep's own run."""
-
-    metrics: list[Metric] = dataclasses.field(default_factory=list)
-    tags: list[RunTag] = dataclasses.field(default_factory=list)
-    artifact: Path | None = None
-    attempts: int = 0
-
-
-class _InterruptedError(Exception):
-    """The projector is closing: what is left must wait for the next sync."""
-
-
 class Projector:
     """Copies a sweep to MLflow while it runs.
 
@@ -75,10 +77,18 @@ class Projector:
         tracking_uri: where to; None for MLFLOW_TRACKING_URI or else the store beside the sweeps.
         experiment: name of the MLflow experiment.
         interval_seconds: pause between two syncs of the thread; doubled after each failure, up to a minute.
+        batch_seconds: the thread sends to the run of a trial that is training at most so often: what comes in
+            between goes in one request. First and last rows don't wait.
     """
 
     def __init__(
-        self, folder: SweepFolder, tracking_uri: str | None, experiment: str, *, interval_seconds: float = 2.0
+        self,
+        folder: SweepFolder,
+        tracking_uri: str | None,
+        experiment: str,
+        *,
+        interval_seconds: float = 2.0,
+        batch_seconds: float = 10.0,
     ):
         self._folder = folder
         self._uri = resolve_tracking_uri(tracking_uri, folder.path.parent)
@@ -86,7 +96,10 @@ class Projector:
         self._interval_seconds = interval_seconds
         self._runs: SweepRuns | None = None
         self._must_find_runs = True  # before anything is sent, and again after every failure
-        self._for_parent: deque[_ForParent] = deque([_ForParent(artifact=folder.spec_path)])
+        self._batch_seconds = batch_seconds
+        self._pass_seconds = 0.0
+        self._patient = False
+        self._parent = ParentRun(folder)
         self._problems: list[str] = []
         self._total = 0
         self._report = SyncReport()
@@ -117,7 +130,7 @@ class Projector:
     def _loop(self) -> None:
         delay, failures = 0.0, 0
         while not self._stopping.wait(delay):
-            failures = failures + 1 if self.sync().error else 0
+            failures = failures + 1 if self._sync(closing=False, patient=True).error else 0
             longest = max(_MAX_BACKOFF_SECONDS, self._interval_seconds)
             delay = min(self._interval_seconds * 2.0 ** min(failures, 16), longest)
 
@@ -133,8 +146,11 @@ class Projector:
         anything else KILLED.
 
         Args:
-            timeout_seconds: when to give up; one request that is under way may add up to 10 seconds.
+            timeout_seconds: when to give up; one request that is under way may add up to 10 seconds. A store that
+                failed last time is given five seconds: whoever waits here has finished training.
         """
+        if self._report.error:
+            timeout_seconds = min(timeout_seconds, _FAILING_SECONDS)
         self._deadline = time.monotonic() + timeout_seconds
         self._stopping.set()
         if self._thread is not None:
@@ -151,40 +167,38 @@ class Projector:
             self._deadline = math.inf
 
     def set_parent(self, metrics: Mapping[str, float], tags: Mapping[str, str], description: str = "") -> None:
-        """Put metrics, tags and a description on the sweep's own run, at the next sync.
+        """Put metrics, tags and a description on the sweep's own run, at the next sync; kept in the sweep folder.
 
         Args:
             metrics: values for the run table, such as counts or the best loss; non-finite ones are left out.
             tags: for instance searcher and task.
             description: Markdown, shown at the top of the run's page; the first 8,000 characters are kept.
         """
-        now_ms = round(time.time() * 1000)
-        finite = {server.clean_key(key): float(value) for key, value in metrics.items() if math.isfinite(value)}
         named = {key: str(value) for key, value in tags.items()}
         if description:
             named[server.DESCRIPTION] = description
-        points = [Metric(key, value, now_ms, 0) for key, value in finite.items()]
-        self._for_parent.append(_ForParent(metrics=points, tags=to_tags(named)))
+        finite = {server.clean_key(key): float(value) for key, value in metrics.items() if math.isfinite(value)}
+        self._parent.keep(finite, named)
 
     def log_artifacts(self, paths: list[Path]) -> None:
         """Put copies of files on the sweep's own run, at the next sync; sending one again replaces it."""
-        self._for_parent.extend(_ForParent(artifact=path) for path in paths)
+        self._parent.give(paths)
 
-    def _sync(self, *, closing: bool) -> SyncReport:
+    def _sync(self, *, closing: bool, patient: bool = False) -> SyncReport:
         with self._lock:
             total, error = self._total, ""
+            begun, self._patient = time.monotonic(), patient
             self._problems = []
             remaining = self._deadline - time.monotonic()
             try:
                 with server.bounded_http(min(_REQUEST_SECONDS, max(1.0, remaining))):
                     self._project(closing)
-            except _InterruptedError:
+            except InterruptedSync:
                 error = "not everything was sent before the time was up; `landscape-ray sync` sends the rest"
             except Exception as failure:
                 self._must_find_runs = True
                 error = server.describe(failure)
-            with contextlib.suppress(UserError):  # a full disk: the notes only save work
-                self._write_notes()
+            self._pass_seconds = time.monotonic() - begun
             if self._problems and not error:
                 others = len(self._problems) - 1
                 error = self._problems[0] + (f" (and {others} more)" if others else "")
@@ -192,7 +206,10 @@ class Projector:
             return self._report
 
     def _project(self, closing: bool) -> None:
-        runs = self._find_runs() if self._runs is None or self._must_find_runs else self._runs
+        # At the end the server is looked at again: it may have lost what it had, or a run whose creation seemed to
+        # fail may have appeared since.
+        found_anew = self._must_find_runs or closing or self._runs is None
+        runs = self._find_runs() if found_anew or self._runs is None else self._runs
         runs.set_status(runs.parent, mlflow_status(str(self._folder.meta.get("status")), closing))
         for trial in self._folder.trials():
             self._pause_point(closing)
@@ -205,19 +222,18 @@ class Projector:
                     raise
                 self._must_find_runs |= refused
                 self._problems.append(f"{trial.trial_id}: {server.describe(failure)}")
-        self._project_parent(runs, closing)
-        if closing:
-            self._find_runs()  # a run whose creation seemed to fail may have appeared since: doubles go
+        self._parent.project(runs, closing, lambda: self._pause_point(closing))
+        self._must_find_runs |= self._parent.refused
+        self._problems += self._parent.problems
 
     def _find_runs(self) -> SweepRuns:
-        sent = {run.run_id: run.parts for run in self._runs.trials.values()} if self._runs else self._read_notes()
-        self._runs = SweepRuns(self._folder, self._uri, self._experiment, sent)
+        self._runs = SweepRuns(self._folder, self._uri, self._experiment, self._runs)
         self._must_find_runs = False
         return self._runs
 
     def _pause_point(self, closing: bool) -> None:
         if time.monotonic() > self._deadline or (self._stopping.is_set() and not closing):
-            raise _InterruptedError
+            raise InterruptedSync
 
     def _project_trial(self, runs: SweepRuns, trial: TrialFolder, closing: bool) -> None:
         """Bring one trial's run up to its trial.json."""
@@ -226,80 +242,98 @@ class Projector:
         if seen[0] is None or (run and run.seen == seen):
             return
         commit = trial.read()
-        if commit is None:
+        if commit is None or (run and not closing and self._may_wait(run, commit)):
             return
         run = runs.for_trial(trial, commit)
-        runs.log_params(run, server.to_params(commit.summary.config))
-        self._send_rows(runs, run, trial, commit, closing)
+        # of a corpus that is searched over, each trial has another one
+        same_data = not any(key.startswith("data.") for key in commit.initial_varied)
+        corpus_id = self._folder.meta.get("corpus_id") if same_data else None
+        tags = runs.log_dataset(run, commit.initial_config.get("data", {}), corpus_id)
+        self._send_rows(runs, run, trial, commit, tags, closing)
         runs.set_status(run, mlflow_status(commit.summary.status, closing))
         run.seen = seen
 
-    def _send_rows(self, runs: SweepRuns, run: TrackedRun, trial: TrialFolder, commit: Commit, closing: bool) -> None:
-        """Send the parts that are not sent, in full requests; the last one carries the tags."""
-        tags = to_tags({server.STATUS: commit.summary.status, server.SUMMARY: summary_text(commit.summary)})
-        limit = server.MAX_METRICS - len(tags)  # the limit of a request counts both
+    def _may_wait(self, run: TrackedRun, commit: Commit) -> bool:
+        """Return whether what a trial has committed can go with what it will have committed a little later."""
+        ended = commit.summary.status in TERMINAL_STATUSES or run.num_rewinds != commit.num_rewinds
+        pause = max(self._batch_seconds, _BATCH_SHARE * self._pass_seconds)
+        return self._patient and not ended and time.monotonic() - run.sent_at < pause
+
+    def _send_rows(
+        self,
+        runs: SweepRuns,
+        run: TrackedRun,
+        trial: TrialFolder,
+        commit: Commit,
+        tags: dict[str, str],
+        closing: bool,
+    ) -> None:
+        """Send what the run does not have, in full requests; the last one carries the tags."""
+        summary = commit.summary
+        params = deque(server.param_batches(run.missing(server.to_params(commit.initial_config))))
+        limit = server.MAX_METRICS - server.MAX_PARAMS - _MAX_TAGS  # the limit of a request counts all of them
         pending: list[Metric] = []
+        events = list(run.events)
         for index in range(run.parts, commit.num_parts):
             try:
                 table = read_part(trial.part_path(index))
             except UserError as error:  # damaged for good: go on without its rows, as `collect` does
                 self._problems.append(str(error))
                 continue
-            pending += to_points(table, commit.summary.num_steps)
-            run.end_ms = round(table["time_unix"][-1].as_py() * 1000)
-            if len(pending) >= limit:
-                for start in range(0, len(pending), limit):
-                    self._pause_point(closing)
-                    self._send(runs, run, pending[start : start + limit], [])
-                pending = []
-                run.parts = index + 1
-        self._send(runs, run, pending, tags)
-        run.parts = commit.num_parts
+            times = table["time_unix"]
+            if index == 0:
+                begun_ms = round(times[0].as_py() * 1000)
+                began_with = value_metrics(commit.initial_varied)
+                pending += [Metric(server.clean_key(key), value, begun_ms, 0) for key, value in began_with.items()]
+            run.end_ms = round(times[-1].as_py() * 1000)
+            so_far = {server.NUM_PARTS: str(index)} | ({server.EVENTS: events_text(events)} if events else {})
+            for rows in charted_rows(table, summary.num_steps):
+                pending += to_points(rows, summary.num_steps)
+                events += [to_event(row) for row in rows if row["kind"] == "event"]
+                while len(pending) > limit:
+                    # with this request, all rows of earlier parts are there
+                    self._send(runs, run, closing, params, pending[:limit], so_far)
+                    pending = pending[limit:]
+        costs: list[Metric] = []
+        if summary.status in TERMINAL_STATUSES:
+            pending += (costs := self._closing_points(run, trial, commit))
+        tags |= {server.STATUS: summary.status, server.SUMMARY: summary_text(summary)}
+        tags |= {server.NUM_PARTS: str(commit.num_parts)}
+        if events:
+            tags[server.EVENTS] = events_text(events)
+        if trial.checkpoint_path.is_dir():
+            tags[server.CHECKPOINT] = trial.checkpoint_path.as_uri()
+        while len(params) > 1:
+            self._send(runs, run, closing, params, [], {})
+        self._send(runs, run, closing, params, pending, tags)
+        run.parts, run.events = commit.num_parts, events
+        run.metrics |= {point.key: point.value for point in costs}
 
-    def _send(self, runs: SweepRuns, run: TrackedRun, metrics: list[Metric], tags: list[RunTag]) -> None:
-        runs.client.log_batch(run.run_id, metrics=metrics, tags=tags, synchronous=True)
+    def _closing_points(self, run: TrackedRun, trial: TrialFolder, commit: Commit) -> list[Metric]:
+        """Return what a trial cost in the end, at its last row."""
+        costs = closing_metrics(commit.summary)
+        if run.end_ms is None and commit.num_parts:
+            with contextlib.suppress(UserError):
+                run.end_ms = round(read_part(trial.part_path(commit.num_parts - 1))["time_unix"][-1].as_py() * 1000)
+        if run.end_ms is None:
+            return []
+        new = {key: value for key, value in costs.items() if run.metrics.get(key) != value}
+        return [Metric(key, value, run.end_ms, commit.summary.step) for key, value in new.items()]
+
+    def _send(
+        self,
+        runs: SweepRuns,
+        run: TrackedRun,
+        closing: bool,
+        params: deque[list[Param]],
+        metrics: list[Metric],
+        tags: Mapping[str, str],
+    ) -> None:
+        self._pause_point(closing)
+        runs.log(run, params[0] if params else [], metrics, tags)
+        if params:
+            params.popleft()
         self._total += len(metrics)
-
-    def _project_parent(self, runs: SweepRuns, closing: bool) -> None:
-        """Send what waits for the parent run; what fails is tried again at later syncs, a few times."""
-        for _ in range(len(self._for_parent)):
-            self._pause_point(closing)
-            item = self._for_parent[0]
-            try:
-                if item.artifact is not None:
-                    runs.client.log_artifact(runs.parent.run_id, str(item.artifact))
-                else:
-                    runs.client.log_batch(runs.parent.run_id, metrics=item.metrics, tags=item.tags, synchronous=True)
-            except Exception as failure:
-                if item.artifact is None and not server.is_refusal(failure):
-                    raise
-                self._must_find_runs |= server.is_refusal(failure)
-                what = f"artifact {item.artifact.name}" if item.artifact else "tags and metrics of the sweep"
-                self._problems.append(f"{what}: {server.describe(failure)}")
-                item.attempts += 1
-                if item.attempts < _MAX_ATTEMPTS:
-                    self._for_parent.append(item)
-            self._for_parent.popleft()
-
-    def _read_notes(self) -> dict[str, int]:
-        """Return how many parts were sent to each known run. No notes, or damaged ones, are as good as empty ones."""
-        try:
-            notes = json.loads(self._folder.notes_path.read_text(encoding="utf-8"))
-            return {str(trial["run_id"]): int(trial["parts"]) for trial in notes["trials"].values()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
-
-    def _write_notes(self) -> None:
-        if self._runs is None:
-            return
-        trials = {name: {"run_id": run.run_id, "parts": run.parts} for name, run in self._runs.trials.items()}
-        text = json.dumps({"parent_run_id": self._runs.parent.run_id, "trials": trials}, indent=1)
-        try:
-            unchanged = self._folder.notes_path.read_text(encoding="utf-8") == text
-        except OSError:
-            unchanged = False
-        if not unchanged:
-            write_atomic(self._folder.notes_path, text)
 
     def _behind(self) -> int:
         """Return how many committed parts MLflow does not have."""

@@ -27,15 +27,29 @@ KIND: Final = "landscape_ray.kind"
 STATUS: Final = "landscape_ray.status"
 SUMMARY: Final = "landscape_ray.summary"
 NUM_REWINDS: Final = "landscape_ray.num_rewinds"
+NUM_PARTS: Final = "landscape_ray.num_parts"
+"""How many parts of the trial the run holds: what makes a projection go on where it, or another one, stopped."""
+EVENTS: Final = "landscape_ray.events"
+DATASET: Final = "landscape_ray.dataset"
+CHECKPOINT: Final = "landscape_ray.checkpoint"
+MODEL: Final = "landscape_ray.model"
+"""Identity of the best model that was sent."""
+MODEL_URI: Final = "landscape_ray.model_uri"
+"""What `mlflow.pytorch.load_model` takes."""
+FOLDER: Final = "landscape_ray.folder"
+ARTIFACTS: Final = "landscape_ray.artifacts"
+"""What the artifacts of the sweep's run were made of, by name; not sent again while that is unchanged."""
 PARENT: Final = "mlflow.parentRunId"
 DESCRIPTION: Final = "mlflow.note.content"
+EXPERIMENT_KIND: Final = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag of an experiment whose runs the UI opens in its view for training; without it, in the one for agents."""
 
 # Limits of MLflow's REST interface.
 MAX_METRICS = 1000
 MAX_PARAMS = 100
 MAX_PARAM_CHARACTERS = 6000
 MAX_TAG_CHARACTERS = 8000
-_MAX_PARAM_BYTES = 500_000  # half of the 1 MB that a request may have
+_MAX_PARAM_BYTES = 400_000  # of the 1 MB that a request may have; 1,000 points of the longest names take 400 kB
 
 _CHECK_SECONDS = 5.0
 _CHECK_FILE_SECONDS = 60.0  # nothing can hang there, but on a machine that is busy training MLflow loads slowly
@@ -157,7 +171,7 @@ def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
         # Without a server the default place of artifacts depends on the working folder.
         location = (database.absolute().parent / "mlartifacts").as_uri() if database else None
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_KIND))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -216,8 +230,8 @@ def decode_value(text: str) -> Any:
 
 
 def to_params(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return a nested configuration as MLflow parameters under dotted names."""
-    return {clean_key(key): encode_value(value) for key, value in flatten(config).items()}
+    """Return a nested configuration as MLflow parameters under dotted names; passwords inside addresses are masked."""
+    return {clean_key(key): mask_secrets(encode_value(value)) for key, value in flatten(config).items()}
 
 
 def param_batches(params: Mapping[str, str]) -> Iterator[list[Param]]:

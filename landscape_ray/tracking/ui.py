@@ -48,6 +48,14 @@ def serve(
     uri = resolve_tracking_uri(tracking_uri, results)
     if uri.startswith(("http://", "https://")):
         console.print(f"the runs are on an MLflow server already: {mask_secrets(uri)}", highlight=False)
+        from landscape_ray.tracking.server import bounded_http
+
+        with (
+            contextlib.suppress(Exception),
+            bounded_http(5),
+        ):  # the address is what was asked for; the view is an extra
+            page = f"{mask_secrets(uri).rstrip('/')}/#/{start_page(uri)}"
+            console.print(f"its runs with their searched values: {page}", highlight=False, soft_wrap=True)
         return
     database = sqlite_path(uri)
     if database is not None and not database.exists():
@@ -75,13 +83,21 @@ def serve(
 
 
 def start_page(uri: str) -> str:
-    """Return the page to open: the runs of the latest experiment, in the view for training, not the one for agents."""
-    from mlflow import MlflowClient  # slow to import, and the server takes longer still
+    """Return the page to open: the runs of the latest experiment, with results and searched values as columns.
 
-    experiments = MlflowClient(uri).search_experiments(order_by=["last_update_time DESC"])
+    It is the view for training, not the one for agents.
+    """
+    from landscape_ray.tracking.labels import VIEW, show_what_matters
+    from landscape_ray.tracking.server import open_client  # slow to import, and the server takes longer still
+
+    client = open_client(uri)
+    experiments = client.search_experiments(order_by=["last_update_time DESC"])
     named = [experiment for experiment in experiments if experiment.experiment_id != "0"]  # 0 is MLflow's empty default
-    place = f"experiments/{named[0].experiment_id}/runs" if named else "experiments"
-    return f"{place}?workflowType=machine_learning"
+    if not named:
+        return "experiments?workflowType=machine_learning"
+    place = named[0].experiment_id
+    show_what_matters(client, place)
+    return f"experiments/{place}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
 
 
 def allowed_hosts(host: str, port: int, names: Sequence[str] = ()) -> list[str]:

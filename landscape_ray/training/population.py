@@ -2,25 +2,40 @@
 
 The same strategies run on Ray Tune trials and in the simulator; here weights never leave the process. Members advance
 together, a stretch at a time, and report in their order.
+
+A population is saved between two stretches and goes on to the bit: a process that is killed loses at most the stretch
+that it was in.
 """
 
 from __future__ import annotations
 
 import copy
-import math
+import json
+import shutil
+import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from landscape_ray.config import parse, with_values
 from landscape_ray.data import Data, open_data
-from landscape_ray.populations import Decision, Observation, Point, Restart, Strategy
-from landscape_ray.records import EvalRecord, EventRecord, Record, StepRecord, VariantRecord
+from landscape_ray.errors import UserError
+from landscape_ray.files import write_atomic, write_atomic_with
+from landscape_ray.populations import Decision, Observation, Restart, Strategy
+from landscape_ray.populations.decisions import decision_from_json, decision_to_json
+from landscape_ray.records import Record, StepRecord
 from landscape_ray.training.cohort import Cohort
 from landscape_ray.training.config import TrainConfig
+from landscape_ray.training.points import PointCollector
 from landscape_ray.training.state import TrainState
+
+POPULATION_VERSION = 1
+
+MANIFEST, SNAPSHOTS = "population.json", "snapshots.pt"
 
 FRESH_STREAM = 1
 """Second entry of the seed of weights that are mixed in at a restart; 0 seeds the first weights of the members."""
@@ -65,64 +80,127 @@ class CohortPopulation:
         self.num_updates = 0
         start = strategy.start()
         configs = [self._config(decision) for decision in start]
-        self._data = open_data(configs[0].data) if data is None else data
-        self.cohort = Cohort.create(configs, self._data, route=route)
+        data = open_data(configs[0].data) if data is None else data
+        self.cohort = Cohort.create(configs, data, route=route)
         self._until: dict[int, int] = {}
-        self._points: dict[int, list[Point]] = {d.member: [] for d in start}
-        self._rates: dict[int, list[float]] = {d.member: [] for d in start}
+        self._collectors = {d.member: PointCollector() for d in start}
         self._snapshots: dict[int, dict[str, Any]] = {}
         self._restarts = 0
+        self._between = True
         self._note(start)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nobody trains any more."""
+        return not self._until
 
     def run(self) -> Iterator[tuple[int, Record]]:
         """Train to the end, yielding (member, record) for everything that happens to one."""
-        while self._until:
-            for member, record in self.cohort.train(min(self._until.values())):
-                self._collect(member, record)
-                yield member, record
-            reached = [
-                k
-                for k, until in sorted(self._until.items())
-                if self.cohort.members[k].step >= until or self.cohort.members[k].diverged is not None
-            ]
-            for k in reached:
-                del self._until[k]
-                self._carry_out(self.strategy.observe(self._observation(k)))
+        while not self.finished:
+            yield from self.stretch()
+
+    def stretch(self) -> Iterator[tuple[int, Record]]:
+        """Train until a member reports and has been decided about, yielding (member, record)."""
+        self._between = False
+        for member, record in self.cohort.train(min(self._until.values())):
+            self._collect(member, record)
+            yield member, record
+        reached = [
+            k
+            for k, until in sorted(self._until.items())
+            if self.cohort.members[k].step >= until or self.cohort.members[k].diverged is not None
+        ]
+        for k in reached:
+            del self._until[k]
+            self._carry_out(self.strategy.observe(self._observation(k)))
+        self._between = True
+
+    # saving
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of everything: weights, optimizers, the strategy, what has been decided so far.
+
+        One that is in the folder already is there until the new one is complete.
+
+        Args:
+            folder: made when missing.
+
+        Raises:
+            UserError: a stretch has been begun and not been taken to its end, no space left, or no permission.
+        """
+        if not self._between:
+            raise UserError(
+                "population must be between two stretches to be saved, got one whose members are under way; "
+                "take the records of stretch() to their end first"
+            )
+        part = f"part-{uuid.uuid4().hex[:8]}"
+        self.cohort.save(folder / part)
+        write_atomic_with(folder / part / SNAPSHOTS, lambda file: torch.save(self._snapshots, file))
+        manifest = {
+            "version": POPULATION_VERSION,
+            "part": part,
+            "train": self._train,
+            "seed": self._seed,
+            "vary_seed": self._vary,
+            "strategy": self.strategy.state_dict(),
+            "decisions": [decision_to_json(decision) for decision in self.decisions],
+            "num_updates": self.num_updates,
+            "num_restarts": self._restarts,
+            "until": list(self._until.items()),
+            "collectors": [[k, collector.state_dict()] for k, collector in self._collectors.items()],
+        }
+        write_atomic(folder / MANIFEST, json.dumps(manifest, allow_nan=False))
+        for old in folder.glob("part-*"):
+            if old.name != part:
+                shutil.rmtree(old, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: Path, strategy: Strategy) -> CohortPopulation:
+        """Return the population saved in `folder`, which goes on as the saved one would have, to the bit.
+
+        Args:
+            folder: written by `save`.
+            strategy: a new one, made with the same arguments; it takes the saved state over.
+
+        Raises:
+            UserError: missing, damaged or foreign files, an unknown version, or another strategy.
+        """
+        manifest = _read_manifest(folder)
+        part = folder / manifest["part"]
+        strategy.load_state_dict(manifest["strategy"])
+        self = cls.__new__(cls)
+        self._train, self._seed, self._vary = manifest["train"], manifest["seed"], manifest["vary_seed"]
+        self.strategy = strategy
+        self.decisions = [decision_from_json(row) for row in manifest["decisions"]]
+        self.num_updates, self._restarts = manifest["num_updates"], manifest["num_restarts"]
+        self.cohort, _ = Cohort.load(part)
+        self._until = dict(manifest["until"])
+        self._collectors = {k: PointCollector() for k, _ in manifest["collectors"]}
+        for k, state in manifest["collectors"]:
+            self._collectors[k].load_state_dict(state)
+        self._snapshots = _read_snapshots(part / SNAPSHOTS)
+        self._between = True
+        return self
+
+    # observing
 
     def _observation(self, k: int) -> Observation:
         member = self.cohort.members[k]
         if not self.strategy.synchronous:
             # another member may take these weights when this one has gone on
             self._snapshots[k] = _copied(member.content())
-        points, self._points[k] = tuple(self._points[k]), []
+        points = tuple(self._collectors[k].points)
+        self._collectors[k].clear()
         return Observation(k, points, member.num_tokens)
 
     def _collect(self, k: int, record: Record) -> None:
         """Turn records into points."""
         if k not in self._until:
             return
-        if isinstance(record, StepRecord):
-            self._rates[k].append(record.lr)
-            self.num_updates += 1
-            return
-        points, averaging = self._points[k], self.cohort.members[k].config.averaging
-        if isinstance(record, VariantRecord):
-            if averaging is not None and record.variant == averaging.name and points:
-                points[-1] = points[-1]._replace(averaged=record.loss_nats)
-            return
-        if isinstance(record, EvalRecord) and self._rates[k]:
-            loss = record.loss_nats
-        elif isinstance(record, EventRecord) and record.event == "diverged":
-            loss = math.inf
-        else:
-            return
-        rates, self._rates[k] = self._rates[k], []
-        mean = float(np.mean(rates)) if rates else self._last_rate(k)
-        points.append(Point(record.step, loss, mean))
+        self.num_updates += isinstance(record, StepRecord)
+        self._collectors[k].add(record, self.cohort.members[k].config)
 
-    def _last_rate(self, k: int) -> float:
-        config = self.cohort.members[k].config
-        return float(config.schedule.build(config.num_steps)(self.cohort.members[k].step))
+    # carrying decisions out
 
     def _carry_out(self, decisions: list[Decision]) -> None:
         """Copy, restart, and apply values; all weights are those from before the first of these decisions."""
@@ -156,13 +234,8 @@ class CohortPopulation:
         self._restarts += 1
         seed = int(np.random.SeedSequence([self._seed, FRESH_STREAM, self._restarts]).generate_state(1)[0])
         config = self._config(decision)
-        fresh: dict[str, Any] = _copied(TrainState(config.model_copy(update={"seed": seed}), self._data).content())
-        old: dict[str, Tensor] = content["module"]
-        fresh["module"] = {
-            name: restart.shrink * old[name] + restart.perturb * tensor if tensor.is_floating_point() else tensor
-            for name, tensor in fresh["module"].items()
-        }
-        return fresh | {"counters": content["counters"]}
+        data = self.cohort.members[0].data
+        return restarted(content, restart, TrainState(config.model_copy(update={"seed": seed}), data))
 
     def _note(self, decisions: list[Decision]) -> None:
         self.decisions += decisions
@@ -175,6 +248,25 @@ class CohortPopulation:
         return parse(TrainConfig, data, f"member {decision.member}")
 
 
+def restarted(content: Mapping[str, Any], restart: Restart, fresh: TrainState) -> dict[str, Any]:
+    """Return what `TrainState.restore` takes: weights mixed with fresh ones, a fresh optimizer, the old counters.
+
+    Args:
+        content: what `TrainState.content` returned of the old weights.
+        restart: the shares of both.
+        fresh: a run at step 0.
+    """
+    new: dict[str, Any] = _copied(fresh.content())
+    old: Mapping[str, Tensor] = content["module"]
+    new["module"] = {
+        name: restart.shrink * old[name].to(tensor.device) + restart.perturb * tensor
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in new["module"].items()
+    }
+    return new | {"counters": content["counters"]}
+
+
 def _copied(content: Any) -> Any:
     """Return a copy of nested dictionaries and lists with tensors of its own."""
     if isinstance(content, Tensor):
@@ -184,3 +276,29 @@ def _copied(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return type(content)(_copied(value) for value in content)
     return copy.deepcopy(content)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint of a population in {folder}; give a folder that was saved to") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {folder / MANIFEST} cannot be read ({error}); delete it to start anew") from None
+    if not isinstance(manifest, dict) or "version" not in manifest:
+        raise UserError(f"{folder / MANIFEST} is not of a population; give a folder that was saved to")
+    if manifest["version"] != POPULATION_VERSION:
+        raise UserError(
+            f"checkpoint {folder} has version {manifest['version']}, this program reads {POPULATION_VERSION}; "
+            "use the version of landscape_ray that wrote it"
+        )
+    return manifest
+
+
+def _read_snapshots(path: Path) -> dict[int, dict[str, Any]]:
+    try:
+        snapshots: dict[int, dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} cannot be read ({reason}); delete its folder to start anew") from None
+    return snapshots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Callable, Mapping
 from operator import attrgetter
@@ -125,14 +126,18 @@ class TrainState:
         Raises:
             UserError: no space left, or no permission.
         """
+        payload = self.payload(**extra)
+        write_atomic_with(path, lambda file: torch.save(payload, file))
+
+    def payload(self, **extra: str | int) -> dict[str, Any]:
+        """Return what `save` writes; tensors are not copied."""
         payload = {
             "version": CHECKPOINT_VERSION,
             "config": self.config.model_dump(mode="json"),
             "extra": extra,
             **self.content(),
         }
-        payload["checksum"] = checksum(payload)
-        write_atomic_with(path, lambda file: torch.save(payload, file))
+        return {**payload, "checksum": checksum(payload)}
 
     def content(self) -> dict[str, Any]:
         """Return what `restore` takes over: tensors (no copies) and plain values."""
@@ -254,14 +259,19 @@ def checksum(payload: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, content: bytes | None = None) -> dict[str, Any]:
     """Return the content of a checkpoint, tensors and plain values only, after comparing its checksum.
+
+    Args:
+        path: the file.
+        content: what is in the file, where it is known already.
 
     Raises:
         UserError: missing, truncated, changed or foreign file, or an unknown version.
     """
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        source = path if content is None else io.BytesIO(content)
+        payload = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Exception as error:  # torch.load raises many types for a damaged file

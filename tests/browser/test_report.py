@@ -1,166 +1,171 @@
-"""The report in a real browser: every figure is drawn, nothing is logged as an error, nothing is fetched."""
+"""The report in a real browser, as a reader uses it: every figure is drawn, curves answer, nothing is fetched.
+
+`LANDSCAPE_RAY_SCREENSHOTS=folder` keeps pictures of the page in every size and colour, to be looked at.
+"""
 
 from __future__ import annotations
 
-import html
-import re
-import runpy
-import shutil
-import subprocess
+import io
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from landscape_ray.analysis.annealing import fit_sweep
 from landscape_ray.reports.page import write_report
 
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--virtual-time-budget=8000",
-    "--enable-logging=stderr",
-    "--v=0",
-)
+LOOKS = {
+    "desktop-light": {},
+    "desktop-dark": {"dark": True},
+    "phone-light": {"width": 390, "height": 844, "phone": True},
+    "phone-dark": {"width": 390, "height": 844, "phone": True, "dark": True},
+}
+GROUNDS = {"light": (255, 255, 255), "dark": (21, 24, 28)}
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+DRAWN = """
+Object.keys(JSON.parse(document.getElementById('figures').textContent).figures).every(
+  key => document.querySelectorAll('#plot-' + key + ' .main-svg').length)
+"""
+KEYS = "Object.keys(JSON.parse(document.getElementById('figures').textContent).figures)"
 
-# Appended to a copy of the page: does what a reader does, then writes what it saw into the document.
-PROBE = """
-<script>
-(async function () {
-  var seen = {}, keys = Object.keys(JSON.parse(document.getElementById('figures').textContent).figures);
-  function traces(key) { return document.getElementById('plot-' + key).data; }
-  function column(index) {
-    return Array.from(document.querySelectorAll('#runs ~ .scroll tbody tr')).map(function (row) {
-      return row.cells[index].dataset.value;
-    });
-  }
-  function ground() { return getComputedStyle(document.body).backgroundColor; }
-  seen.drawn = keys.filter(function (key) { return document.querySelectorAll('#plot-' + key + ' .main-svg').length; });
-  seen.keys = keys;
-  seen.wide = Array.from(document.querySelectorAll('.plot svg')).some(function (svg) {
-    return svg.getBoundingClientRect().right > innerWidth + 1;
-  });
-  seen.sideways = document.documentElement.scrollWidth > innerWidth;
-  var button = document.querySelector('#legend-forecast button');
-  var before = traces('forecast').filter(function (t) { return t.visible === false; }).length;
-  button.click();
-  seen.hidden = traces('forecast').filter(function (t) { return t.visible === false; }).length - before;
-  seen.pressed = button.getAttribute('aria-pressed');
-  var heads = document.querySelectorAll('#runs ~ .scroll th');
-  heads[2].click();
-  seen.ascending = column(2);
-  heads[2].click();
-  seen.descending = column(2);
-  seen.light = ground();
-  var line = traces('forecast').find(function (t) { return t.mode === 'lines' && t.line.width > 2.5; }).line.color;
-  document.getElementById('theme').click();
-  seen.dark = ground();
-  seen.repainted = traces('forecast').some(function (t) { return t.line && t.line.color === line; }) === false;
-  dispatchEvent(new Event('beforeprint'));
-  seen.printed = ground();
-  dispatchEvent(new Event('afterprint'));
-  seen.after = ground();
-  seen.fetched = performance.getEntriesByType('resource').length;
-  var out = document.createElement('pre');
-  out.id = 'seen';
-  out.textContent = JSON.stringify(seen);
-  document.body.appendChild(out);
-})();
-</script>
-</body>"""
+# Where in the window the middle point of the first answering curve of a figure is.
+CURVE = """
+(function (key) {
+  var node = document.getElementById('plot-' + key);
+  node.scrollIntoView({block: 'center', behavior: 'instant'});
+  var trace = node._fullData.find(t => t.hovertemplate && t.mode === 'lines' && t.line.width > 2.5);
+  var x = node._fullLayout.xaxis, y = node._fullLayout[trace.yaxis.replace('y', 'yaxis')];
+  var k = Math.floor(trace.x.length / 2), box = node.getBoundingClientRect();
+  return [box.left + x._offset + x.l2p(trace.x[k]), box.top + y._offset + y.l2p(trace.y[k]), trace.y[k]];
+})('%s')
+"""
 
 
-def visit(page: Path, tmp_path: Path, *flags: str) -> tuple[str, str]:
-    """Return (document after the scripts ran, what the browser logged)."""
-    assert BROWSER is not None
-    command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.stdout, done.stderr
+def column(number: int) -> str:
+    return (
+        f"Array.from(document.querySelectorAll('#runs ~ .scroll tbody tr')).map(r => r.cells[{number}].dataset.value)"
+    )
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("report")
-    make = runpy.run_path(str(Path(__file__).parents[1] / "fabricate.py"))
-    search = make["make_search"](folder / "search", steps=200)
-    population = make["make_population"](folder / "members", steps=200)
-    fit_sweep(search, num_bootstrap=10)
-    return write_report([search, population], folder / "report.html")
+def report(search_folder: Any, population_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report([search_folder, population_folder], tmp_path_factory.mktemp("report") / "report.html")
 
 
 @pytest.fixture(scope="module")
-def seen(page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    import json
-
-    probed = page.with_name("probed.html")
-    text = page.read_text()
-    at = text.rindex("</body>")
-    probed.write_text(text[:at] + PROBE + text[at + len("</body>") :])
-    dom, log = visit(probed, tmp_path_factory.mktemp("visit"), "--window-size=1280,900")
-    assert "CONSOLE" not in log, log
-    found = re.search(r'<pre id="seen">(.*?)</pre>', dom, re.S)
-    assert found, log
-    return json.loads(html.unescape(found[1]))
+def opened(browser: Any, report: Path) -> Iterator[Any]:
+    """The page on a desktop, shared by tests that leave it as it was."""
+    with browser.page() as page:
+        page.open(report.as_uri())
+        page.wait_for(DRAWN)
+        yield page
 
 
 @pytest.mark.acceptance
-def test_page_opens_without_an_error(page, tmp_path):
-    dom, log = visit(page, tmp_path)
-    console = [line for line in log.splitlines() if "CONSOLE" in line or "Refused" in line]
-    assert console == []
-    assert dom.count("main-svg") >= 7
+def test_a_curve_answers_and_nothing_is_logged_or_fetched(opened, report):
+    x, y, value = opened.evaluate(CURVE % "generalisation")
+    opened.move(x - 3, y - 3)
+    opened.move(x, y)
+    said = opened.wait_for("document.querySelector('#plot-generalisation .hoverlayer')?.textContent")
+    assert "held out" in said
+    assert f"{value:.5g}" in said
+    assert opened.errors() == []
+    assert opened.requests() == [report.as_uri()]
 
 
-def test_every_figure_is_drawn_and_fits(seen):
-    assert seen["drawn"] == seen["keys"]
-    assert len(seen["keys"]) == 9
-    assert not seen["wide"]
-    assert not seen["sideways"]
-
-
-def test_legend_switches_a_series(seen):
-    assert seen["hidden"] >= 1
-    assert seen["pressed"] == "false"
-
-
-def test_columns_sort_both_ways(seen):
-    assert seen["ascending"] == sorted(seen["ascending"])
-    assert seen["descending"] == sorted(seen["descending"], reverse=True)
-    assert len(set(seen["ascending"])) > 1
-
-
-def test_theme_changes_page_and_figures_and_paper_is_light(seen):
-    assert seen["light"] == seen["printed"] == "rgb(255, 255, 255)"
-    assert seen["dark"] == seen["after"] == "rgb(21, 24, 28)"
-    assert seen["repainted"]
-
-
-def test_nothing_is_fetched(seen):
-    assert seen["fetched"] == 0
-
-
-def test_dark_preference_is_followed(page, tmp_path):
-    dom, _ = visit(page, tmp_path, "--blink-settings=preferredColorScheme=0")
-    assert 'data-theme="dark"' in dom[:400]
-
-
-def test_phone_has_no_sideways_scrolling(page, tmp_path):
-    frame = page.with_name("frame.html")
-    script = "document.title = document.querySelector('iframe').contentDocument.documentElement.scrollWidth"
-    frame.write_text(
-        f'<title>-</title><iframe src="{page.name}" style="width:390px;height:800px;border:0"></iframe>'
-        f'<script>addEventListener("load", function () {{ {script} }})</script>'
+@pytest.mark.slow
+def test_every_figure_is_drawn_and_fits(opened):
+    assert len(opened.evaluate(KEYS)) == 10
+    wide = (
+        "Array.from(document.querySelectorAll('.plot svg')).some(s => s.getBoundingClientRect().right > innerWidth + 1)"
     )
-    dom, _ = visit(frame, tmp_path, "--allow-file-access-from-files")
-    assert re.search(r"<title>(\d+)</title>", dom)[1] == "390"
+    assert opened.evaluate(DRAWN)
+    assert not opened.evaluate(wide)
+    assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.slow
+def test_legend_switches_a_series(opened):
+    hidden = "document.getElementById('plot-forecast').data.filter(t => t.visible === false).length"
+    button = "document.querySelector('#legend-forecast button')"
+    before = opened.evaluate(hidden)
+    opened.evaluate(f"{button}.click()")
+    assert opened.evaluate(hidden) > before
+    assert opened.evaluate(f"{button}.getAttribute('aria-pressed')") == "false"
+    opened.evaluate(f"{button}.click()")
+    assert opened.evaluate(hidden) == before
+
+
+@pytest.mark.slow
+def test_a_drag_zooms_and_a_double_click_shows_everything(opened):
+    x, y, _ = opened.evaluate(CURVE % "loss-curves")
+    seen = "document.getElementById('plot-loss-curves')._fullLayout.xaxis.range.map(Number)"
+    before = opened.evaluate(seen)
+    mouse = {"button": "left", "buttons": 1, "clickCount": 1}
+    opened.call("Input.dispatchMouseEvent", type="mousePressed", x=x, y=y, **mouse)
+    for step in range(1, 6):
+        opened.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + 30 * step, y=y + 20 * step, **mouse)
+    opened.call("Input.dispatchMouseEvent", type="mouseReleased", x=x + 150, y=y + 100, **mouse)
+    opened.wait_for(f"{seen}[0] > {before[0]} && {seen}[1] < {before[1]}")
+    for count in (1, 2):
+        for kind in ("mousePressed", "mouseReleased"):
+            opened.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=count)
+    opened.wait_for(f"{seen}[1] - {seen}[0] >= {before[1] - before[0]} * 0.95")
+
+
+@pytest.mark.slow
+def test_columns_sort_both_ways(opened):
+    head = "document.querySelectorAll('#runs ~ .scroll th')[2].click()"
+    opened.evaluate(head)
+    ascending = opened.evaluate(column(2))
+    assert ascending == sorted(ascending)
+    assert len(set(ascending)) > 1
+    opened.evaluate(head)
+    assert opened.evaluate(column(2)) == sorted(ascending, reverse=True)
+
+
+@pytest.mark.slow
+def test_theme_changes_page_and_figures_and_paper_is_light(opened):
+    ground = "getComputedStyle(document.body).backgroundColor"
+    line = (
+        "document.getElementById('plot-forecast').data.find(t => t.mode === 'lines' && t.line.width > 2.5).line.color"
+    )
+    light, color = opened.evaluate(ground), opened.evaluate(line)
+    opened.evaluate("document.getElementById('theme').click()")
+    dark = opened.evaluate(ground)
+    assert (light, dark) == ("rgb(255, 255, 255)", "rgb(21, 24, 28)")
+    assert opened.evaluate(line) != color
+    opened.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert opened.evaluate(ground) == light
+    opened.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert opened.evaluate(ground) == dark
+    opened.evaluate("document.getElementById('theme').click()")
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.parametrize("look", LOOKS)
+def test_page_in_every_size_and_colour(browser, report, picture, look):
+    with browser.page(**LOOKS[look]) as page:
+        page.open(report.as_uri())
+        page.wait_for(DRAWN)
+        width = LOOKS[look].get("width", 1280)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        shot = page.screenshot(picture(f"report-{look}"), whole=True)
+        assert page.errors() == []
+    image = Image.open(io.BytesIO(shot.read_bytes())).convert("RGB")
+    assert image.width == width
+    assert image.getpixel((2, 2)) == GROUNDS[look.partition("-")[2]]
+    assert len(np.unique(np.asarray(image.resize((64, 640))).reshape(-1, 3), axis=0)) > 200  # not a blank page
+
+
+@pytest.mark.slow
+def test_paper(browser, report, picture):
+    with browser.page() as page:
+        page.open(report.as_uri())
+        page.wait_for(DRAWN)
+        pdf = page.print_pdf(picture("report").with_suffix(".pdf")).read_bytes()
+    assert pdf.startswith(b"%PDF")
+    assert 4 <= pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") + pdf.count(b"/Type /Page/") <= 24

@@ -58,7 +58,8 @@ def test_the_misfit_is_the_root_mean_square_of_the_errors_and_widens_by_students
     fit = fit_annealing(runs, decay=0.95, num_bootstrap=50)
     forecasts = leave_one_schedule_out(runs, decay=0.95, num_bootstrap=0)
     wide = calibrate(fit, forecasts)
-    assert wide.misfit == pytest.approx(np.sqrt(np.mean([one.relative_error**2 for one in forecasts])))
+    squares = [one.relative_error**2 - one.expected_error**2 for one in forecasts]
+    assert wide.misfit == pytest.approx(np.sqrt(np.mean(squares)))
     assert wide.num_misfits == 5
     before, after = (predict_annealing(f, runs[2].lr, [200, 400]) for f in (fit, wide))
     assert after.loss_nats.tolist() == before.loss_nats.tolist()
@@ -66,6 +67,17 @@ def test_the_misfit_is_the_root_mean_square_of_the_errors_and_widens_by_students
     np.testing.assert_allclose(after.high - after.loss_nats, np.hypot(before.high - before.loss_nats, reach), rtol=1e-9)
     np.testing.assert_allclose(after.loss_nats - after.low, np.hypot(before.loss_nats - before.low, reach), rtol=1e-9)
     assert FitResult.from_json(wide.to_json()) == wide
+
+
+def test_what_a_fit_expects_itself_does_not_count_twice() -> None:
+    """Without a misfit there is nothing to add: errors of the size that noise and parameters explain."""
+    forecasts = leave_one_schedule_out(curves(1, 0.0), decay=0.95, num_bootstrap=50)
+    for one in forecasts:
+        width = np.log(one.high / one.low) / 2
+        assert one.expected_error == pytest.approx(width / stats.norm.ppf(0.95), rel=1e-12)
+    fit = calibrate(fit_annealing(curves(1, 0.0), decay=0.95, num_bootstrap=0), forecasts)
+    assert fit.misfit < 0.5 * np.sqrt(np.mean([one.relative_error**2 for one in forecasts]))
+    assert fit.num_misfits == 5
 
 
 def test_the_forecast_of_a_run_sees_nothing_of_it() -> None:

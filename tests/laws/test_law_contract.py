@@ -9,7 +9,7 @@ import pytest
 
 from landscape_ray.errors import UserError
 from landscape_ray.laws import LAWS, FitResult, Objective, Points, fit, predict_points
-from landscape_ray.laws.core.law import Bound
+from landscape_ray.laws.core.bound import Bound
 
 SIZES, TOKENS = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e10, 5), np.geomspace(1e9, 1e11, 5)))
 BATCH = np.geomspace(1e3, 1e7, 9)
@@ -24,7 +24,6 @@ EXAMPLES = {
     "lr_batch_saturating": ({"batch": BATCH}, {"lr_max": 3e-3, "B_noise": 2e5, "a": 0.5}),
     "lr_batch_surge": ({"batch": BATCH}, {"lr_max": 3e-3, "B_noise": 2e5}),
     "steps_batch": ({"batch": BATCH}, {"S_min": 800.0, "E_min": 3e8}),
-    "critical_batch_loss": ({"loss": np.linspace(2, 6, 9)}, {"B_star": 2e8, "k": 4.76}),
     "critical_batch_tokens": ({"D": np.geomspace(1e8, 1e11, 6)}, {"c": 22.9, "k": 0.47}),
     "loss_to_loss": ({"loss_0": np.linspace(2.2, 5, 30)}, {"E1": 1.2, "K": 0.9, "kappa": 1.1, "E0": 1.5}),
     "excess_to_excess": ({"excess_0": np.geomspace(0.3, 3, 12)}, {"K": 0.9, "kappa": 1.1}),

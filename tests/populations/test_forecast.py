@@ -9,6 +9,7 @@ from landscape_ray.domains import Domain
 from landscape_ray.populations import STRATEGIES, Observation, Point
 from landscape_ray.populations.simulation import LawCurves, NoisyQuadratic, Simulator
 from landscape_ray.populations.strategies import Forecast
+from landscape_ray.populations.strategies.forecast import MIN_MISSES, Miss
 from landscape_ray.populations.strategies.forecasting import MAX_ROWS, Forecaster
 from landscape_ray.schedules import Schedule
 
@@ -97,24 +98,53 @@ def started(**options: Any) -> Forecast:
     return strategy
 
 
-def first_round(losses: list[float], averaged: list[float]) -> dict[int, int | None]:
+def second_round(
+    losses: list[float], averaged: list[float], *, first: float | list[float] = 9.0, known: bool = False
+) -> dict[int, int | None]:
+    """Return whom the members copy at their second meeting, where no law has been fitted yet."""
     strategy = started()
+    before = first if isinstance(first, list) else [first] * 4
     decisions = []
-    for number, (loss, mean) in enumerate(zip(losses, averaged, strict=True)):
-        points = (Point(100, loss, float(strategy.members[number].values["lr"]), mean),)
-        decisions = strategy.observe(Observation(number, points))
+    for step, row, means in ((100, before, before if known else [math.nan] * 4), (200, losses, averaged)):
+        for number, (loss, mean) in enumerate(zip(row, means, strict=True)):
+            points = (Point(step, loss, float(strategy.members[number].values["lr"]), mean),)
+            decisions = strategy.observe(Observation(number, points))
+        assert step == 200 or all(d.donor is None for d in decisions)  # nobody has come down by anything yet
     return {d.member: d.donor for d in decisions}
+
+
+NOBODY = {0: None, 1: None, 2: None, 3: None}
 
 
 def test_without_a_law_only_a_donor_at_a_rate_as_high_replaces() -> None:
     unknown = [math.nan] * 4
-    assert first_round([1.0, 2.0, 3.0, 4.0], unknown) == {0: None, 1: None, 2: None, 3: None}  # low rates look good
-    assert first_round([4.0, 3.0, 2.0, 1.0], unknown) == {0: 3, 1: None, 2: None, 3: None}
+    assert second_round([1.0, 2.0, 3.0, 4.0], unknown) == NOBODY  # low rates look good
+    assert second_round([4.0, 3.0, 2.0, 1.0], unknown) == NOBODY | {0: 3}
+
+
+def test_without_a_law_nobody_is_replaced_who_comes_down_faster() -> None:
+    unknown = [math.nan] * 4
+    assert second_round([4.0, 3.0, 2.0, 1.0], unknown, first=[9.0, 9.0, 9.0, 5.0]) == NOBODY
+    assert second_round([4.0, 3.0, 2.0, 1.0], unknown, first=[7.0, 9.0, 9.0, 5.0]) == NOBODY | {0: 3}
+    assert second_round([4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0], first=[9.0, 9.0, 9.0, 5.0], known=True) == NOBODY
 
 
 def test_averaged_weights_settle_it_where_they_are_known() -> None:
-    assert first_round([1.0, 2.0, 3.0, 4.0], [1.5, 1.4, 1.3, 0.9]) == {0: None, 1: 3, 2: None, 3: None}
-    assert first_round([1.0, 2.0, 3.0, 4.0], [9.0, 9.0, 9.0, 9.0])[3] == 0  # a lagging average is not believed
+    assert second_round([1.0, 2.0, 3.0, 4.0], [1.5, 1.4, 1.3, 0.9], known=True) == NOBODY | {1: 3}
+    # a lagging average is not believed
+    assert second_round([1.0, 2.0, 3.0, 4.0], [9.0, 9.0, 9.0, 9.0], known=True) == NOBODY | {3: 0}
+
+
+def test_errors_are_what_members_miss_by_differently_in_proportion_to_the_distance() -> None:
+    strategy = started()
+    assert strategy.error(100) == math.inf
+    strategy._misses = [Miss(0, 200, 7 + error) for error in (-0.2, -0.1, 0.0, 0.1, 0.2)]
+    assert strategy.error(200) == pytest.approx(math.sqrt(2) * 1.4826 * 0.1)
+    assert strategy.error(800) == pytest.approx(4 * strategy.error(200))
+    strategy._misses += [Miss(0, 800, error) for error in (-0.2, -0.1, 0.0, 0.1, 0.2)]
+    assert strategy.error(800) == pytest.approx(math.sqrt(2) * 1.4826 * 0.1)  # by what was seen so far ahead
+    strategy._misses = [Miss(0, 200, 0.1)] * (MIN_MISSES - 1)
+    assert strategy.error(200) == math.inf
 
 
 def test_the_law_is_trusted_once_its_forecasts_have_been_checked() -> None:

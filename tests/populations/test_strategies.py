@@ -9,7 +9,7 @@ from scipy import stats
 
 from landscape_ray.domains import Domain
 from landscape_ray.errors import UserError
-from landscape_ray.populations import STRATEGIES, Decision, Observation, Point, Strategy, position
+from landscape_ray.populations import STRATEGIES, Decision, Observation, Point, Strategy, Values, position
 from landscape_ray.populations.strategies import (
     Bandit,
     Frequencies,
@@ -21,7 +21,7 @@ from landscape_ray.populations.strategies import (
 from landscape_ray.populations.strategies.bandit import Process
 from landscape_ray.populations.strategies.improvement import faster
 from landscape_ray.populations.strategies.truncation import welch
-from tests.populations.conftest import SPACE, make, simulate
+from tests.populations.conftest import SPACE, make, resumed, simulate
 
 LR = {"lr": Domain(log_uniform=[1e-4, 1e-1])}
 
@@ -271,3 +271,54 @@ def test_every_strategy_ends_a_simulation(name: str) -> None:
     strategy = STRATEGIES[name]
     assert issubclass(strategy, Strategy)
     assert simulate(make(name))[-1][1]
+
+
+@pytest.mark.acceptance
+def test_a_member_that_diverges_before_anybody_has_reported_waits_for_somebody_to_copy() -> None:
+    def fresh() -> Strategy:
+        return make("truncation", synchronous=False)
+
+    strategy = fresh()
+    strategy.start()
+    assert strategy.observe(Observation(0, (Point(10, math.inf, 0.1),))) == []
+    strategy = resumed(strategy, fresh)
+    assert not strategy.finished
+    first, second = strategy.observe(Observation(1, (Point(40, 1.0, 0.1),)))
+    assert (first.member, first.action, first.donor, first.donor_step) == (0, "exploit", 1, 40)
+    assert (second.member, second.action) == (1, "continue")
+
+
+def test_an_explorer_proposes_the_values_of_copies_from_what_it_has_learnt() -> None:
+    class Memory:
+        """Proposes the values under which the loss fell fastest."""
+
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def explore(self, values: Values) -> Values:
+            sound = [each for each in self.seen if math.isfinite(each[1])]
+            return dict(max(sound, key=lambda each: float(each[1]))[0]) if sound else values
+
+        def learn(self, values: Values, rate: float) -> None:
+            self.seen.append([values, rate])
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": [[values, repr(rate)] for values, rate in self.seen]}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.seen = [[values, float(rate)] for values, rate in state["seen"]]
+
+    def fresh() -> Strategy:
+        return make("truncation", explorer=Memory())
+
+    strategy = fresh()
+    history = simulate(strategy, divergence=0.02)
+    memory = strategy.explorer
+    assert isinstance(memory, Memory)
+    segments = [o for o, _ in history if o.step > 40]
+    assert 0 < len(memory.seen) <= len(segments)
+    assert all(domain.contains(values[key]) for values, _ in memory.seen for key, domain in SPACE.items())
+    copies = [d for _, decisions in history for d in decisions if d.action == "exploit"]
+    tried = [values for values, _ in memory.seen] + [d.values for d in fresh().start()]
+    assert all(decision.values in tried for decision in copies)
+    assert resumed(strategy, fresh).state_dict() == strategy.state_dict()

@@ -68,6 +68,7 @@ def check(path: Path, num_trials: int) -> None:
     assert best[0] in beyond, "the best of a rung goes on"
 
 
+@pytest.mark.slow
 @pytest.mark.acceptance
 def test_kill_9_in_the_middle_of_halving(sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text(text_of(sweep_text, tiny))

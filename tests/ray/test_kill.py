@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from landscape_ray.records import RunSummary
+from landscape_ray.sweep.population.book import population_of
+from landscape_ray.sweep.spec import spec_of
 from landscape_ray.tracking.collect import collect
+from landscape_ray.tracking.folder import SweepFolder
 from tests.ray.driver import finish, launch, summaries, wait_until
+from tests.sweep.population.local import Local, make
 
 STEPS = 120
 
@@ -95,6 +100,13 @@ def test_kill_9_in_the_middle_of_a_population(
     resumed = Counter(r["run_id"] for r in rows if r["event"] == "resume")
     assert resumed
     assert set(resumed.values()) == {1}
+    folder = SweepFolder.open(path)
+    assert population_of(spec_of(folder), folder).finished
+    if synchronous:  # in asynchrony decisions depend on who comes first
+        torch.set_num_threads(1)  # as the trials had
+        whole = make(tmp_path / "whole", (tmp_path / "p.toml").read_text())
+        Local(whole).run()
+        assert json.loads(folder.population_path.read_text()) == json.loads(whole.population_path.read_text())
 
 
 @pytest.mark.acceptance

@@ -19,6 +19,7 @@ from landscape_ray.cli import main
 from landscape_ray.config import parse
 from landscape_ray.data import DATASETS
 from landscape_ray.models import MODELS
+from landscape_ray.populations import STRATEGIES
 from landscape_ray.probes import PROBES
 from landscape_ray.schedules import SCHEDULES
 from landscape_ray.sweep.spec import SweepSpec
@@ -159,9 +160,15 @@ def test_the_three_jobs(
 
 
 def test_the_sweep_file_in_the_text_is_valid() -> None:
-    text, probes = blocks("toml")
+    text, population, probes = blocks("toml")
     spec = parse(SweepSpec, tomllib.loads(text), "README")
     assert spec.search is not None
+    other = {"name": "p", "train": spec.train, "space": {"schedule.peak_lr": spec.space["schedule.peak_lr"]}}
+    found = parse(SweepSpec, other | tomllib.loads(population), "README").population
+    assert found is not None
+    assert found.explorer is not None
+    (line,) = re.findall(r"^strategy = (.*), or", population, flags=re.MULTILINE)
+    assert set(STRATEGIES) == set(re.findall(r"\w+", line))
     asked = tomllib.loads(probes)["train"]["probes"]
     assert set(parse(ProbesConfig, asked, "README").tables) == set(asked) - {"budget"}
 

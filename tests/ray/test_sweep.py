@@ -20,8 +20,9 @@ from rich.console import Console
 
 from landscape_ray.config import parse
 from landscape_ray.errors import UserError
+from landscape_ray.sweep.population.book import population_of
 from landscape_ray.sweep.session import Outcome, exit_status, new_sweep, outcome_text, reason
-from landscape_ray.sweep.spec import SweepSpec
+from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.uris import default_tracking_uri
@@ -112,16 +113,27 @@ def test_a_search_runs_tracks_and_ends(sweep_text: SweepText, tmp_path: Path) ->
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize("synchronous", [False, True])
+@pytest.mark.parametrize("synchronous", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("ready_store")
 def test_a_population_trains_copies_and_mutates(
     tiny: dict[str, Any], sweep_text: SweepText, tmp_path: Path, synchronous: bool
 ) -> None:
+    """One member begins with a rate that makes it diverge. In synchrony there is room for two of the four only."""
+    lr = "schedule.peak_lr"
     text = sweep_text(
         "population",
         train={**tiny, "num_steps": 30},
-        population={"num_members": 4, "interval_steps": 10, "quantile_fraction": 0.5, "synchronous": synchronous},
+        space={lr: {"log_uniform": [1e-3, 1e30]}},
+        population={
+            "num_members": 4,
+            "interval_steps": 10,
+            "quantile_fraction": 0.5,
+            "synchronous": synchronous,
+            "resample_probability": 0.0,
+            "initial": [{lr: value} for value in (0.01, 0.02, 1e30, 0.005)],
+        },
         commit_steps=5,
+        resources={"cpus_per_trial": 1.0 if synchronous else 0.5},
     )
     folder = start(text, tmp_path)
     outcome, _ = drive(folder)
@@ -129,8 +141,8 @@ def test_a_population_trains_copies_and_mutates(
     check_records(folder, 4, 30)
     check_mlflow(folder, 4)
     rows = collect(folder.path).records.to_pylist()
+    assert [row["event"] for row in rows if row["run_id"] == "t0002" and row["event"]][:2] == ["diverged", "exploit"]
     exploits = [row for row in rows if row["event"] == "exploit"]
-    assert exploits
     for event in exploits:
         assert event["donor"] != event["run_id"]
         assert event["step"] == event["donor_step"]
@@ -139,8 +151,17 @@ def test_a_population_trains_copies_and_mutates(
         own = [r for r in rows if r["run_id"] == event["run_id"]]
         after = next(r for r in own[own.index(event) :] if r["kind"] == "step")
         assert after["step"] == event["step"] + 1
-        assert after["lr"] == pytest.approx(json.loads(event["detail"])["schedule.peak_lr"])
-        assert 1e-3 <= after["lr"] <= 1e-1
+        value = json.loads(event["detail"])[lr]
+        assert 1e-3 <= value <= 1e30
+        assert after["lr"] == pytest.approx(value)
+    strategy = population_of(spec_of(folder), folder)
+    assert strategy.finished
+    for member in range(4):
+        (summary,) = (run for run in collect(folder.path).runs if run.run_id == f"t{member:04d}")
+        path = strategy.lineage.path(member)
+        assert path[0].start_step == 0
+        assert (path[-1].stop_step, path[-1].points[-1].loss) == (30, summary.final_loss_nats)
+        assert path[-1].values == summary.varied
 
 
 @pytest.mark.usefixtures("ready_store")

@@ -6,12 +6,13 @@ import math
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from matplotlib.figure import Figure as Canvas
 
 from landscape_ray.reports import charts, insight
-from landscape_ray.reports.figures import Figure, palette
+from landscape_ray.reports.figures import Axis, Figure, Panel, palette, series
 from landscape_ray.reports.interactive import legend, specification
 from landscape_ray.reports.page import figures
-from landscape_ray.reports.static import DPI, WIDTH_INCHES, height_inches, render
+from landscape_ray.reports.static import DPI, WIDTH_INCHES, _draw, height_inches, render
 
 
 def named(figure, name, panel=0):
@@ -35,7 +36,7 @@ def drawn(search, population) -> list[Figure]:
 
 def test_every_chapter_has_its_figure(drawn):
     curves = ["loss-curves", "generalisation"]
-    keys = [*curves, "schedules", "lineage-1", "search-result", "sharpness", "forecast", "time-spent"]
+    keys = [*curves, "schedules", "lineage-1", "search-result", "importance", "sharpness", "forecast", "time-spent"]
     assert [figure.key for figure in drawn] == keys
 
 
@@ -109,16 +110,6 @@ def test_schedules_are_coloured_by_loss(search):
     np.testing.assert_array_equal(best.y, charts.thin(search.best.steps["step"], search.best.steps["lr"])[1])
 
 
-def test_arrows_go_from_donor_to_member(population):
-    figure = charts.lineage([population], population)
-    arrows = [one for one in figure.panels[0].series if one.role == "arrow"]
-    assert [(one.x.tolist(), one.y.tolist()) for one in arrows] == [([100, 100], [0, 1]), ([200, 200], [1, 3])]
-    (path,) = named(figure, "path of the winner", panel=1)
-    assert (path.y[0], path.y[-1]) == (0.004, 0.00155)
-    assert "t000 → t001 → t003" in figure.takeaway
-    assert "from 0.004 to 0.00155" in figure.takeaway
-
-
 def test_search_result_has_every_finished_run_once(search):
     figure = charts.search_result([search])
     points = [one for one in figure.panels[0].series if one.role == "points" and not one.name.startswith("diverged")]
@@ -177,7 +168,6 @@ def test_missing_data_is_a_reason_with_a_remedy(search, population):
     assert "[train.probes.sharpness]" in insight.sharpness([population])
     assert "landscape-ray fit" in insight.forecast(nothing)
     assert "No running time" in insight.time_spent([nothing])
-    assert "[population]" in charts.lineage([nothing], nothing)
 
 
 def test_fit_of_a_run_that_is_gone(search):
@@ -236,5 +226,22 @@ def test_accuracy_has_a_panel_where_it_was_measured(search):
         runs.append(dataclasses.replace(run, evals={**run.evals, "accuracy": accuracy}))
     figure = charts.generalisation([dataclasses.replace(search, runs=tuple(runs))])
     assert len(figure.panels) == 2
-    assert "100.0% predicted right" in figure.takeaway
+    assert "100 % predicted right" in figure.takeaway
     assert len(charts.generalisation([search]).panels) == 1
+
+
+def test_bars_of_a_series_that_leaves_rows_out_begin_where_the_others_end():
+    axis = Axis(label="", categories=("a", "b"))
+    bars = (
+        series("bar", [0.5], [0.0], color="c0"),
+        series("bar", [0.25], [1.0], color="c1"),
+        series("bar", [0.1], [0.0], color="c2"),
+    )
+    figure = Figure(key="k", title="t", takeaway="s.", x=Axis(label="x"), panels=(Panel(y=axis, series=bars),))
+    canvas = Canvas()
+    (ax,) = [canvas.subplots()]
+    for one in bars:
+        _draw(ax, one, palette("light"))
+    drawn = [(patch.get_x(), patch.get_width()) for patch in ax.patches]
+    np.testing.assert_allclose(drawn, [(0, 0.5), (0, 0.25), (0.5, 0.1)])
+    assert render(figure)[:4] == b"\x89PNG"

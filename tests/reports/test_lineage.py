@@ -62,3 +62,14 @@ def test_rates_along_the_ancestry(population):
 def test_peak_of_a_copying_member_is_that_of_its_weights(population):
     peaks = {run.run_id: run.peak_lr for run in population.runs}
     assert peaks == {"t000": 0.004, "t001": 0.004, "t002": 0.0022, "t003": 0.004}
+
+
+def test_values_and_reason_of_a_copy_are_told_apart(population):
+    import dataclasses
+    import json
+
+    run = next(run for run in population.runs if run.run_id == "t001")
+    for detail in ({"values": {"lr": 0.1}, "reason": "quantile"}, {"lr": 0.1, "reason": "quantile"}):
+        events = {**run.events, "detail": np.array([json.dumps(detail)], dtype=object)}
+        (copy,) = exploits([dataclasses.replace(run, events=events)])
+        assert (copy.values, copy.reason) == ({"lr": 0.1}, "quantile")

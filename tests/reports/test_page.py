@@ -10,6 +10,8 @@ import pytest
 from landscape_ray import text
 from landscape_ray.analysis.annealing import annealing_curves
 from landscape_ray.errors import UserError
+from landscape_ray.reports import law_section
+from landscape_ray.reports.law_checks import checks
 from landscape_ray.reports.page import export_figures, render_page, safe_json, write_report
 from landscape_ray.reports.sections import runs_table
 from landscape_ray.reports.views import Sweep, asked, open_sweep
@@ -259,10 +261,12 @@ def test_something_that_is_no_sweep(tmp_path):
 
 def test_exported_figures(search_folder, tmp_path):
     paths = export_figures(search_folder, tmp_path / "deep" / "figures")
-    names = ["loss-curves", "generalisation", "schedules", "search-result", "sharpness", "rank", "forecast"]
-    names.append("time-spent")
-    assert [path.name for path in paths] == [f"{name}.png" for name in names]
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
+    names = ["loss-curves", "generalisation", "schedules", "search-result", "importance", "sharpness", "rank"]
+    names += ["forecast", "time-spent"]
+    assert [path.name for path in paths] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths[::2])
+    assert all(b"<svg" in path.read_bytes() for path in paths[1::2])
+    assert [path.suffix for path in export_figures(search_folder, tmp_path, ("png",))] == [".png"] * len(names)
 
 
 def test_intervals_that_miss_too_often_are_called_too_narrow(search):
@@ -273,3 +277,21 @@ def test_intervals_that_miss_too_often_are_called_too_narrow(search):
     said = Reader(render_page([sweep])).said
     assert "0 of 5 measured losses lie inside their interval. That is too few for intervals of 90 %" in said
     assert "measured: outside the interval" in said
+
+
+def test_a_law_comes_with_its_checklist(search):
+    said = Reader(law_section.law(search, [search])).said
+    assert "How it was checked" in said
+    assert f"{search.fit.fit.certificate['num_starts']} starts agree" in said
+    assert "of 5 inside their 90 % interval" in said
+    loose = dataclasses.replace(
+        search.fit.fit,
+        certificate=search.fit.fit.certificate | {"bounds_hit": ["L0"], "points_per_parameter": 2.0},
+        reasons=("intervals wider than the value: L0",),
+    )
+    rows = checks(dataclasses.replace(search.fit, fit=loose)).split("<tr>")
+    for name in ("optimum", "parameters determined", "enough data"):
+        (row,) = (row for row in rows if f">{name}<" in row)
+        assert ">read<" in row
+    assert "at a bound: L0" in rows[2]
+    assert "none was held out" in checks(dataclasses.replace(search.fit, forecasts=()))

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from landscape_ray.analysis.runs import setting
+from landscape_ray.reports.sections import cost_text
 from landscape_ray.reports.views import (
     asked,
     best_overall,
     bits_per_byte,
     cost,
+    domain,
     edge_of_search,
     label,
     open_sweep,
@@ -19,6 +21,7 @@ from landscape_ray.reports.views import (
     status_counts,
     varied_names,
 )
+from landscape_ray.text import percent
 
 
 def changed(run, **fields):
@@ -125,3 +128,26 @@ def test_setting_ignores_only_schedule_noise_and_observation(search):
     config = run.summary.config
     assert setting(run) == setting(changed(run, config=config | {"seed": 1, "num_steps": 5, "probes": {}}))
     assert setting(run) != setting(changed(run, config=config | {"batch_size": 99}))
+
+
+def test_cost_counts_what_was_reserved_and_what_tracking_took(search):
+    spec = search.spec_text + "\n[resources]\ngpus_per_trial = 0.5\ncpus_per_trial = 2\n"
+    runs = tuple(
+        dataclasses.replace(run, summary=dataclasses.replace(run.summary, tracking_seconds=1.0)) for run in search.runs
+    )
+    sweep = dataclasses.replace(search, spec_text=spec, runs=runs, meta={"hardware": {"gpus": ["A100"] * 2}})
+    spent = cost([sweep])
+    assert spent.gpu_seconds == pytest.approx(0.5 * spent.total_seconds)
+    assert spent.cpu_seconds == pytest.approx(2 * spent.total_seconds)
+    assert spent.tracking_share == pytest.approx(len(runs) / (spent.total_seconds + len(runs)))
+    said = cost_text([sweep])
+    assert "GPU-hours reserved on A100" in said
+    assert f"({percent(spent.tracking_share)}) in which runs wrote records" in said
+    assert "on CPUs" in cost_text([search])
+    assert "not recorded" in cost_text([search])
+
+
+def test_domains_are_told_in_words(search):
+    assert "schedule.name one of constant, linear, cosine, wsd" in dict(asked(search))["Varied"]
+    assert domain({"monotone_knots": 4, "when": {"schedule.name": "table"}}) == "monotone knots 4"
+    assert domain("nonsense") == ""

@@ -1,13 +1,12 @@
 """One trial and its folder: what is durable when, and what a crash leaves."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 import pytest
 
-from landscape_ray.sweep.run import CHECKPOINT, TrialRun
+from landscape_ray.sweep.run import TrialRun
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.folder import SweepFolder
@@ -74,63 +73,6 @@ def test_a_crash_loses_and_doubles_nothing(
     assert resumed == ([] if crash_at == "after checkpoint" else [5])
 
 
-def test_an_exploit_copies_weights_and_keeps_own_values(
-    population_spec: SweepSpec, folder: SweepFolder, tmp_path: Path
-) -> None:
-    donor = TrialRun(population_spec, folder.trial("t0000"), 0, {"schedule.peak_lr": 0.01})
-    donor.advance()
-    donor.save(tmp_path / CHECKPOINT)
-    member = TrialRun(population_spec, folder.trial("t0001"), 1, {"schedule.peak_lr": 0.03})
-    member.advance()
-
-    mutated = TrialRun(population_spec, folder.trial("t0001"), 1, {"schedule.peak_lr": 0.05})
-    mutated.adopt(tmp_path / CHECKPOINT, "1.1")
-    for p, q in zip(mutated.state.module.parameters(), donor.state.module.parameters(), strict=True):
-        assert bool((p == q).all())
-    assert mutated.state.config.seed == member.state.config.seed != donor.state.config.seed
-    assert mutated.state.elapsed_seconds == pytest.approx(member.state.elapsed_seconds)
-    finish(mutated)
-
-    event = rows(folder, "t0001", "event")[0]
-    assert (event["event"], event["step"], event["donor"], event["donor_step"]) == ("exploit", 5, "t0000", 5)
-    assert event["detail"] == '{"schedule.peak_lr": 0.05}'
-    lrs = [row["lr"] for row in rows(folder, "t0001", "step")]
-    assert lrs[4] == pytest.approx(0.03)
-    assert lrs[5] == pytest.approx(0.05)
-    summary = folder.trial("t0001").summary()
-    assert summary is not None
-    assert summary.varied == {"schedule.peak_lr": 0.05}
-
-
-def test_a_repeated_exploit_changes_nothing_and_a_new_one_does(
-    population_spec: SweepSpec, folder: SweepFolder, tmp_path: Path
-) -> None:
-    donor = TrialRun(population_spec, folder.trial("t0000"), 0, {"schedule.peak_lr": 0.01})
-    donor.advance()
-    donor.save(tmp_path / CHECKPOINT)
-    member = TrialRun(population_spec, folder.trial("t0001"), 1, {"schedule.peak_lr": 0.03})
-    member.advance()
-    member.adopt(tmp_path / CHECKPOINT, "1.1")
-    member.advance()
-    assert member.state.finished
-    reopened = TrialRun(population_spec, folder.trial("t0001"), 1, {"schedule.peak_lr": 0.03})
-    for run in (member, reopened):
-        run.adopt(tmp_path / CHECKPOINT, "1.1")  # Ray hands out the donor's checkpoint again after a crash
-        assert run.state.step == 10
-    donor.advance()
-    donor.adopt(tmp_path / CHECKPOINT, "")  # and a member's own, older one after a pause
-    assert donor.state.step == 10
-    assert len(rows(folder, "t0001", "event")) == 1
-    reopened.adopt(
-        tmp_path / CHECKPOINT, ""
-    )  # a later driver knows of no exploit: whatever it hands out is the member's
-    assert reopened.state.step == 10
-    assert len(rows(folder, "t0001", "event")) == 1
-    reopened.adopt(tmp_path / CHECKPOINT, "1.2")  # the same weights once more, on purpose
-    assert reopened.state.step == 5
-    assert [event["donor_step"] for event in rows(folder, "t0001", "event")] == [5, 5]
-
-
 def test_a_process_that_was_cut_off_writes_no_more(search_spec: SweepSpec, folder: SweepFolder) -> None:
     run = TrialRun(search_spec, folder.trial("t0000"), 0, VALUES, attempt=1)
     folder.update_meta(attempts=2)
@@ -139,13 +81,6 @@ def test_a_process_that_was_cut_off_writes_no_more(search_spec: SweepSpec, folde
     successor = TrialRun(search_spec, folder.trial("t0000"), 0, VALUES, attempt=2)
     finish(successor)
     assert [row["step"] for row in rows(folder, "t0000", "step")] == list(range(1, 11))
-
-
-def test_mutated_values_become_durable_with_their_weights_only(population_spec: SweepSpec, folder: SweepFolder) -> None:
-    TrialRun(population_spec, folder.trial("t0001"), 1, {"schedule.peak_lr": 0.03}).advance()
-    before = folder.trial("t0001").summary()
-    TrialRun(population_spec, folder.trial("t0001"), 1, {"schedule.peak_lr": 0.05})  # killed before it adopts
-    assert folder.trial("t0001").summary() == before
 
 
 def test_divergence_is_committed(search_spec: SweepSpec, folder: SweepFolder) -> None:

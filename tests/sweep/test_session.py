@@ -7,7 +7,6 @@ import pytest
 
 from landscape_ray.errors import UserError
 from landscape_ray.records import RunSummary
-from landscape_ray.sweep.population import members
 from landscape_ray.sweep.session import Outcome, check_data, conclude, exit_status, outcome_text, reason
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.folder import SweepFolder
@@ -61,23 +60,6 @@ def test_a_corpus_too_small_for_the_evaluation_is_found_before_the_start(
     train["eval"] = {"num_batches": 50, "batch_size": 50}
     with pytest.raises(UserError, match="validation"):
         check_data(search_spec.model_copy(update={"train": train}))
-
-
-def test_a_member_keeps_its_values_whatever_became_of_it(population_spec: SweepSpec) -> None:
-    fresh = members(population_spec, {})
-    assert sorted(fresh) == ["t0000", "t0001", "t0002", "t0003"]
-
-    def summary(status: Any, config: dict[str, Any]) -> RunSummary:
-        varied = {"schedule.peak_lr": 0.5} if config else {}
-        return RunSummary(run_id="t", status=status, config=config, varied=varied)
-
-    known = {
-        "t0000": summary("finished", {"x": 1}),
-        "t0001": summary("running", {"x": 1}),
-        "t0002": summary("failed", {}),  # before its first commit: nothing is known of it but its name
-    }
-    left = members(population_spec, known)
-    assert left == {"t0001": {"schedule.peak_lr": 0.5}, "t0002": fresh["t0002"], "t0003": fresh["t0003"]}
 
 
 def test_a_failed_cohort_does_not_undo_its_finished_members(folder: SweepFolder, search_spec: SweepSpec) -> None:

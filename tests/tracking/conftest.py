@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 import sqlite3
 from collections import Counter
@@ -38,6 +39,19 @@ def uri(results: Path) -> str:
 @pytest.fixture
 def folder(results: Path) -> SweepFolder:
     return SweepFolder.create(results / "quick", spec_text=SPEC, meta={"seed": 0})
+
+
+@pytest.fixture
+def global_address() -> Iterator[None]:
+    """For tests that tell MLflow a global address, as its users do: it is forgotten, also by the environment."""
+    from mlflow.tracking._tracking_service import utils
+
+    before = utils._tracking_uri
+    try:
+        yield
+    finally:
+        utils._tracking_uri = before
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # not there either when the tests begin
 
 
 def summary(trial_id: str, **changes: Any) -> RunSummary:
@@ -102,12 +116,23 @@ def write(trial: TrialFolder, first: int, last: int, *, part_rows: int = 12, com
 
 def expected_points(last_steps: dict[str, int]) -> Counter[tuple[str, str, int, int, float]]:
     """The points that MLflow must hold when trial -> last step is committed, from the records themselves."""
-    return Counter(
-        (trial_id, key, round(record.time_unix * 1000), record.step, value)
-        for trial_id, last in last_steps.items()
-        for record in rows(1, last, seed=int(trial_id.strip("t")))
-        for key, value in records.metrics(to_row(trial_id, record)).items()
-    )
+    expected: Counter[tuple[str, str, int, int, float]] = Counter()
+    for trial_id, last in last_steps.items():
+        made = rows(1, last, seed=int(trial_id.strip("t")))
+        first = round(made[0].time_unix * 1000)
+        expected[trial_id, "hyperparameter/optimizer.lr", first, 0, 0.01] += 1
+        for record in made:
+            place = (round(record.time_unix * 1000), record.step)
+            if isinstance(record, EventRecord):
+                expected[trial_id, "hyperparameter/lr", *place, 0.02] += 1
+            for key, value in records.metrics(to_row(trial_id, record)).items():
+                expected[trial_id, key, *place, value] += 1
+    return expected
+
+
+def same_rows(left: Any, right: Any) -> bool:
+    """Whether two tables hold the same rows; to Arrow a nan is unequal to itself."""
+    return left.schema.equals(right.schema) and str(left.to_pylist()) == str(right.to_pylist())
 
 
 def query(database: Path, sql: str) -> list[Any]:
@@ -152,6 +177,7 @@ def make() -> SimpleNamespace:
         stored_points=stored_points,
         active_runs=active_runs,
         query=query,
+        same_rows=same_rows,
     )
 
 

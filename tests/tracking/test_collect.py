@@ -80,20 +80,23 @@ def test_run_columns_are_arrays_with_nan_where_nothing_is(folder: SweepFolder, m
 # ---- MLflow
 
 
-def test_collect_mlflow_agrees_with_the_parts(folder: SweepFolder, uri: str, make: SimpleNamespace) -> None:
+@pytest.mark.parametrize("route", ["auto", "parquet", "bulk", "history"])
+def test_collect_mlflow_agrees_with_the_parts(folder: SweepFolder, uri: str, make: SimpleNamespace, route: Any) -> None:
     make.write(folder.trial("t1"), 1, 40, status="finished", final_loss_nats=2.5, best_loss_nats=math.nan)
     make.write(folder.trial("t2"), 1, 25, status="diverged", message="loss was inf at step 26")
     assert Projector(folder, uri, "exp").sync().error == ""
-    ours, theirs = collect(folder), collect_mlflow(uri, "exp")
+    ours, theirs = collect(folder), collect_mlflow(uri, "exp", route=route)
     assert theirs.warnings == []
+    if route in ("auto", "parquet"):
+        assert make.same_rows(theirs.records, ours.records), "the folder itself"
     assert theirs.records.schema.equals(ARROW_SCHEMA)
     for mine, other in zip(ours.runs, theirs.runs, strict=True):
         assert repr(dataclasses.asdict(other)) == repr(dataclasses.asdict(mine))
     for run in ours.runs:
         for kind, names in (
-            ("eval", ("step", "loss_nats", "num_tokens")),
-            ("probe", ("step", "probe", "value", "standard_error")),
-            ("step", ("step", "loss_nats", "lr", "grad_norm", "num_tokens")),
+            ("eval", ("step", "loss_nats", "num_tokens", "flops")),
+            ("probe", ("step", "probe", "value", "standard_error", "num_tokens", "flops")),
+            ("step", ("step", "loss_nats", "lr", "grad_norm", "num_tokens", "flops", "elapsed_seconds")),
         ):
             left = run_columns(ours.records, run.run_id, kind)
             right = run_columns(theirs.records, run.run_id, kind)
@@ -102,16 +105,106 @@ def test_collect_mlflow_agrees_with_the_parts(folder: SweepFolder, uri: str, mak
             np.testing.assert_allclose(right["time_unix"], left["time_unix"], atol=5e-4, rtol=0)
 
 
-def test_collect_mlflow_tells_sweeps_apart(results: Path, uri: str, make: SimpleNamespace) -> None:
+@pytest.mark.parametrize("route", ["auto", "bulk"])
+def test_collect_mlflow_tells_sweeps_apart(results: Path, uri: str, make: SimpleNamespace, route: Any) -> None:
     ids = []
     for name in ("a", "b"):
         sweep = SweepFolder.create(results / name, spec_text="", meta={})
         make.write(sweep.trial("t1"), 1, 5)
         Projector(sweep, uri, "exp").sync()
         ids.append(f"{sweep.meta['sweep_id'][:8]}/t1")
-    got = collect_mlflow(uri, "exp")
-    assert sorted(run.run_id for run in got.runs) == sorted(ids)
+    got = collect_mlflow(uri, "exp", route=route)
+    assert [run.run_id for run in got.runs] == sorted(ids)
     assert set(got.records["run_id"].to_pylist()) == set(ids)
+
+
+def test_collect_mlflow_takes_the_parquet_copy_where_the_folder_is_not(
+    folder: SweepFolder, uri: str, make: SimpleNamespace, tmp_path: Path
+) -> None:
+    """And only while the copy has everything that the runs have."""
+    make.write(folder.trial("t1"), 1, 40, status="finished")
+    make.write(folder.trial("t2"), 1, 20)
+    folder.update_meta(status="finished")
+    assert Projector(folder, uri, "exp").close().error == ""
+    whole = collect(folder)
+    folder.path.rename(tmp_path / "away")
+    for route in ("auto", "parquet"):
+        got = collect_mlflow(uri, "exp", route=route)
+        assert make.same_rows(got.records, whole.records)
+        assert repr(got.runs) == repr(whole.runs), "nan is not equal to itself"
+    (tmp_path / "away").rename(folder.path)
+    make.write(folder.trial("t2"), 21, 30, status="finished")
+    assert Projector(folder, uri, "exp").sync().error == ""
+    folder.path.rename(tmp_path / "away")
+    assert len(collect_mlflow(uri, "exp", route="parquet").records) == 0
+    thinner = collect_mlflow(uri, "exp").records
+    assert thinner.equals(collect_mlflow(uri, "exp", route="bulk").records)
+    assert max(thinner.filter(pc.equal(thinner["run_id"], "t2"))["step"].to_pylist()) == 30
+
+
+def test_another_sweep_where_the_folder_was_is_not_read(
+    results: Path, uri: str, make: SimpleNamespace, tmp_path: Path
+) -> None:
+    for experiment in ("first", "second"):
+        sweep = SweepFolder.create(results / "a", spec_text="", meta={})
+        make.write(sweep.trial("t1"), 1, 5)
+        Projector(sweep, uri, experiment).sync()
+        if experiment == "first":
+            sweep.path.rename(tmp_path / "first")
+    assert len(collect_mlflow(uri, "first", route="parquet").records) == 0
+    assert len(collect_mlflow(uri, "first").records) > 0
+
+
+def test_an_answer_of_the_server_that_may_be_cut_is_asked_for_in_pieces(
+    folder: SweepFolder, uri: str, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bulk interface of a server cuts its answers without saying so, and has no pages."""
+    from landscape_ray.tracking import histories, server
+
+    for number in range(1, 5):
+        make.write(folder.trial(f"t{number}"), 1, 10 * number)
+    Projector(folder, uri, "exp").sync()
+    client, sizes = server.open_client(uri), []
+
+    def ask(_: Any, key: str, run_ids: list[str]) -> list[dict[str, Any]]:
+        sizes.append(len(run_ids))
+        points = [(run_id, p) for run_id in run_ids for p in client.get_metric_history(run_id, key)]
+        fields = ("key", "step", "timestamp", "value")
+        return [{"run_id": run_id} | {name: getattr(p, name) for name in fields} for run_id, p in points][:60]
+
+    monkeypatch.setattr(histories, "_ask", ask)
+    monkeypatch.setattr(histories, "_BULK_RESULTS", 60)
+    monkeypatch.setattr(histories, "sqlite_path", lambda _: None)
+    bulk = collect_mlflow(uri, "exp", route="bulk").records
+    assert bulk.equals(collect_mlflow(uri, "exp", route="history").records)
+    assert {1, 2, 4} <= set(sizes)
+
+    def broken(*_: Any) -> Any:
+        raise ValueError("a page of HTML")
+
+    monkeypatch.setattr(histories, "_ask", broken)
+    assert collect_mlflow(uri, "exp", route="bulk").records.equals(bulk), "a server without it is asked one by one"
+
+
+def test_the_bulk_answer_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow.utils.rest_utils as rest
+
+    from landscape_ray.tracking import histories
+
+    store = SimpleNamespace(get_host_creds=lambda: None)
+    client = SimpleNamespace(_tracking_client=SimpleNamespace(store=store))
+    monkeypatch.setattr(rest, "http_request", lambda *_, **__: None)
+    monkeypatch.setattr(rest, "verify_rest_response", lambda *_: SimpleNamespace(text='{"metrics": 3}'))
+    with pytest.raises(ValueError, match="metrics must be a list, got int"):
+        histories._ask(client, "x", ["a"])
+
+
+def test_a_parquet_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    from landscape_ray.tracking.parent import read_records
+
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "records.parquet")
+    with pytest.raises(ValueError, match=r"records.parquet must hold the summaries of its runs"):
+        read_records(tmp_path / "records.parquet")
 
 
 def test_collect_mlflow_reads_runs_of_other_programs(uri: str) -> None:
@@ -277,3 +370,13 @@ def test_one_pass_gives_what_a_filter_for_each_run_gives(search_folder, shuffled
                 found = by_run[run.run_id][name]
                 assert found.dtype == values.dtype
                 np.testing.assert_array_equal(found, values)
+
+
+def test_what_is_missing_everywhere_takes_no_memory(search_folder):
+    """Of the columns of a table most are empty for one kind of row; and names of runs are shared, not copied."""
+    table = collect(search_folder.path).records
+    rows = next(iter(columns_by_run(table, "eval").values()))
+    assert np.isnan(rows["lr"]).all()
+    assert rows["lr"].strides == (0,)
+    assert rows["loss_nats"].strides == (8,)
+    assert rows["run_id"][0] is rows["run_id"][-1]

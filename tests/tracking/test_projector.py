@@ -21,7 +21,14 @@ from mlflow.exceptions import MlflowException
 from landscape_ray.tracking import server
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.parts import PartWriter, to_table
-from landscape_ray.tracking.points import MAX_TRAIN_POINTS, mlflow_status, summary_text, to_points, train_stride
+from landscape_ray.tracking.points import (
+    MAX_TRAIN_POINTS,
+    charted_rows,
+    mlflow_status,
+    summary_text,
+    to_points,
+    train_stride,
+)
 from landscape_ray.tracking.projector import Projector
 
 Faults = Callable[..., SimpleNamespace]
@@ -43,7 +50,7 @@ def _holds(database: Path, make: SimpleNamespace, last_steps: dict[str, int]) ->
 
 @pytest.mark.acceptance
 def test_every_point_once_however_often_it_is_sent(
-    folder: SweepFolder, uri: str, database: Path, make: SimpleNamespace
+    folder: SweepFolder, uri: str, database: Path, results: Path, make: SimpleNamespace
 ) -> None:
     make.write(folder.trial("t1"), 1, 30)
     make.write(folder.trial("t2"), 1, 12)
@@ -56,13 +63,15 @@ def test_every_point_once_however_often_it_is_sent(
     make.write(folder.trial("t1"), 31, 47)
     assert projector.sync().points > 0
     _holds(database, make, {"t1": 47, "t2": 12})
-    assert Projector(folder, uri, "exp").sync().points == 0, "nor in the next one, thanks to the notes"
-    folder.notes_path.unlink()
+    assert Projector(folder, uri, "exp").sync().points == 0, "nor in the next one: the runs say how far they are"
+    copy = results / "elsewhere" / "quick"
+    shutil.copytree(folder.path, copy)
+    assert Projector(SweepFolder.open(copy), uri, "exp").sync().points == 0, "nor from another machine"
+    client = server.open_client(uri)
+    for run in make.active_runs(database).values():
+        client.set_tag(run["run_id"], "landscape_ray.num_parts", "0")
     again = Projector(folder, uri, "exp").sync()
     assert again.points == sum(make.expected_points({"t1": 47, "t2": 12}).values())
-    _holds(database, make, {"t1": 47, "t2": 12})
-    folder.notes_path.write_text('{"trials": [1]}')
-    assert Projector(folder, uri, "exp").sync().error == ""
     _holds(database, make, {"t1": 47, "t2": 12})
 
 
@@ -99,7 +108,7 @@ def test_killed_at_any_call_then_resumed_nothing_is_lost_or_doubled(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("fail_at", range(9))
+@pytest.mark.parametrize("fail_at", range(8))
 def test_a_request_that_fails_is_sent_again_by_the_same_projector(
     folder: SweepFolder, uri: str, database: Path, make: SimpleNamespace, faults: Faults, fail_at: int, when: str
 ) -> None:
@@ -251,7 +260,7 @@ def test_parent_and_children(folder: SweepFolder, uri: str, results: Path, make:
     assert child.data.tags["landscape_ray.sweep_id"] == folder.meta["sweep_id"]
     assert child.info.start_time == round(1.7e9 * 1000)
     places = {path.name for path in (results / "mlartifacts" / parent.info.run_id / "artifacts").iterdir()}
-    assert places == {"spec.toml", "figure.png"}
+    assert places == {"spec.toml", "environment.json", "figure.png"}
 
 
 def test_nothing_is_written_outside_the_results(
@@ -378,10 +387,14 @@ def test_parameter_text_comes_back_as_the_value(value: Any) -> None:
 # ---- thinning
 
 
+def _points(table: Any, num_steps: int) -> list[Any]:
+    return [point for rows in charted_rows(table, num_steps) for point in to_points(rows, num_steps)]
+
+
 def test_thinning_keeps_evaluations_probes_and_few_steps(make: SimpleNamespace) -> None:
     for num_steps in (0, 100, 500, 501, 3000):
         last = num_steps or 700
-        points = to_points(to_table("t1", make.rows(1, last)), num_steps)
+        points = _points(to_table("t1", make.rows(1, last)), num_steps)
         charted = [point.step for point in points if point.key == "train/lr"]
         assert [point.step for point in points if point.key == "eval/loss_nats"] == list(range(5, last + 1, 5))
         assert [point.step for point in points if point.key == "probe/sharpness"] == list(range(10, last + 1, 10))
@@ -392,10 +405,10 @@ def test_thinning_keeps_evaluations_probes_and_few_steps(make: SimpleNamespace) 
 
 def test_thinning_does_not_depend_on_how_rows_fall_into_parts(make: SimpleNamespace) -> None:
     rows = make.rows(1, 1500)
-    whole = to_points(to_table("t1", rows), 1500)
+    whole = _points(to_table("t1", rows), 1500)
     cuts = np.sort(np.random.default_rng(0).choice(len(rows), 40, replace=False)).tolist()
     pieces = [rows[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
-    assert [p for piece in pieces if piece for p in to_points(to_table("t1", piece), 1500)] == whole
+    assert [p for piece in pieces if piece for p in _points(to_table("t1", piece), 1500)] == whole
 
 
 def test_more_points_than_one_request_may_carry(
@@ -404,7 +417,7 @@ def test_more_points_than_one_request_may_carry(
     make.write(folder.trial("t1"), 1, 450, part_rows=100, num_steps=450)
     state = faults()
     assert Projector(folder, uri, "exp").sync().error == ""
-    assert state.calls.count("log_batch") == 5, "two for parameters, three for 1,900 points and the tags"
+    assert state.calls.count("log_batch") == 6, "two for the sweep, four for 2,800 points, parameters and tags"
     _holds(database, make, {"t1": 450})
 
 
@@ -526,25 +539,9 @@ def test_what_the_server_refuses_for_the_parent_is_dropped_after_a_few_attempts(
     projector.set_parent({}, {"//": "no such key"})
     for _ in range(3):
         report = projector.sync()
-        assert "artifact missing.png" in report.error
+        assert "tags and metrics of the sweep" in report.error
         assert "(and 1 more)" in report.error
     assert projector.sync().error == ""
-    _holds(database, make, {"t1": 5})
-
-
-def test_a_full_disk_costs_only_the_notes(
-    folder: SweepFolder, uri: str, database: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from landscape_ray.errors import UserError
-    from landscape_ray.tracking import projector as module
-
-    def full(*_: Any) -> None:
-        raise UserError("no space")
-
-    monkeypatch.setattr(module, "write_atomic", full)
-    make.write(folder.trial("t1"), 1, 5)
-    assert Projector(folder, uri, "exp").sync().error == ""
-    assert not folder.notes_path.exists()
     _holds(database, make, {"t1": 5})
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,15 +14,17 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from landscape_ray.errors import UserError
+from landscape_ray.records import metrics
 from landscape_ray.tracking import server
-from landscape_ray.tracking.collect import collect_mlflow
+from landscape_ray.tracking.collect import collect, collect_mlflow
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.projector import Projector
 from landscape_ray.tracking.uris import mask_secrets
@@ -121,11 +126,12 @@ def test_bounded_http_restores_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
-def test_telemetry_is_off() -> None:
-    code = "import landscape_ray.tracking, os; print(os.environ['MLFLOW_DISABLE_TELEMETRY'])"
-    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_DISABLE_TELEMETRY"}
+def test_telemetry_is_off_and_no_address_is_printed() -> None:
+    names = ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT")
+    code = f"import landscape_ray.tracking, os; print(*[os.environ[name] for name in {names}])"
+    environment = {key: value for key, value in os.environ.items() if key not in names}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "true\n"
+    assert done.stdout == "true true\n"
 
 
 # ---- a server that dies
@@ -167,7 +173,7 @@ class _Server:
 
 
 @pytest.fixture
-def http(results: Path) -> Iterator[_Server]:
+def mlflow_http(results: Path) -> Iterator[_Server]:
     mlflow_server = _Server(results)
     try:
         mlflow_server.start()
@@ -178,19 +184,20 @@ def http(results: Path) -> Iterator[_Server]:
 
 @pytest.mark.acceptance
 def test_a_server_that_dies_in_mid_sweep_costs_nothing(
-    http: _Server, results: Path, folder: SweepFolder, make: SimpleNamespace
+    mlflow_http: _Server, results: Path, folder: SweepFolder, make: SimpleNamespace
 ) -> None:
     database = results / "mlflow.db"
-    Projector.check(http.uri)
+    Projector.check(mlflow_http.uri)
     make.write(folder.trial("t1"), 1, 20)
-    projector = Projector(folder, http.uri, "exp")
+    projector = Projector(folder, mlflow_http.uri, "exp")
     assert projector.sync().error == ""
-    folder.notes_path.unlink()
-    again = Projector(folder, http.uri, "exp").sync()
+    child = make.active_runs(database)["t1"]["run_id"]
+    server.open_client(mlflow_http.uri).set_tag(child, "landscape_ray.num_parts", "0")
+    again = Projector(folder, mlflow_http.uri, "exp").sync()
     assert (again.error, again.points) == ("", sum(make.expected_points({"t1": 20}).values()))
     assert make.stored_points(database) == make.expected_points({"t1": 20}), "idempotent over HTTP as well"
 
-    http.kill()
+    mlflow_http.kill()
     make.write(folder.trial("t1"), 21, 40)
     make.write(folder.trial("t2"), 1, 10, status="finished")
     begun = time.monotonic()
@@ -200,7 +207,7 @@ def test_a_server_that_dies_in_mid_sweep_costs_nothing(
     assert dead.behind > 0
     assert projector.close(timeout_seconds=2.0).behind == dead.behind
 
-    http.start()
+    mlflow_http.start()
     report_file = results / "report.html"
     report_file.write_text("<html></html>")
     projector.log_artifacts([report_file])
@@ -209,9 +216,196 @@ def test_a_server_that_dies_in_mid_sweep_costs_nothing(
     assert make.stored_points(database) == make.expected_points({"t1": 40, "t2": 10})
     runs = make.active_runs(database)
     assert {name: run["status"] for name, run in runs.items()} == {"": "KILLED", "t1": "KILLED", "t2": "FINISHED"}
-    client = server.open_client(http.uri)
-    assert {item.path for item in client.list_artifacts(runs[""]["run_id"])} == {"spec.toml", "report.html"}
-    through_http = collect_mlflow(http.uri, "exp")
-    assert [run.run_id for run in through_http.runs] == ["t1", "t2"]
-    direct = collect_mlflow(f"sqlite:///{database}", "exp")
-    assert through_http.records.equals(direct.records)
+    client = server.open_client(mlflow_http.uri)
+    assert {item.path for item in client.list_artifacts(runs[""]["run_id"])} >= {
+        "spec.toml",
+        "report.html",
+        "environment.json",
+    }
+    direct = collect_mlflow(f"sqlite:///{database}", "exp", route="bulk")
+    assert [run.run_id for run in direct.runs] == ["t1", "t2"]
+    for route in ("bulk", "history"):
+        assert collect_mlflow(mlflow_http.uri, "exp", route=route).records.equals(direct.records)
+
+
+class _Strange(http.server.BaseHTTPRequestHandler):
+    """Something that answers, and is no MLflow server."""
+
+    status, body, delay = 200, b"", 0.0
+
+    def _answer(self) -> None:
+        time.sleep(self.delay)
+        self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # whoever asked may have given up
+            self.wfile.write(self.body)
+
+    do_GET = do_POST = do_PATCH = do_PUT = _answer  # noqa: N815  # names of the standard library
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(
+    ("status", "body", "delay"),
+    [
+        (200, b"<html>Welcome</html>", 0.0),
+        (200, b"{}", 0.0),
+        (404, b"nothing here", 0.0),
+        (403, b'{"error_code": "PERMISSION_DENIED", "message": "read only"}', 0.0),
+        (500, b"", 0.0),
+        (503, b"busy", 0.0),
+        (200, b"{}", 3.0),
+    ],
+)
+def test_a_wrong_or_slow_server_is_an_entry_in_the_report(
+    folder: SweepFolder, uri: str, results: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch,
+    status: int, body: bytes, delay: float,
+) -> None:  # fmt: skip
+    from landscape_ray.tracking import projector as module
+
+    monkeypatch.setattr(module, "_REQUEST_SECONDS", 1.0)
+    handler = type("Handler", (_Strange,), {"status": status, "body": body, "delay": delay})
+    make.write(folder.trial("t1"), 1, 10)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as strange:
+        thread = threading.Thread(target=strange.serve_forever, daemon=True)
+        thread.start()
+        projector = Projector(folder, f"http://127.0.0.1:{strange.server_port}", "exp", interval_seconds=0.05)
+        projector.start()
+        make.write(folder.trial("t1"), 11, 20)
+        begun = time.monotonic()
+        report = projector.close(timeout_seconds=3.0)
+        assert time.monotonic() - begun < 20
+        strange.shutdown()
+        thread.join()
+    assert report.error != ""
+    assert report.behind == folder.trial("t1").num_parts()
+    assert Projector(folder, uri, "exp").close().error == ""
+    assert make.stored_points(results / "mlflow.db") == make.expected_points({"t1": 20})
+
+
+# ---- a driver that dies, and a server that comes back empty
+
+
+DRIVER_SPEC = """
+name = "quick"
+commit_steps = 20
+[train]
+num_steps = 3000
+batch_size = 8
+device = "cpu"
+data = { name = "images", source = "digits" }
+model = { name = "mlp", depth = 1, width = 16 }
+schedule = { name = "constant", peak_lr = 0.01 }
+eval = { every_steps = 50, num_batches = 1, batch_size = 16 }
+"""
+
+
+def _expected(folder: SweepFolder) -> Counter[tuple[str, str, int, int, float]]:
+    """What the store must hold of the rows on disk, by the rules of the documentation."""
+    collected, found = collect(folder), Counter[tuple[str, str, int, int, float]]()
+    num_steps = collected.runs[0].num_steps
+    stride = -(-num_steps // 500)
+    for row in collected.records.to_pylist():
+        shown = row["step"] % stride == 0 or row["step"] in (1, num_steps)
+        if row["kind"] == "step" and not shown:
+            continue
+        named = metrics(row)
+        if row["kind"] == "eval" and (row["step"] == 0 or not shown):
+            named |= {f"progress/{key}": float(row[key]) for key in ("num_tokens", "flops", "elapsed_seconds")}
+        for key, value in named.items():
+            found[row["run_id"], key, round(1000 * row["time_unix"]), row["step"], value] += 1
+    return found
+
+
+def _stored(database: Path, make: SimpleNamespace) -> Counter[tuple[str, str, int, int, float]]:
+    points = make.stored_points(database)
+    return Counter({point: number for point, number in points.items() if not point[1].startswith("system/")})
+
+
+class _Trial:
+    """A trial as Ray's callback sees it."""
+
+    config: dict[str, float] = {"lr": 0.1}
+
+    def __str__(self) -> str:
+        return "t0"
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.timeout(600)
+def test_a_driver_and_a_server_that_are_killed_lose_nothing(
+    mlflow_http: _Server,
+    results: Path,
+    store_template: Path,
+    make: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    global_address: None,
+) -> None:
+    """The server dies in mid-sweep; the driver with unsent rows; the server is set up anew; the sweep is resumed."""
+    from mlflow.exceptions import MlflowException
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    database = results / "mlflow.db"
+    (results / "quick.toml").write_text(DRIVER_SPEC)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    peer = MLflowLoggerCallback(tracking_uri=mlflow_http.uri, experiment_name="peer")
+    peer.setup()
+    trial = _Trial()
+    peer.log_trial_start(trial)
+
+    def launch(*arguments: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "landscape_ray.cli", *arguments, "--results", str(results)]
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # the callback has left it there
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+    def steps(folder: SweepFolder) -> int:
+        summary = folder.trial("t0000").summary()
+        return summary.step if summary else 0
+
+    def wait(driver: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
+        patience = time.monotonic() + 200
+        while not ready():
+            assert driver.poll() is None, "the driver ended too early"
+            assert time.monotonic() < patience
+            time.sleep(0.05)
+
+    driver = launch("train", str(results / "quick.toml"), "--name", "quick", "--tracking-uri", mlflow_http.uri)
+    try:
+        wait(driver, lambda: (results / "quick" / "sweep.json").exists())
+        folder = SweepFolder.open(results / "quick")
+        wait(driver, lambda: len(_stored(database, make)) > 0)
+        mlflow_http.kill()
+        with pytest.raises(MlflowException, match="failed with exception"):
+            peer.log_trial_result(1, trial, {"loss": 1.0, "training_iteration": 1})
+        reached = steps(folder)
+        wait(driver, lambda: steps(folder) > reached + 200)  # it trains on
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    committed = _expected(folder)
+    assert sum(committed.values()) > sum(_stored(database, make).values()), "there are unsent rows"
+    shutil.copy(store_template, database)
+    for name in ("mlflow.db-wal", "mlflow.db-shm"):
+        (results / name).unlink(missing_ok=True)
+    mlflow_http.start()
+    assert launch("sync", "quick").wait(timeout=120) == 0
+    assert _stored(database, make) == committed
+    assert launch("sync", "quick").wait(timeout=120) == 0
+    assert _stored(database, make) == committed, "twice changes nothing"
+    begun = {name: run["run_id"] for name, run in make.active_runs(database).items()}
+    assert launch("resume", "quick").wait(timeout=200) == 0
+    assert steps(folder) == 3000
+    assert _stored(database, make) == _expected(folder)
+    runs = make.active_runs(database)
+    assert {name: (run["run_id"], run["status"]) for name, run in runs.items()} == {
+        name: (run_id, "FINISHED") for name, run_id in begun.items()
+    }
+    assert make.same_rows(collect_mlflow(mlflow_http.uri, "landscape_ray").records, collect(folder).records)
+    folder.path.rename(results / "away")
+    copy = collect_mlflow(mlflow_http.uri, "landscape_ray")
+    assert make.same_rows(copy.records, collect(results / "away").records), "from the Parquet copy on the server"

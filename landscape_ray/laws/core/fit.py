@@ -13,16 +13,24 @@ from numpy.typing import NDArray
 
 from landscape_ray.errors import UserError
 from landscape_ray.laws.core.bootstrap import Method, resample
-from landscape_ray.laws.core.certificate import certify, judge
-from landscape_ray.laws.core.fitting import Optimum, SeparableLaw, descend, search
-from landscape_ray.laws.core.law import Bound, Law, Review
+from landscape_ray.laws.core.bound import Bound
+from landscape_ray.laws.core.certificate import SAME_OPTIMUM, certify, judge
+from landscape_ray.laws.core.fitting import Optimum, descend, search
+from landscape_ray.laws.core.law import Law, Review
 from landscape_ray.laws.core.objective import Objective
 from landscape_ray.laws.core.points import Data
 from landscape_ray.laws.core.result import FitResult
+from landscape_ray.laws.core.separable import SeparableLaw
 
 Array: TypeAlias = NDArray[np.float64]
 
 Penalty: TypeAlias = Mapping[str, tuple[float, float]]
+
+
+_MANY_POINTS = 2000
+_FEW_STARTS = 4
+_SEARCHED_POINTS = 500
+"""With more points than the first and more starts than the second, a search begins on so many of the points."""
 
 
 class Solution(NamedTuple):
@@ -59,7 +67,7 @@ class Solution(NamedTuple):
         """Return the optima under other weights (batch, n), or other observations too, from this one."""
         observed = np.broadcast_to(self.y if y is None else y, weights.shape)
         start = np.broadcast_to(self.best, (len(weights), self.best.shape[1]))
-        return descend(self.separable, observed, weights, self.objective.threshold, start)
+        return descend(self.separable, observed, weights, self.objective.threshold, start, near=True)
 
     def natural(self, parameters: Array) -> dict[str, Array]:
         """Return the fitter's parameters (batch, m + k) by name in natural units."""
@@ -112,14 +120,65 @@ def solve(
     objectives: dict[str, float] = {}
     for values in itertools.product(*axes):
         grid_values = dict(zip(law.grid_names, values, strict=True))
-        x = law.prepare(data, grid_values) if law.prepare else {k: np.asarray(v) for k, v in data.variables.items()}  # type: ignore[attr-defined]
-        bound = Bound(law, x, len(y), {name: value for name, value in fix.items() if name not in law.grid_names})
+        held = {name: value for name, value in fix.items() if name not in law.grid_names}
+        bound = _bind(law, data, grid_values, held)
         separable = bound.separable(penalty)
-        found = search(separable, y, objective.threshold, None if data.weights is None else np.asarray(data.weights))
+        if len(y) > _MANY_POINTS and len(separable.starts) > _FEW_STARTS:
+            found = _search_on_some(bound, separable, data, y, grid_values, held, penalty, objective.threshold)
+        else:
+            found = search(separable, y, objective.threshold, _weights_of(data))
         solution = Solution(law, data, grid_values, bound, separable, y, found, objective)
         candidates.append((float(found.objective[0]), solution))
         objectives[", ".join(repr(value) for value in values)] = float(found.objective[0])
     return min(candidates, key=lambda candidate: candidate[0])[1], objectives
+
+
+def _bind(law: Law, data: Data, grid_values: Mapping[str, float], held: Mapping[str, float]) -> Bound:
+    x = law.prepare(data, grid_values) if law.prepare else {k: np.asarray(v) for k, v in data.variables.items()}  # type: ignore[attr-defined]
+    return Bound(law, x, len(np.asarray(data.response)), held)
+
+
+def _weights_of(data: Data) -> Array | None:
+    return None if data.weights is None else np.asarray(data.weights)
+
+
+def _search_on_some(
+    bound: Bound,
+    separable: SeparableLaw,
+    data: Data,
+    y: Array,
+    grid_values: Mapping[str, float],
+    held: Mapping[str, float],
+    penalty: Penalty | None,
+    threshold: float,
+) -> Optimum:
+    """Return where searches from all starts ended, as :func:`search` does, for data of many points.
+
+    All starts are searched on some of the points. Those that end at one place there go on from it together, on all of
+    the points: what is found is an optimum of all points, and a start counts where it arrived.
+    """
+    law = bound.law
+    some = data.thinned(_SEARCHED_POINTS)
+    some_y = np.asarray(some.response, dtype=np.float64)
+    if law.link is not None:
+        some_y = np.asarray(law.link(some_y), dtype=np.float64)
+    few = _bind(law, some, grid_values, held)
+    each = np.ones(len(some_y)) if some.weights is None else np.asarray(some.weights)
+    # Weighted up, so that a penalty keeps its proportion to the misfit.
+    ends = search(few.separable(penalty), some_y, threshold, each * (len(y) / len(some_y)))
+    ends = ends.rows(np.isfinite(ends.objective))
+    group = np.zeros(len(ends.objective), dtype=np.int64)
+    group[1:] = np.cumsum(np.diff(ends.objective) > SAME_OPTIMUM * ends.objective[:-1])
+    first = np.searchsorted(group, np.arange(group[-1] + 1))
+    natural = few.natural(ends.parameters[first])
+    exponents = bound.coordinates({p.name: natural[p.name] for p in bound.inner})
+    exponents = np.clip(exponents, separable.lower, separable.upper)
+    observed, weight = (
+        np.broadcast_to(a, (len(first), len(y))) for a in (y, np.ones_like(y) if data.weights is None else data.weights)
+    )
+    start = np.concatenate([separable.project(exponents, observed, weight), exponents], axis=1)
+    found = descend(separable, observed, weight, threshold, start).rows(group)
+    return found.rows(np.argsort(found.objective, kind="stable"))
 
 
 def fit(

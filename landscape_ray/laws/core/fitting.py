@@ -23,20 +23,22 @@ References:
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from landscape_ray.errors import UserError
+from landscape_ray.laws.core.separable import SeparableLaw, solve_free
 
 Array = NDArray[np.float64]
 
 _CONVERGED = 1e-17
 """The polish stops when the quadratic model promises less than this decrease, relative to the objective ..."""
+
+_CONVERGED_NEAR = 1e-12
+"""... for resamples, whose optima are known well enough within 1e-4 of their spread ..."""
 
 _ROUNDING = 1e-13
 """... and steps that promise less than this are taken on trust: the objective itself can no longer tell."""
@@ -51,61 +53,7 @@ _MAX_POLISHED = 32
 """Of more starts than this, only so many are polished: half of them those whose projection fits best."""
 
 _MAX_ITERATIONS = 300
-_CHUNK_ELEMENTS = 1_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeparableLaw:
-    """A law at the points of one data set: its columns as a function of the exponents.
-
-    Attributes:
-        columns: maps exponents (batch, k) to the columns (batch, n, m) and their slopes
-            d columns / d exponents (batch, n, m, k). Scale the columns to be of order one.
-        num_linear: m.
-        lower: (k,) smallest exponents.
-        upper: (k,) largest exponents.
-        starts: (s, k) where the searches begin.
-        offset: maps exponents (batch, k) to what is added without a coefficient (batch, n) and its slopes
-            (batch, n, k); None for nothing.
-        space: whether residuals are those of the logarithm, which needs a positive law, or raw.
-        free: (m,) linear parameters that may be negative; None for none.
-        centre: (k,) where the penalty pulls the exponents to; None for no penalty.
-        stiffness: (k,) how strongly, in units of the objective; None for no penalty.
-    """
-
-    columns: Callable[[Array], tuple[Array, Array]]
-    num_linear: int
-    lower: Array
-    upper: Array
-    starts: Array
-    offset: Callable[[Array], tuple[Array, Array]] | None = None
-    space: Literal["log", "raw"] = "log"
-    free: NDArray[np.bool_] | None = None
-    centre: Array | None = None
-    stiffness: Array | None = None
-
-    @property
-    def linear_lower(self) -> Array:
-        """Smallest linear parameters (m,): 0, or -inf for free ones."""
-        free = np.zeros(self.num_linear, dtype=bool) if self.free is None else self.free
-        return np.where(free, -np.inf, 0.0)
-
-    def project(self, exponents: Array, y: Array, weights: Array) -> Array:
-        """Return the linear parameters (batch, m) that fit best at given exponents, by weighted least squares.
-
-        In log space of the relative residuals 1 - prediction / y.
-        """
-        columns, _ = self.columns(exponents)
-        target = y if self.offset is None else y - self.offset(exponents)[0]
-        if self.space == "log":
-            columns, target = columns / y[..., None], target / y
-        return _least_squares(columns, target, weights, self.linear_lower == 0)
-
-    def predict(self, parameters: Array) -> Array:
-        """Return the prediction (batch, n) for parameters (batch, m + k)."""
-        linear, exponents = parameters[:, : self.num_linear], parameters[:, self.num_linear :]
-        prediction = np.einsum("bnm,bm->bn", self.columns(exponents)[0], linear)
-        return np.asarray(prediction if self.offset is None else prediction + self.offset(exponents)[0])
+_CHUNK_ELEMENTS = 300_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,46 +89,6 @@ def huber(residual: Array, delta: float) -> Array:
     return np.asarray(inner * (np.abs(residual) - 0.5 * inner))
 
 
-def solve_linear(columns: Array, y: Array, weights: Array) -> Array:
-    """Return the non-negative linear parameters that minimise sum_i weights_i (1 - prediction_i / y_i)^2.
-
-    See :func:`_least_squares`.
-
-    Args:
-        columns: (batch, n, m).
-        y: (batch, n), positive.
-        weights: (batch, n), non-negative.
-
-    Returns:
-        (batch, m).
-    """
-    return _least_squares(columns / y[..., None], np.ones_like(y), weights, np.ones(columns.shape[-1], dtype=bool))
-
-
-def _least_squares(matrix: Array, target: Array, weights: Array, positive: NDArray[np.bool_]) -> Array:
-    """Return x (batch, m) that minimises sum_i weights_i (target_i - (matrix x)_i)^2, x_j >= 0 where positive (m,).
-
-    Exact: every subset of non-zero parameters is solved, and the best one without a forbidden sign kept. That is
-    2^m small systems, which for the m <= 6 of these laws is cheaper in a batch than an active-set iteration.
-    """
-    weighted = (weights[..., None] * matrix).swapaxes(1, 2)
-    gram = weighted @ matrix
-    moment = (weighted @ target[..., None])[..., 0]
-    scale = np.sqrt(np.einsum("bii->bi", gram))
-    usable = scale > 0
-    scale = np.where(usable, scale, 1.0)
-    gram /= scale[:, :, None] * scale[:, None, :]
-    moment /= scale
-    best = np.zeros_like(moment)
-    best_gain = np.full(len(moment), -np.inf)
-    for subset in itertools.product(*(((False, True) if one else (True,)) for one in positive)):
-        candidate = _solve_free(gram, moment, usable & np.array(subset, dtype=bool))
-        gain = np.einsum("bi,bi->b", candidate, moment)
-        better = ((candidate >= 0) | ~positive).all(axis=1) & (gain > best_gain)
-        best[better], best_gain[better] = candidate[better], gain[better]
-    return np.asarray(best / scale)
-
-
 def search(law: SeparableLaw, y: Array, delta: float, weights: Array | None = None) -> Optimum:
     """Return where the starts of the law ended, polished, the best first.
 
@@ -211,7 +119,7 @@ def search(law: SeparableLaw, y: Array, delta: float, weights: Array | None = No
     return found.rows(np.argsort(found.objective, kind="stable"))
 
 
-def descend(law: SeparableLaw, y: Array, weights: Array, delta: float, start: Array) -> Optimum:
+def descend(law: SeparableLaw, y: Array, weights: Array, delta: float, start: Array, *, near: bool = False) -> Optimum:
     """Return the local optima next to `start`, see :func:`polish`, by way of smoother objectives where that helps.
 
     Far below the size of the residuals the objective is almost piecewise linear, and a direct polish stops short of its
@@ -223,12 +131,13 @@ def descend(law: SeparableLaw, y: Array, weights: Array, delta: float, start: Ar
         weights: see :func:`polish`.
         delta: see :func:`polish`.
         start: see :func:`polish`.
+        near: see :func:`polish`.
     """
     stage = float(np.median(np.abs(_residual(law, y, law.predict(start)))))
     while stage > 10 * delta:
-        start = polish(law, y, weights, stage, start, max_iterations=20).parameters
+        start = polish(law, y, weights, stage, start, max_iterations=20, near=near).parameters
         stage /= 10
-    return polish(law, y, weights, delta, start)
+    return polish(law, y, weights, delta, start, near=near)
 
 
 def _residual(law: SeparableLaw, y: Array, prediction: Array) -> Array:
@@ -245,6 +154,7 @@ def polish(
     *,
     lower: Array | None = None,
     upper: Array | None = None,
+    near: bool = False,
 ) -> Optimum:
     """Return the local optima of the objective next to `start`, all parameters free within their bounds.
 
@@ -261,6 +171,7 @@ def polish(
         max_iterations: limit, for each row.
         lower: (batch, k) smallest exponents of each row, in place of the law's; equal to `upper` holds one fixed.
         upper: (batch, k) largest.
+        near: the optima are close to the start, and a small part of what resampling moves them by is close enough.
     """
     rows = max(1, _CHUNK_ELEMENTS // (y.shape[1] * start.shape[1]))
     low = np.broadcast_to(law.lower if lower is None else lower, (len(start), len(law.lower)))
@@ -269,7 +180,7 @@ def polish(
     for i in range(0, len(start), rows):
         part = slice(i, i + rows)
         parts.append(
-            _polish_chunk(law, y[part], weights[part], delta, start[part], max_iterations, low[part], high[part])
+            _polish_chunk(law, y[part], weights[part], delta, start[part], max_iterations, low[part], high[part], near)
         )
     return Optimum(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
@@ -283,6 +194,7 @@ def _polish_chunk(
     max_iterations: int,
     exponents_lower: Array,
     exponents_upper: Array,
+    near_start: bool,
 ) -> dict[str, Any]:
     linear_lower = np.broadcast_to(law.linear_lower, (len(start), law.num_linear))
     lower = np.concatenate([linear_lower, exponents_lower], axis=1)
@@ -290,7 +202,8 @@ def _polish_chunk(
     stiffness, centre = _penalty(law)
     q = np.clip(start, lower, upper)
     objective, residual, jacobian = _evaluate(law, y, weights, delta, q)
-    damping = np.ones(len(q))
+    damping = np.full(len(q), 0.2 if near_start else 1.0)
+    converged = _CONVERGED_NEAR if near_start else _CONVERGED
     live = np.arange(len(q))
     for _ in range(max_iterations):
         r, jac, w = residual[live], jacobian[live], weights[live]
@@ -300,14 +213,14 @@ def _polish_chunk(
         transposed = jac.swapaxes(1, 2)
         descent = (transposed @ (w * np.clip(r, -delta, delta))[..., None])[..., 0] - stiffness * (q[live] - centre)
         curvature = transposed @ ((w * (newton + mix * (reweighted - newton)))[..., None] * jac)
-        diagonal = np.einsum("bnp,bn->bp", jac**2, w * reweighted) + stiffness
+        diagonal = (np.square(transposed) @ (w * reweighted)[..., None])[..., 0] + stiffness
         scale = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
         curvature /= scale[:, :, None] * scale[:, None, :]
         index = np.arange(q.shape[1])
         curvature[:, index, index] += (1e-2 * damping[live])[:, None] + stiffness / scale**2
         low, high = lower[live], upper[live]
         held = ((q[live] <= low) & (descent <= 0)) | ((q[live] >= high) & (descent >= 0)) | (diagonal <= 0)
-        step = _solve_free(curvature, descent / scale, ~held) / scale
+        step = solve_free(curvature, descent / scale, ~held) / scale
         promised = 0.5 * np.einsum("bp,bp->b", step, np.where(held, 0.0, descent))
         trial = np.clip(q[live] + step, low, high)
         trial_objective, trial_residual, trial_jacobian = _evaluate(law, y[live], w, delta, trial)
@@ -323,7 +236,7 @@ def _polish_chunk(
                 old[missed[better]] = value[better]
         near = (damping[live] <= 1.0) & (promised <= _ROUNDING * objective[live] + 1e-30)
         accepted = (trial_objective < objective[live]) | near & (trial_objective <= objective[live] * (1 + _ROUNDING))
-        done = (damping[live] <= 1.0) & (promised <= _CONVERGED * objective[live] + 1e-30)
+        done = (damping[live] <= 1.0) & (promised <= converged * objective[live] + 1e-30)
         done |= (near & ~accepted) | (damping[live] > 1e12)
         moved = live[accepted]
         q[moved], objective[moved] = trial[accepted], trial_objective[accepted]
@@ -347,8 +260,10 @@ def _evaluate(law: SeparableLaw, y: Array, weights: Array, delta: float, q: Arra
     """Return objective (batch,), residuals (batch, n) and their slopes by minus the parameters (batch, n, m + k)."""
     linear, exponents = q[:, : law.num_linear], q[:, law.num_linear :]
     columns, slopes = law.columns(exponents)
-    prediction = np.einsum("bnm,bm->bn", columns, linear)
-    bent = np.einsum("bnmk,bm->bnk", slopes, linear)
+    prediction = (columns @ linear[..., None])[..., 0]
+    bent = np.zeros((*columns.shape[:2], slopes.shape[-1]))
+    for j in range(law.num_linear):  # most columns have few slopes that are not 0; an einsum would not know
+        bent += slopes[:, :, j] * linear[:, j, None, None]
     if law.offset is not None:
         offset, offset_slopes = law.offset(exponents)
         prediction, bent = prediction + offset, bent + offset_slopes
@@ -399,13 +314,3 @@ def _diagnose(
         "condition": condition,
         "at_bound": at_bound,
     }
-
-
-def _solve_free(matrix: Array, right: Array, free: NDArray[np.bool_]) -> Array:
-    """Return the solutions (batch, p) of the symmetric systems restricted to the free entries; zero elsewhere."""
-    both = free[:, :, None] & free[:, None, :]
-    index = np.arange(matrix.shape[-1])
-    restricted = np.where(both, matrix, 0.0)
-    # A ridge at rounding level keeps exactly collinear columns solvable; held entries get a one.
-    restricted[:, index, index] = np.where(free, restricted[:, index, index] + 1e-14, 1.0)
-    return np.asarray(np.linalg.solve(restricted, np.where(free, right, 0.0)[..., None])[..., 0])

@@ -46,6 +46,9 @@ class Data(Protocol):
     def summary(self) -> dict[str, Any]:
         """Return what was fitted, for the record."""
 
+    def thinned(self, most: int) -> Data:
+        """Return about `most` of the points, spread over all runs: enough to begin a search with."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Points:
@@ -108,6 +111,11 @@ class Points:
             [(self.run_of or ())[i] for i in index],
             None if self.weights is None else np.asarray(self.weights)[index],
         )
+
+    def thinned(self, most: int) -> Points:
+        """Return about `most` of the points, of every run in proportion; drawn, so that no grid is seen in steps."""
+        kept = np.random.default_rng(0).choice(len(self), size=min(most, len(self)), replace=False)
+        return self.take(np.sort(kept))
 
     def check(self, law: Law) -> tuple[str, ...]:
         """Return warnings about the table.

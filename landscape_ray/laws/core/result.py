@@ -37,8 +37,9 @@ class FitResult:
         data: what was fitted: runs, points, ranges, SHA-256.
         sample_names: columns of `samples`.
         samples: (num_bootstrap, p) parameters of every bootstrap sample.
-        misfit: how wrong the law was on schedules that it had not seen, root mean square of the relative error of their
-            final losses; None if that was not measured.
+        misfit: how wrong the law was on schedules that it had not seen, beyond what its fits expected: root of the mean
+            square of the relative error of their final losses, that of noise and parameters taken off; None if that was
+            not measured.
         num_misfits: number of errors behind it.
         fixed: parameters that were given, not fitted.
         penalty: (centre, stiffness) by name of a penalised parameter.
@@ -178,6 +179,8 @@ class Forecast:
         fitted_on: the runs that the fit has seen.
         status: of that fit.
         prediction: the whole predicted curve.
+        expected_error: standard deviation of the relative error that the fit itself expects: residual noise, and the
+            parameters' uncertainty where there is a bootstrap.
     """
 
     run_id: str
@@ -190,6 +193,7 @@ class Forecast:
     fitted_on: tuple[str, ...]
     status: Status
     prediction: Prediction
+    expected_error: float = 0.0
 
     def __str__(self) -> str:
         return (

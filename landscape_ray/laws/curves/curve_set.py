@@ -107,6 +107,22 @@ class CurveSet:
         raw = np.concatenate(parts)
         return np.asarray(raw / raw.mean())
 
+    def thinned(self, most: int) -> CurveSet:
+        """Return the set with about `most` points, every curve in proportion, its first and last among them."""
+        kept: tuple[NDArray[np.bool_], ...] = self._kept  # type: ignore[attr-defined]
+        share = min(most / max(sum(int(keep.sum()) for keep in kept), 1), 1.0)
+        fewer = []
+        for keep in kept:
+            points = np.flatnonzero(keep)
+            count = min(len(points), max(2, round(share * len(points))))
+            some = np.zeros_like(keep)
+            if count:
+                some[points[np.linspace(0, len(points) - 1, count).round().astype(int)]] = True
+            fewer.append(some)
+        copied = dataclasses.replace(self)
+        object.__setattr__(copied, "_kept", tuple(fewer))
+        return copied
+
     @property
     def peak_lr(self) -> float:
         """The largest learning rate of all curves."""

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
+from scipy.special import ndtri
 
 from landscape_ray.errors import UserError
 from landscape_ray.laws.core.law import Law
@@ -25,7 +26,9 @@ Fitter: TypeAlias = Callable[..., FitResult]
 def calibrate(fit: FitResult, forecasts: Sequence[Forecast]) -> FitResult:
     """Return the fit with the misfit that forecasts of unseen schedules showed, which widens its predictions.
 
-    misfit = sqrt(mean(relative_error^2)), about zero: a law that is wrong to one side is wrong.
+    misfit = sqrt(mean(relative_error^2 - expected_error^2)), about zero: a law that is wrong to one side is wrong. What
+    the fits expected, noise and their parameters' uncertainty, is in the intervals already; it is taken off, so that it
+    does not count twice.
 
     Args:
         fit: a fit to the same kind of curves.
@@ -37,7 +40,9 @@ def calibrate(fit: FitResult, forecasts: Sequence[Forecast]) -> FitResult:
     if len(forecasts) < 2:
         raise UserError(f"forecasts must be at least two, got {len(forecasts)}; fit runs of more schedules")
     errors = np.array([forecast.relative_error for forecast in forecasts])
-    return dataclasses.replace(fit, misfit=float(np.sqrt(np.mean(errors**2))), num_misfits=len(errors))
+    expected = np.array([forecast.expected_error for forecast in forecasts])
+    misfit = float(np.sqrt(max(np.mean(errors**2 - expected**2), 0.0)))
+    return dataclasses.replace(fit, misfit=misfit, num_misfits=len(errors))
 
 
 def leave_one_schedule_out(
@@ -96,16 +101,18 @@ def _forecast(law: Law, fit: FitResult, curve: Curve, skip_steps: int) -> Foreca
             f"run '{curve.run_id}' must have losses after the warm-up, got none; drop the run or lower skip_steps"
         )
     # A decay that the fit knows nothing about is part of the answer here: the forecast carries the warning.
-    prediction = predict_curve(
-        fit,
-        curve.lr,
-        curve.step[kept],
-        curve.warmup_steps,
+    predict = partial(
+        predict_curve,
+        lr=curve.lr,
+        warmup_steps=curve.warmup_steps,
         batch_size=curve.batch_size,
         num_params=curve.num_params,
         law=law,
         allow_extrapolation=True,
     )
+    prediction = predict(fit, step=curve.step[kept])
+    own = predict(dataclasses.replace(fit, misfit=None), step=curve.step[kept][-1:])
+    width = float(np.log(own.high[0]) - np.log(own.low[0])) / 2
     observed = curve.loss_nats[kept]
     final, expected = float(observed[-1]), float(prediction.loss_nats[-1])
     return Forecast(
@@ -119,6 +126,7 @@ def _forecast(law: Law, fit: FitResult, curve: Curve, skip_steps: int) -> Foreca
         fitted_on=tuple(fit.data["runs"]),
         status=fit.status,
         prediction=prediction,
+        expected_error=width / float(ndtri(0.5 + fit.confidence / 2)),
     )
 
 

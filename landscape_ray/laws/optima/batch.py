@@ -7,20 +7,20 @@
     lr*(B) = 2 lr_max / (sqrt(B_noise/B) + sqrt(B/B_noise))   sign descent: falls again beyond the noise scale
 
     S(B) = S_min + E_min / B              updates to reach a loss
-    B_crit(L) = B_star L^-k               critical batch over the loss
     B_crit(D) = c D^k                     critical batch over training tokens
 
 The updates say the same as (S/S_min - 1) (E/E_min - 1) = 1 with E = B S. At the critical batch, B_crit = E_min / S_min,
 a run costs twice the fewest updates and twice the fewest examples.
 
-Legend: lr* best peak learning rate at the batch B, B_noise gradient noise scale, S updates, E examples (tokens), L
-loss, D training tokens.
+The critical batch over the loss is :data:`landscape_ray.laws.scaling.kaplan.CRITICAL_BATCH`.
+
+Legend: lr* best peak learning rate at the batch B, B_noise gradient noise scale, S updates, E examples (tokens), D
+training tokens.
 
 References:
-    McCandlish et al. 2018, arXiv 1812.06162 (trade-off, saturating form, noise scale); Kaplan et al. 2020, arXiv
-    2001.08361 (critical batch over the loss); Granziol, Zohren and Roberts 2020, arXiv 2006.09092 (linear for SGD,
-    square root for Adam, largest rates); Li et al. 2024, arXiv 2405.14578 (the form that falls again); Zhang et al.
-    2024, arXiv 2410.21676 (critical batch over tokens).
+    McCandlish et al. 2018, arXiv 1812.06162 (trade-off, saturating form, noise scale); Granziol, Zohren and
+    Roberts 2020, arXiv 2006.09092 (linear for SGD, square root for Adam, largest rates); Li et al. 2024, arXiv
+    2405.14578 (the form that falls again); Zhang et al. 2024, arXiv 2410.21676 (critical batch over tokens).
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ BATCHES = Variable("batch", "tokens", "batch", min_distinct=3)
 BEST_LR = Variable("lr", "", "peak learning rate")
 STEPS = Variable("steps", "updates", "updates to reach the loss")
 CRITICAL = Variable("batch_critical", "tokens", "critical batch")
-LOSS = Variable("loss", "nats/token", "loss", min_distinct=2)
 TOKENS = Variable("D", "tokens", "number of training tokens", min_distinct=2)
 
 _ONE_TASK = ("model, data and horizon are the same at all batches",)
@@ -128,20 +127,6 @@ STEPS_BATCH = Law(
     parameters=(linear("S_min", "fewest updates"), linear("E_min", "fewest examples")),
     columns=lambda x, p: (1.0, 1 / x["batch"]),
     assumptions=("one loss is reached by all runs", "the learning rate is the best one at every batch"),
-)
-
-CRITICAL_BATCH_LOSS = Law(
-    name="critical_batch_loss",
-    title="critical batch over the loss",
-    formula="B_crit = B_star L^-k",
-    reference="Kaplan et al. 2020, arXiv 2001.08361",
-    variables=(LOSS,),
-    response=CRITICAL,
-    parameters=(
-        linear("B_star", "critical batch at a loss of 1"),
-        nonlinear("k", "how it rises as the loss falls", 0.01, 30.0, starts=4),
-    ),
-    columns=lambda x, p: (np.exp(-p["k"] * np.log(x["loss"])),),
 )
 
 CRITICAL_BATCH_TOKENS = Law(

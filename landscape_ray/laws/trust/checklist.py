@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from landscape_ray.laws.core.certificate import MIN_POINTS_PER_PARAMETER
 from landscape_ray.laws.core.law import Law
-from landscape_ray.laws.core.result import FitResult
+from landscape_ray.laws.core.result import FitResult, Forecast
 from landscape_ray.laws.trust.comparison import Candidate
 from landscape_ray.laws.trust.holdout import Rollout, Stability
 
@@ -75,6 +75,7 @@ class Evidence:
         trends: slope and t of the residuals by variable.
         noise: relative spread of repeated runs, and how many repeat.
         decision_spread: relative width of the interval of the decision that the fit is for.
+        schedules: of a law of loss curves, forecasts of runs whose schedule was left out.
     """
 
     runs_out: Stability | None = None
@@ -85,6 +86,7 @@ class Evidence:
     trends: Mapping[str, tuple[float, float]] | None = None
     noise: tuple[float, int] | None = None
     decision_spread: float | None = None
+    schedules: Sequence[Forecast] = ()
 
 
 def checklist(law: Law, fit: FitResult, evidence: Evidence, facts: Sequence[Item] = ()) -> list[Item]:
@@ -208,6 +210,8 @@ def _fitting(fit: FitResult, evidence: Evidence) -> list[Item]:
     if evidence.objectives:
         found.append(_sensitivity(fit, evidence.objectives))
     for name, stability in (("run", evidence.runs_out), ("size", evidence.sizes_out)):
+        if evidence.schedules and stability is None:
+            continue  # leaving a schedule out is the stronger test
         if stability is None:
             found.append(Item("D", f"stability without one {name}", "not measured", "unknown"))
         else:
@@ -277,6 +281,10 @@ def _validation(fit: FitResult, evidence: Evidence) -> list[Item]:
         if one.factor > 10:
             remark = (remark + "; " if remark else "") + "more than 10 times the fitted range"
         found.append(Item("E", f"held out: {one.variable}", str(one), "warning" if remark else "ok", remark))
+    for forecast in evidence.schedules:
+        missed = not forecast.low <= forecast.observed_final <= forecast.high
+        remark = "the measured loss lies outside the interval of that fit" if missed else ""
+        found.append(Item("E", "schedule left out", str(forecast), "warning" if missed else "ok", remark))
     if not found:
         found.append(Item("E", "held out", "nothing", "warning", "no forecast beyond the fitted range was tested"))
     if evidence.runs_out is not None:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from landscape_ray.errors import UserError
+from landscape_ray.laws.core.bound import Bound
 from landscape_ray.laws.core.fit import Solution
 from landscape_ray.laws.core.fitting import polish
-from landscape_ray.laws.core.law import Bound
 from landscape_ray.laws.trust.covariance import covariance
 
 Array: TypeAlias = NDArray[np.float64]

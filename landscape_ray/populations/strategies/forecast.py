@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,11 +20,45 @@ from landscape_ray.populations.strategies.truncation import Truncation
 from landscape_ray.registry import suggest
 from landscape_ray.schedules import Schedule
 
+Item = TypeVar("Item")
+
 MIN_ROUNDS = 2
 """Rounds of forecasts that must have been checked before the law can be trusted."""
 
 CHECKED_ROUNDS = 3
 """Rounds over which forecasts are checked."""
+
+
+MAX_MADE = 12
+"""Forecasts that are remembered of each lineage; of more every second one is forgotten, so that old ones remain."""
+
+MIN_MISSES = 4
+"""Members of a round that can say what they miss by differently."""
+
+MAX_MISSES = 4000
+"""Misses that are remembered, the newest."""
+
+
+class Made(NamedTuple):
+    """What a lineage's losses were forecast with at some time."""
+
+    step: int
+    """Updates completed then."""
+    fit: int
+    """Which of the fits."""
+    offset: float
+    """How far the lineage was above the law."""
+
+
+class Miss(NamedTuple):
+    """A forecast of a loss, and what came."""
+
+    fit: int
+    """Which of the fits made it."""
+    lead: int
+    """Updates from the one to the other."""
+    error: float
+    """Loss less forecast."""
 
 
 class Check(NamedTuple):
@@ -47,10 +81,18 @@ class Forecast(Truncation):
     evaluation (Sandler et al. 2023, arXiv 2301.02312). Where they don't, the law has to tell noise from progress.
 
     The law is trusted while it has been fitted, and its forecasts of the population's next losses, made an interval
-    ahead, have over the last rounds been better than the forecast that nothing changes. While it is not, members are
-    ranked by their losses, of averaged weights where there are any. Where there are none, a member is then replaced
-    only by a donor that is lower at a learning rate at least as high. No cooldown can turn such a pair around: the
-    donor has more noise to lose, and moves faster.
+    ahead, have over the last rounds been better than the forecast that nothing changes. A donor then has to be better
+    by `certainty` standard errors of the difference of two forecasts over what remains of the run. How large these are
+    is seen in the population itself: every law that was fitted is held against all losses that came later, and what
+    members miss by differently grows with the distance (it is taken as proportional to it, as a rate that is wrong by
+    so much). As long as the law is new and the end far away, few members are replaced, and those that go on under
+    different rates are what the next law is told apart by; in the end forecasts decide as they are.
+
+    While the law is not trusted, members are ranked by their losses, of averaged weights where there are any, and a
+    member is replaced only by a donor that it cannot be expected to catch up with: by one that has also come down by
+    more in the last interval. Where losses are of averaged weights, that is a lead that grows; where they are not, it
+    may be due to noise that has gone, so the donor's learning rate has to be at least as high as well: it has more
+    noise to lose.
 
     Args:
         schedule: of the learning rate; what the member's value is the peak of. Its cooldown is the common cooldown.
@@ -66,7 +108,7 @@ class Forecast(Truncation):
         *args: Any,
         schedule: Schedule,
         lr_name: str = "schedule.peak_lr",
-        certainty: float = 0.0,
+        certainty: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
@@ -84,6 +126,12 @@ class Forecast(Truncation):
         self.schedule = dataclasses.replace(schedule, peak=1.0)
         self._forecaster = Forecaster(*domain.bounds, self.num_steps)
         self._states = {number: self._forecaster.fresh() for number in self.members}
+        self._fits: list[Fit] = []
+        self._made: dict[int, tuple[Made, ...]] = {}
+        """Forecasts along the lineage of each member."""
+        self._misses: list[Miss] = []
+        self._fallen: dict[int, float] = {}
+        """By how much each member's loss came down in its last interval."""
         self._fit: Fit | None = None
         self._unfitted = 0
         """Observations since the last fit."""
@@ -137,9 +185,44 @@ class Forecast(Truncation):
             expected = self._forecaster.law(self._fit, rows[-1:]) + self._offsets[number]
             self._checks.append(Check(abs(expected - rows[-1][1]), abs(before[-1][1] - rows[-1][1])))
             del self._checks[: -CHECKED_ROUNDS * len(self.members)]
+        if rows and self.members[number].sound:
+            self._miss(number, observation.step, rows[-1:])
+            if before:
+                self._fallen[number] = before[-1][1] - rows[-1][1]
         self._recent[number] = rows
         self._averaged = self._averaged or any(not math.isnan(point.averaged) for point in observation.points)
         self._unfitted += 1
+
+    def _miss(self, number: int, step: int, rows: list[list[float]]) -> None:
+        """Hold all forecasts of a lineage against its new loss."""
+        for made in self._made.get(number, ()):
+            if made.step < step:
+                expected = self._forecaster.law(self._fits[made.fit], rows) + made.offset
+                self._misses.append(Miss(made.fit, step - made.step, rows[-1][1] - expected))
+        del self._misses[:-MAX_MISSES]
+
+    def error(self, lead: int) -> float:
+        """Return the standard error of the difference of two members' forecasts so many updates ahead; inf if unknown.
+
+        What all members of a round miss by alike does not matter for who is better, and is taken out.
+        """
+        if not self._misses:
+            return math.inf
+        fits, leads, errors = (np.array(column) for column in zip(*self._misses, strict=True))
+        wanted = min(lead, int(leads.max()))
+        near = (2 * leads >= wanted) & (leads <= 2 * wanted)
+        rounds: dict[tuple[int, int], list[int]] = {}
+        for place in np.flatnonzero(near).tolist():
+            rounds.setdefault((int(fits[place]), int(leads[place]) // self.interval_steps), []).append(place)
+        own = [
+            (errors[places] - np.median(errors[places])) / leads[places]
+            for places in rounds.values()
+            if len(places) >= MIN_MISSES
+        ]
+        if not own:
+            return math.inf
+        # the median of absolute values: runs that nobody would copy may be missed by any amount
+        return math.sqrt(2) * 1.4826 * float(np.median(np.abs(np.concatenate(own)))) * lead
 
     def _refit(self) -> None:
         """Fit the law once a round, to everything but the beginning."""
@@ -150,6 +233,10 @@ class Forecast(Truncation):
         self._offsets = {}
         if self._fit is not None:
             self._offsets = {n: self._forecaster.excess(self._fit, rows) for n, rows in self._recent.items() if rows}
+            self._fits.append(self._fit)
+            for n, offset in self._offsets.items():
+                made = (*self._made.get(n, ()), Made(self._states[n].step, len(self._fits) - 1, offset))
+                self._made[n] = made if len(made) <= MAX_MADE else made[::2]
 
     # the rule
 
@@ -166,12 +253,14 @@ class Forecast(Truncation):
     def replaces(self, donor: int, member: int) -> bool:
         """Return whether the donor's forecast is better by enough; without a law, whether nothing speaks against it."""
         if not self.trusted:
-            return self._annealed(donor) < self._annealed(member) and (
-                self._averaged or self._peak(donor) >= self._peak(member)
+            return (
+                self._annealed(donor) < self._annealed(member)
+                and self._fallen.get(donor, -math.inf) > self._fallen.get(member, math.inf)
+                and (self._averaged or self._peak(donor) >= self._peak(member))
             )
         if not self.certainty:
             return True
-        error = math.sqrt(2 * float(np.mean(np.square([check.law for check in self._checks]))))
+        error = self.error(self.num_steps - self.members[member].step)
         return self.forecast(member) - self.forecast(donor) > self.certainty * error
 
     def decide(self, ready: list[int]) -> dict[int, Choice]:
@@ -189,23 +278,25 @@ class Forecast(Truncation):
 
     def _inherit(self, choices: dict[int, Choice]) -> None:
         """Give members the past of the weights that they take."""
-        past = {n: self._states[choice.donor].copy() for n, choice in choices.items() if choice.donor is not None}
-        self._states |= past
-        recent = {n: self._recent[c.donor] for n, c in choices.items() if c.donor is not None}
-        self._recent |= recent
-        for number, choice in choices.items():
-            if choice.donor is not None and choice.donor in self._offsets:
-                self._offsets[number] = self._offsets[choice.donor]
+        donors = {number: choice.donor for number, choice in choices.items() if choice.donor is not None}
+        self._states |= {number: self._states[donor].copy() for number, donor in donors.items()}
+        _copy(self._recent, donors)
+        _copy(self._made, donors)
+        _copy(self._fallen, donors)
+        _copy(self._offsets, donors)
 
     # saving
 
     def extra_state(self) -> dict[str, Any]:
         """Return everything that forecasts depend on."""
-        fit = self._fit
         return {
             "forecaster": self._forecaster.state_dict(),
             "states": [[n, s.progress.tolist(), s.noise.tolist(), s.step] for n, s in self._states.items()],
-            "fit": None if fit is None else dataclasses.asdict(fit) | {"coefficients": fit.coefficients.tolist()},
+            "fits": [dataclasses.asdict(fit) | {"coefficients": fit.coefficients.tolist()} for fit in self._fits],
+            "fitted": self._fit is not None,
+            "made": [[number, list(map(list, made))] for number, made in self._made.items()],
+            "misses": [list(miss) for miss in self._misses],
+            "fallen": [list(item) for item in self._fallen.items()],
             "unfitted": self._unfitted,
             "recent": [[number, rows] for number, rows in self._recent.items()],
             "offsets": [[number, encode(offset)] for number, offset in self._offsets.items()],
@@ -217,10 +308,21 @@ class Forecast(Truncation):
         """Take it over."""
         self._forecaster.load_state_dict(state["forecaster"])
         self._states = {n: LineageState(np.array(s), np.array(z), step) for n, s, z, step in state["states"]}
-        fit = state["fit"]
-        self._fit = None if fit is None else Fit(**fit | {"coefficients": np.array(fit["coefficients"])})
+        self._fits = [Fit(**fit | {"coefficients": np.array(fit["coefficients"])}) for fit in state["fits"]]
+        self._fit = self._fits[-1] if state["fitted"] else None
+        self._made = {number: tuple(Made(*row) for row in made) for number, made in state["made"]}
+        self._misses = [Miss(*miss) for miss in state["misses"]]
+        self._fallen = dict(map(tuple, state["fallen"]))
         self._unfitted = state["unfitted"]
         self._recent = dict(map(tuple, state["recent"]))
         self._offsets = {number: decode(offset) for number, offset in state["offsets"]}
         self._averaged = state["averaged"]
         self._checks = [Check(*check) for check in state["checks"]]
+
+
+def _copy(own: dict[int, Item], donors: dict[int, int]) -> None:
+    """Give members what their donors have, or nothing where these have nothing."""
+    theirs = {number: own[donor] for number, donor in donors.items() if donor in own}  # before any is overwritten
+    for number in donors:
+        own.pop(number, None)
+    own |= theirs

@@ -11,6 +11,8 @@ from landscape_ray.populations.strategy import Strategy
 class Independent(Strategy):
     """Random search: each member keeps its values to the end. Only the best lineage is remembered after it ended."""
 
+    rescues: ClassVar[bool] = False
+
     name: ClassVar[str] = "independent"
 
     def __init__(self, *args: Any, synchronous: bool = False, **options: Any) -> None:

@@ -13,7 +13,7 @@ import optuna
 
 from landscape_ray.errors import UserError
 from landscape_ray.registry import resolve
-from landscape_ray.sweep.searching.config import HUB, SearchConfig
+from landscape_ray.sweep.searching.config import HUB
 
 START_UP_TRIALS = 5
 """Finished trials before a model-based sampler trusts its model."""
@@ -44,7 +44,11 @@ def seed_of_trial(seed: int, number: int) -> int:
 
 
 def build_sampler(
-    name: str, seed: int, number: int, options: Mapping[str, Any] | None = None
+    name: str,
+    seed: int,
+    number: int,
+    options: Mapping[str, Any] | None = None,
+    fields: tuple[str, str] = ("search.sampler", "search.options"),
 ) -> optuna.samplers.BaseSampler:
     """Return the sampler for one proposal.
 
@@ -53,41 +57,47 @@ def build_sampler(
         seed: of the sweep.
         number: of the proposal.
         options: keyword arguments beside the seed.
+        fields: where name and options stand in the sweep file, for error messages.
 
     Raises:
         UserError: no such sampler, or it does not take these options.
     """
-    make = _from_hub(name) if name.startswith(HUB) else resolve(name, SEARCHERS, "search.sampler")
+    field, options_field = fields
+    make = _from_hub(name) if name.startswith(HUB) else resolve(name, SEARCHERS, field)
     options = dict(options or {})
     if "seed" in options:
-        raise UserError("search.options must not hold a seed, got one; `seed` at the top of the file seeds everything")
+        raise UserError(
+            f"{options_field} must not hold a seed, got one; `seed` at the top of the file seeds everything"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = make(seed=seed_of_trial(seed, 0 if name in WHOLE_STUDY else number), **options)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"search.options must be what sampler '{name}' takes beside a seed, got {options} ({error}); "
+            f"{options_field} must be what sampler '{name}' takes beside a seed, got {options} ({error}); "
             f"it takes: {_takes(make)}"
         ) from None
     if not isinstance(sampler, optuna.samplers.BaseSampler):
         raise UserError(
-            f"search.sampler must make an optuna.samplers.BaseSampler, got {type(sampler).__name__} from '{name}'; "
+            f"{field} must make an optuna.samplers.BaseSampler, got {type(sampler).__name__} from '{name}'; "
             "give the path of a class or a function that does"
         )
     return sampler
 
 
-def check_sampler(search: SearchConfig) -> None:
-    """Check that the sampler of a search can be made; one of OptunaHub only so far that its package is there.
+def check_sampler(
+    name: str, options: Mapping[str, Any], fields: tuple[str, str] = ("search.sampler", "search.options")
+) -> None:
+    """Check that a sampler can be made; one of OptunaHub only so far that its package is there.
 
     Raises:
         UserError: see `build_sampler`.
     """
-    if search.sampler.startswith(HUB):
-        _hub(search.sampler)
+    if name.startswith(HUB):
+        _hub(name)
     else:
-        build_sampler(search.sampler, 0, 0, search.options)
+        build_sampler(name, 0, 0, options, fields)
 
 
 def _takes(make: Callable[..., Any]) -> str:

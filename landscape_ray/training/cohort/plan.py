@@ -34,6 +34,14 @@ memory of its intermediate values is in proportion to the chunk."""
 
 LARGE = 8
 
+CLEARLY = 0.97
+"""A joint route is taken if its time is at most this share of the single one's: within the noise of the measurement,
+single has no risk."""
+
+WINDOW = 0.05
+"""Seconds that a measurement goes on for at least, where the members suffice: with shorter ones for small chunks than
+for large ones, the shortest of many would favour the small."""
+
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest distance of two routes' gradients of one member, relative to the norm."""
 
@@ -160,7 +168,7 @@ def _measured(buffers: Buffers, members: Sequence[TrainState], batch: Batch) -> 
         for candidate in candidates.values():
             if candidate.seconds <= 1.5 * best:
                 candidate.measure()
-    key = min(candidates, key=lambda name: candidates[name].seconds)
+    key = min(candidates, key=lambda name: candidates[name].seconds * (CLEARLY if name == "single" else 1.0))
     route, _, size = key.partition("/")
     return Choice(
         route=route,
@@ -205,7 +213,9 @@ class _Candidate:
         if self.seconds == math.inf:
             self._update(*self._pairs[0])
         # single programs are short: some of them, so that the weights do not all lie in the cache
-        count = max(1, min(len(self._pairs), 8 // len(self._programs[0].members)))
+        size = len(self._programs[0].members)
+        enough = max(LARGE, math.ceil(WINDOW / self.seconds))  # the first time, nothing is known: LARGE
+        count = max(1, min(len(self._pairs), enough // size))
         chosen = [self._pairs[(self._next + i) % len(self._pairs)] for i in range(count)]
         self._next += count
         clock = _clock(self._inputs.device)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from landscape_ray.errors import UserError
-from landscape_ray.laws.core.fitting import SeparableLaw, huber, polish, search, solve_linear
+from landscape_ray.laws.core.fitting import huber, polish, search
+from landscape_ray.laws.core.separable import SeparableLaw, solve_linear
 
 
 def two_power_law(n, d):

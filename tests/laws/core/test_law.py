@@ -7,7 +7,7 @@ import pytest
 
 from landscape_ray.errors import UserError
 from landscape_ray.laws import Law, Variable, grid, linear, nonlinear
-from landscape_ray.laws.core.law import Bound, halton
+from landscape_ray.laws.core.bound import Bound, halton
 
 SATURATING = Law(
     name="saturating",

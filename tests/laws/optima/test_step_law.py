@@ -18,7 +18,7 @@ from landscape_ray.laws import (
     leave_one_group_out,
     regret,
 )
-from landscape_ray.laws.core.law import Bound
+from landscape_ray.laws.core.bound import Bound
 from landscape_ray.laws.optima.surface import rise, surface
 
 GROUPS = [(1e7, 1e9), (1e7, 4e9), (4e7, 1e9), (4e7, 4e9), (1.6e8, 4e9), (1.6e8, 1.6e10)]

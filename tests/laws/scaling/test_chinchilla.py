@@ -77,40 +77,111 @@ def test_least_squares_differ_by_twice_the_standard_error(points):
         assert found.parameters[name] == pytest.approx(float(digits), abs=1.1 * 10.0 ** -len(digits.partition(".")[2]))
 
 
-@pytest.mark.data
-@pytest.mark.acceptance
-def test_the_published_bootstrap(all_points, points):
-    """The replication's own 4,000 resamples: numpy's legacy generator, seed 42, Huber 1e-3.
+PUBLISHED_ERRORS = {"A": 124.52232, "B": 1293.28410, "E": 0.02566, "alpha": 0.01540, "beta": 0.02060}
+PUBLISHED_ENDS = {
+    "A": (285.214, 743.626),
+    "B": (1042.357, 5810.344),
+    "E": (1.769, 1.871),
+    "alpha": (0.317, 0.373),
+    "beta": (0.331, 0.415),
+}
+"""Standard errors and 95 % intervals of the replication, Huber 1e-3."""
 
-    B is heavy-tailed: its standard error hangs on a few samples in which a single start may stop early, so it is
-    compared with the published one loosely, and its quantiles as tightly as the others.
-    """
+
+@pytest.fixture(scope="module")
+def resampled(all_points, points):
+    """(4000, 240) numbers of the points in the replication's own resamples: numpy's legacy generator, seed 42."""
     loss = all_points[2]
     index = np.flatnonzero(loss < np.sort(loss)[-5])
-    number = {int(k): i for i, k in enumerate(index)}
     legacy = np.random.RandomState(42)
-    counts = np.zeros((4000, len(index)))
-    for row in counts:
-        np.add.at(row, [number[int(k)] for k in legacy.choice(list(index), size=len(index), replace=True)], 1)
+    drawn = np.stack([legacy.choice(index, size=len(index), replace=True) for _ in range(4000)])
+    return np.searchsorted(index, drawn)
+
+
+@pytest.fixture(scope="module")
+def certified(points, resampled):
+    """Our optima of the resamples: objective, and parameters by name."""
+    counts = np.stack([np.bincount(row, minlength=len(points)) for row in resampled]).astype(float)
     solution, _ = solve(CHINCHILLA, points)
-    drawn = solution.natural(solution.refit(counts).parameters)
-    errors = {"A": 124.52, "E": 0.02566, "alpha": 0.01540, "beta": 0.02060}
-    for name, value in errors.items():
-        assert drawn[name].std() == pytest.approx(value, rel=0.05), name
-    assert drawn["B"].std() == pytest.approx(1293.28, rel=0.2)
-    ends = {
-        "A": (285.2, 743.6),
-        "B": (1042.4, 5810.3),
-        "E": (1.769, 1.871),
-        "alpha": (0.317, 0.373),
-        "beta": (0.331, 0.415),
-    }
-    for name, (low, high) in ends.items():
-        assert np.quantile(drawn[name], 0.025) == pytest.approx(low, rel=0.05), name
-        assert np.quantile(drawn[name], 0.975) == pytest.approx(high, rel=0.05), name
+    found = solution.refit(counts)
+    return found.objective, solution.natural(found.parameters)
+
+
+def published_procedure(points, rows):
+    """Return objectives and parameters (A, B, E, alpha, beta) as the replication finds them, written anew.
+
+    One BFGS run a resample, from the parameters of Hoffmann et al., exact gradients, scipy's tolerance.
+    """
+    log_n, log_d = (np.log(np.asarray(points.variables[name])) for name in ("N", "D"))
+    log_loss, delta = np.log(np.asarray(points.response)), 1e-3
+
+    def objective(p, n, d, observed):
+        terms = np.exp(np.stack([p[0] - p[3] * n, p[1] - p[4] * d, np.full_like(n, p[2])]))
+        total = terms.sum(axis=0)
+        residual = observed - np.log(total)
+        inner = np.clip(residual, -delta, delta)
+        by_size, by_horizon, rest = -inner / total * terms
+        slopes = [by_size.sum(), by_horizon.sum(), rest.sum(), -(by_size @ n), -(by_horizon @ d)]
+        return float((inner * (residual - inner / 2)).sum()), np.array(slopes)
+
+    start = [6.0073404, 6.0179186, 0.5267228, 0.33917084, 0.2849083]
+    ends = [
+        scipy.optimize.minimize(objective, start, args=(log_n[k], log_d[k], log_loss[k]), jac=True, method="BFGS")
+        for k in rows
+    ]
+    found = np.array([end.x for end in ends])
+    return np.array([end.fun for end in ends]), np.hstack([np.exp(found[:, :3]), found[:, 3:]])
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.acceptance
+def test_the_published_bootstrap(certified):
+    """Standard errors of our certified optima of the published resamples within 1 % of the published ones."""
+    _, drawn = certified
+    for name, value in PUBLISHED_ERRORS.items():
+        assert drawn[name].std(ddof=1) == pytest.approx(value, rel=0.01), name
+        ends = np.quantile(drawn[name], [0.025, 0.975])
+        np.testing.assert_allclose(ends, PUBLISHED_ENDS[name], rtol=0.01, err_msg=name)
     share = drawn["beta"] / (drawn["alpha"] + drawn["beta"])
-    assert share.mean() == pytest.approx(0.513, abs=0.005)
+    assert share.mean() == pytest.approx(0.513, abs=0.005)  # the published one is at the optimum of all points
     assert share.std() == pytest.approx(0.020, rel=0.05)
+
+
+@pytest.mark.data
+@pytest.mark.acceptance
+def test_the_published_procedure_on_its_first_resamples(points, resampled):
+    """The first rows of the replication's table of resamples, to a digit less than printed."""
+    _, found = published_procedure(points, resampled[:3])
+    expected = [
+        (349.556372, 2356.248315, 1.793330, 0.328633, 0.371855),
+        (487.836322, 1509.948214, 1.803583, 0.348965, 0.349989),
+        (728.410632, 2507.010543, 1.861662, 0.372424, 0.375040),
+    ]
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.data
+@pytest.mark.acceptance
+def test_the_published_procedure_beside_the_certified_optima(points, resampled, certified):
+    """The replication's procedure gives its printed standard errors; where ours differ, theirs stopped short.
+
+    BFGS ends at a gradient of 1e-5, which for an objective near 1e-3 is early: one resample in fifty ends more than
+    1e-6 above the optimum, none more than 1e-3. B spreads by a few resamples with a long tail (the largest is ten times
+    the median), but these both procedures find alike.
+    """
+    objective, drawn = certified
+    reached, found = published_procedure(points, resampled)
+    printed = np.array(list(PUBLISHED_ERRORS.values()))
+    np.testing.assert_allclose(found.std(axis=0, ddof=1), printed, atol=0.5e-5, rtol=1e-4)
+    above = reached / objective - 1
+    assert above.min() > -1e-9
+    assert 0.01 < (above > 1e-6).mean() < 0.05
+    assert above.max() < 1e-3
+    assert drawn["B"].max() > 5 * np.median(drawn["B"])
+    assert found[:, 1].std(ddof=1) == pytest.approx(drawn["B"].std(ddof=1), rel=1e-3)
 
 
 @pytest.mark.acceptance

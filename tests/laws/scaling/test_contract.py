@@ -10,7 +10,7 @@ import pytest
 
 from landscape_ray.errors import UserError
 from landscape_ray.laws import LAWS, FitResult, Objective, Points, fit, predict_points
-from landscape_ray.laws.core.law import Bound
+from landscape_ray.laws.core.bound import Bound
 
 
 @dataclasses.dataclass(frozen=True)

@@ -315,3 +315,23 @@ def test_a_journal_of_an_earlier_version_is_refused(spec: Any, drive: Any) -> No
 def test_a_population_has_no_book(population_spec: SweepSpec, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no \[search\] table"):
         Book(population_spec, SweepFolder(tmp_path))
+
+
+@pytest.mark.acceptance
+def test_the_study_is_what_optuna_dashboard_opens(spec: Any, drive: Any) -> None:
+    """Its command is `optuna-dashboard --storage-class JournalFileStorage FILE`."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    search = spec(num_trials=6)
+    driver = drive(search, loss_of).run()
+    storage = JournalStorage(JournalFileBackend(str(driver.folder.study_path)))
+    (study,) = optuna.get_all_study_summaries(storage)
+    assert (study.study_name, study.n_trials) == (search.name, 6)
+    trials = optuna.load_study(study_name=search.name, storage=storage).get_trials()
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    for trial in trials:
+        assert trial.value == pytest.approx(loss_of(trial.params, 90))
+        assert len(trial.intermediate_values) == 9
+        assert set(trial.distributions) == set(trial.params)

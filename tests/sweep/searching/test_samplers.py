@@ -95,11 +95,12 @@ def search(**fields: Any) -> SearchConfig:
     ],
 )
 def test_samplers_that_cannot_be_made_are_refused(fields: dict[str, Any], message: str) -> None:
+    found = search(**fields)
     with pytest.raises(UserError, match=message):
-        check_sampler(search(**fields))
+        check_sampler(found.sampler, found.options)
 
 
 def test_optunahub_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optunahub", None)
     with pytest.raises(UserError, match="needs the package optunahub, which is not installed"):
-        check_sampler(search(sampler="optunahub:samplers/auto_sampler:AutoSampler"))
+        check_sampler("optunahub:samplers/auto_sampler:AutoSampler", {})

@@ -1,0 +1,219 @@
+"""What the sweep's own run shows, all of it made from the sweep folder, so that any machine can make it again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from landscape_ray.errors import UserError
+from landscape_ray.records import TERMINAL_STATUSES, RunSummary
+from landscape_ray.tracking import server
+from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.tracking.parts import ARROW_SCHEMA, WRITE_OPTIONS, read_part
+from landscape_ray.tracking.points import to_event
+from landscape_ray.tracking.uris import mask_secrets
+
+RECORDS = "records.parquet"
+"""Artifact with all rows of a sweep that has ended, and its summaries in the metadata."""
+
+MAX_RECORDS_BYTES = 2**30
+"""Parts larger than this together stay in the sweep folder: copying them would take longer than it is worth."""
+
+_SUMMARIES_KEY = b"landscape_ray.summaries"
+_PARTS_KEY = b"landscape_ray.num_parts"
+_ROW_GROUP = 100_000
+_SETTLED = ("finished", "incomplete")
+"""Statuses of a sweep whose driver has ended by itself."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Artifact:
+    """A file of the sweep's run."""
+
+    name: str
+    made_of: str
+    """Changes when the content would."""
+    write: Callable[[Path], None]
+    """Writes the file."""
+
+
+def environment(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where and how the sweep was launched, from sweep.json: versions, machine, git state, seed, budget."""
+    names = ("sweep_id", "name", "created_unix", "seed", "num_trials", "spec_id", "corpus_id")
+    known = {name: meta[name] for name in names if name in meta}
+    return known | {name: meta[name] for name in ("versions", "hardware", "git", "packages") if name in meta}
+
+
+def spec_params(folder: SweepFolder) -> dict[str, str]:
+    """Return the specification as parameters; none where it isn't TOML, which is not ours to judge here."""
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        return server.to_params(tomllib.loads(folder.spec_text))
+    return {}
+
+
+def data_table(folder: SweepFolder) -> dict[str, Any]:
+    """Return the table [train.data] of the specification; empty where there is none."""
+    with contextlib.suppress(tomllib.TOMLDecodeError, AttributeError):
+        return dict(tomllib.loads(folder.spec_text).get("train", {}).get("data", {}))
+    return {}
+
+
+def summaries(folder: SweepFolder) -> list[RunSummary]:
+    """Return the committed summaries that can be read."""
+    found = []
+    for trial in folder.trials():
+        with contextlib.suppress(UserError):  # damaged: named where its rows are sent
+            if (summary := trial.summary()) is not None:
+                found.append(summary)
+    return found
+
+
+def sweep_metrics(ended: Sequence[RunSummary]) -> dict[str, float]:
+    """Return what a sweep's trials came to: how they ended, what they cost, the lowest loss."""
+    values: dict[str, float] = {f"sweep/num_{status}": 0.0 for status in sorted(TERMINAL_STATUSES)}
+    for summary in ended:
+        if summary.status in TERMINAL_STATUSES:
+            values[f"sweep/num_{summary.status}"] += 1
+    losses = [s.final_loss_nats for s in ended if s.status == "finished" and math.isfinite(s.final_loss_nats)]
+    values["sweep/best_loss_nats"] = min(losses, default=math.nan)
+    for name in ("num_tokens", "flops", "elapsed_seconds", "eval_seconds", "probe_seconds"):
+        values[f"sweep/{name}"] = float(sum(getattr(summary, name) for summary in ended))
+    spent = values["sweep/elapsed_seconds"]
+    values["sweep/probe_share"] = values["sweep/probe_seconds"] / spent if spent > 0 else math.nan
+    return {key: value for key, value in values.items() if math.isfinite(value)}
+
+
+def artifacts(folder: SweepFolder, closing: bool) -> Iterator[Artifact]:
+    """Yield the files that the sweep's run should have now: small ones at once, those of the whole at the end."""
+    yield _copy(folder.spec_path, masked=True)
+    text = json.dumps(environment(folder.meta), indent=1, sort_keys=True, default=str)
+    yield Artifact("environment.json", _hash(text), lambda path: _write_text(path, text))
+    if folder.report_path.is_file():
+        yield _copy(folder.report_path)
+    if not closing:
+        return
+    commits = {}
+    for trial in folder.trials():
+        with contextlib.suppress(UserError):  # damaged: named where its rows are sent
+            if (commit := trial.read()) is not None:
+                commits[trial.trial_id] = commit
+    state = _hash(json.dumps([(name, commit.num_parts, commit.num_rewinds) for name, commit in commits.items()]))
+    yield Artifact("events.json", state, lambda path: _write_json(path, list(_events(folder))))
+    yield Artifact("checkpoints.json", state, lambda path: _write_json(path, checkpoints(folder)))
+    sizes = [path.stat().st_size for path in folder.trials_path.glob("*/records/part-*.parquet")]
+    if sizes and folder.meta.get("status") in _SETTLED and sum(sizes) <= MAX_RECORDS_BYTES:
+        yield Artifact(RECORDS, state, lambda path: write_records(folder, path))
+
+
+def checkpoints(folder: SweepFolder) -> list[dict[str, Any]]:
+    """Return the last checkpoint of each trial, by reference: where it is, how large, and of which update."""
+    found = []
+    for trial in folder.trials():
+        summary = trial.summary()
+        for path in sorted(trial.checkpoint_path.glob("*")):
+            if summary is not None and path.is_file() and not path.name.startswith("."):
+                place = {"path": str(path.relative_to(folder.path)), "uri": path.as_uri()}
+                found.append({"run_id": trial.trial_id, "step": summary.step, **place, "bytes": path.stat().st_size})
+    return found
+
+
+def write_records(folder: SweepFolder, path: Path) -> None:
+    """Write all committed rows of a sweep as one Parquet file, in memory for a few row groups; summaries beside them.
+
+    Damaged parts are left out, as everywhere.
+    """
+    rows, counts = [], {}
+    for trial in folder.trials():
+        with contextlib.suppress(UserError):
+            if (commit := trial.read()) is not None:
+                rows.append(dataclasses.asdict(commit.summary))
+                counts[trial.trial_id] = commit.num_parts
+    metadata = {**(ARROW_SCHEMA.metadata or {}), _SUMMARIES_KEY: mask_secrets(json.dumps(rows, default=str)).encode()}
+    metadata[_PARTS_KEY] = json.dumps(counts).encode()
+    with pq.ParquetWriter(path, ARROW_SCHEMA.with_metadata(metadata), **WRITE_OPTIONS) as writer:
+        waiting: list[pa.Table] = []
+        for table in _parts(folder, counts):
+            waiting.append(table)
+            if sum(map(len, waiting)) >= _ROW_GROUP:
+                writer.write_table(pa.concat_tables(waiting).replace_schema_metadata(metadata))
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting).replace_schema_metadata(metadata))
+
+
+def read_records(path: Path) -> tuple[pa.Table, list[RunSummary], dict[str, int]]:
+    """Return what :func:`write_records` wrote: rows, summaries, and the number of parts of each trial.
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    table = pq.read_table(path)
+    metadata = table.schema.metadata or {}
+    if _SUMMARIES_KEY not in metadata or _PARTS_KEY not in metadata:
+        raise ValueError(f"{RECORDS} must hold the summaries of its runs; it was not written by a projector")
+    names = {field.name for field in dataclasses.fields(RunSummary)}
+    runs = [
+        RunSummary(**{key: value for key, value in each.items() if key in names})
+        for each in json.loads(metadata[_SUMMARIES_KEY])
+    ]
+    return table.replace_schema_metadata(ARROW_SCHEMA.metadata), runs, json.loads(metadata[_PARTS_KEY])
+
+
+def _parts(folder: SweepFolder, counts: Mapping[str, int]) -> Iterator[pa.Table]:
+    for name, num_parts in counts.items():
+        for index in range(num_parts):
+            with contextlib.suppress(UserError, OSError):
+                yield read_part(folder.trial(name).part_path(index))
+
+
+def _events(folder: SweepFolder) -> Iterator[dict[str, Any]]:
+    """Yield every event of every trial: who copied whom, when, and what changed - the lineage of the sweep."""
+    counts = {}
+    for trial in folder.trials():
+        with contextlib.suppress(UserError):
+            counts[trial.trial_id] = trial.num_parts()
+    for table in _parts(folder, counts):
+        for row in table.filter(pc.equal(table["kind"], "event")).to_pylist():
+            yield {"run_id": row["run_id"], **to_event(row)}
+
+
+def _copy(path: Path, masked: bool = False) -> Artifact:
+    """Return a file as it is, or with the passwords inside addresses masked."""
+
+    def write(to: Path) -> None:
+        if masked:
+            _write_text(to, path.read_text(encoding="utf-8"))
+        else:
+            to.write_bytes(path.read_bytes())
+
+    return Artifact(path.name, stamp(path), write)
+
+
+def stamp(path: Path) -> str:
+    """Return what changes when a file is written anew."""
+    stat = path.stat()
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a text with the passwords inside addresses masked."""
+    path.write_text(mask_secrets(text), encoding="utf-8")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    _write_text(path, json.dumps(content, indent=1, default=str))

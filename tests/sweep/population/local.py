@@ -1,0 +1,77 @@
+"""A population of a sweep carried out in this process, member by member: what Ray does, without Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from landscape_ray.populations import Decision
+from landscape_ray.populations.decisions import points_from_json
+from landscape_ray.sweep.population.book import PopulationBook
+from landscape_ray.sweep.population.member import MemberRun
+from landscape_ray.sweep.population.orders import Order
+from landscape_ray.sweep.run import trial_id_of
+from landscape_ray.sweep.spec import SweepSpec, spec_of
+from landscape_ray.tracking.folder import SweepFolder
+
+
+class Local:
+    """Every member trains to its next commit, in turn; what it copies comes from memory where `memory` says so."""
+
+    def __init__(self, folder: SweepFolder, attempt: int = 1, memory: bool = True) -> None:
+        self.folder, self.attempt, self.memory = folder, attempt, memory
+        self.spec: SweepSpec = spec_of(folder)
+        self.book = PopulationBook(self.spec, folder)
+        self.book.reopen()
+        self.decisions: list[Decision] = []
+        self.runs: dict[int, MemberRun] = {}
+        self.contents: dict[Any, bytes] = {}
+        self.orders: dict[int, Order] = {member: self.book.orders[member] for member in self.book.open}
+        self.data: Any = None
+
+    def step(self, member: int) -> dict[str, Any] | None:
+        """Let a member train to its next commit, and report; None while it waits or when it has ended."""
+        order = self.orders[member]
+        weights = self.contents.get(order.source) if self.memory else None
+        if member not in self.runs:
+            folder = self.folder.trial(trial_id_of(member))
+            self.runs[member] = MemberRun(self.spec, folder, order, self.attempt, self.data, weights)
+            self.data = self.runs[member].state.data
+        run = self.runs[member]
+        if run.order.serial < order.serial:
+            if order.stops:
+                return None
+            run.begin(order, weights)
+        if self.book.waits(member):
+            return None
+        if not run.reached:
+            run.advance()
+        if run.reached and (content := run.take_content()) is not None:
+            self.contents[run.observed] = content
+        result = run.result()
+        self.book.begun(member, result["serial"])
+        if result["reached"]:
+            points = points_from_json(json.loads(json.dumps(result["points"])))
+            made = self.book.report(member, result["serial"], points, result["num_tokens"])
+            if made:
+                self.book.save(self.book.draft())
+            self.decisions += [each.decision for each in made]
+            self.orders |= {each.decision.member: each for each in made}
+        return result
+
+    def run(self, after: Callable[[int], None] = lambda count: None) -> Local:
+        """Go on to the end; `after` is called with the number of steps so far and may raise."""
+        count = 0
+        while self.book.open:
+            for member in sorted(self.orders):
+                if self.step(member) is not None:
+                    count += 1
+                    after(count)
+        self.book.clear()
+        return self
+
+
+def make(path: Path, text: str) -> SweepFolder:
+    return SweepFolder.create(path, spec_text=text, meta={"experiment": "e", "attempts": 0})
