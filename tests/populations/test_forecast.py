@@ -135,15 +135,24 @@ def test_averaged_weights_settle_it_where_they_are_known() -> None:
     assert second_round([1.0, 2.0, 3.0, 4.0], [9.0, 9.0, 9.0, 9.0], known=True) == NOBODY | {3: 0}
 
 
-def test_errors_are_what_members_miss_by_differently_in_proportion_to_the_distance() -> None:
+def test_errors_are_what_members_miss_by_differently_and_grow_with_the_distance() -> None:
+    def misses(lead: int, spread: float, alike: float = 0.0) -> list[Miss]:
+        return [Miss(0, lead, alike + spread / 1.4826 * k) for k in (-2, -1, 0, 1, 2)]
+
     strategy = started()
     assert strategy.error(100) == math.inf
-    strategy._misses = [Miss(0, 200, 7 + error) for error in (-0.2, -0.1, 0.0, 0.1, 0.2)]
-    assert strategy.error(200) == pytest.approx(math.sqrt(2) * 1.4826 * 0.1)
-    assert strategy.error(800) == pytest.approx(4 * strategy.error(200))
-    strategy._misses += [Miss(0, 800, error) for error in (-0.2, -0.1, 0.0, 0.1, 0.2)]
-    assert strategy.error(800) == pytest.approx(math.sqrt(2) * 1.4826 * 0.1)  # by what was seen so far ahead
-    strategy._misses = [Miss(0, 200, 0.1)] * (MIN_MISSES - 1)
+    strategy._misses = misses(100, 0.1, alike=7)
+    assert strategy.error(100) == math.inf  # from one distance nobody knows what grows
+    strategy._misses += misses(200, 0.1, alike=-3)
+    assert strategy.error(200) == strategy.error(2000) == pytest.approx(math.sqrt(2) * 0.1)  # noise only
+    strategy._misses = misses(100, 0.1) + misses(200, 0.2)
+    growth = (0.2**2 - 0.1**2) / (200**2 - 100**2)
+    assert strategy.error(1000) == pytest.approx(math.sqrt(2 * (0.1**2 + growth * 1000**2)))
+    strategy._misses += misses(1000, 0.3)
+    assert strategy.error(1000) == pytest.approx(  # by what was seen so far ahead
+        math.sqrt(2 * (0.1**2 + (0.3**2 - 0.1**2) / (1000**2 - 100**2) * 1000**2))
+    )
+    strategy._misses = misses(100, 0.1)[: MIN_MISSES - 1] + misses(200, 0.2)
     assert strategy.error(200) == math.inf
 
 

@@ -83,9 +83,8 @@ class Forecast(Truncation):
     The law is trusted while it has been fitted, and its forecasts of the population's next losses, made an interval
     ahead, have over the last rounds been better than the forecast that nothing changes. A donor then has to be better
     by `certainty` standard errors of the difference of two forecasts over what remains of the run. How large these are
-    is seen in the population itself: every law that was fitted is held against all losses that came later, and what
-    members miss by differently grows with the distance (it is taken as proportional to it, as a rate that is wrong by
-    so much). As long as the law is new and the end far away, few members are replaced, and those that go on under
+    is seen in the population itself: every law that was fitted is held against all losses that came later (see
+    :meth:`error`). As long as the law is new and the end far away, few members are replaced, and those that go on under
     different rates are what the next law is told apart by; in the end forecasts decide as they are.
 
     While the law is not trusted, members are ranked by their losses, of averaged weights where there are any, and a
@@ -204,25 +203,26 @@ class Forecast(Truncation):
     def error(self, lead: int) -> float:
         """Return the standard error of the difference of two members' forecasts so many updates ahead; inf if unknown.
 
-        What all members of a round miss by alike does not matter for who is better, and is taken out.
+        The variance has two parts: one that is there from one interval to the next, the noise of the losses, and one
+        that grows with the square of the distance, rates of progress that the law has wrong. What all members of a
+        round miss by alike does not matter for who is better, and is taken out.
         """
         if not self._misses:
             return math.inf
         fits, leads, errors = (np.array(column) for column in zip(*self._misses, strict=True))
+        rounds = leads // self.interval_steps
+        own = np.full(len(errors), math.nan)
+        for fit, number in set(zip(fits.tolist(), rounds.tolist(), strict=True)):
+            places = (fits == fit) & (rounds == number)
+            if places.sum() >= MIN_MISSES:
+                own[places] = errors[places] - np.median(errors[places])
         wanted = min(lead, int(leads.max()))
-        near = (2 * leads >= wanted) & (leads <= 2 * wanted)
-        rounds: dict[tuple[int, int], list[int]] = {}
-        for place in np.flatnonzero(near).tolist():
-            rounds.setdefault((int(fits[place]), int(leads[place]) // self.interval_steps), []).append(place)
-        own = [
-            (errors[places] - np.median(errors[places])) / leads[places]
-            for places in rounds.values()
-            if len(places) >= MIN_MISSES
-        ]
-        if not own:
+        short, far = leads <= leads.min(), (2 * leads >= wanted) & (leads <= 2 * wanted) & (leads > leads.min())
+        noise, missed = _spread(own[short]), _spread(own[far])
+        if math.isnan(noise) or math.isnan(missed):
             return math.inf
-        # the median of absolute values: runs that nobody would copy may be missed by any amount
-        return math.sqrt(2) * 1.4826 * float(np.median(np.abs(np.concatenate(own)))) * lead
+        growth = max(missed**2 - noise**2, 0.0) / float(np.mean(leads[far] ** 2) - leads.min() ** 2)
+        return math.sqrt(2 * (noise**2 + growth * lead**2))
 
     def _refit(self) -> None:
         """Fit the law once a round, to everything but the beginning."""
@@ -318,6 +318,12 @@ class Forecast(Truncation):
         self._offsets = {number: decode(offset) for number, offset in state["offsets"]}
         self._averaged = state["averaged"]
         self._checks = [Check(*check) for check in state["checks"]]
+
+
+def _spread(errors: np.ndarray[Any, Any]) -> float:
+    """Return the standard deviation by way of the median: runs that nobody would copy may be missed by any amount."""
+    known = np.abs(errors[~np.isnan(errors)])
+    return 1.4826 * float(np.median(known)) if len(known) else math.nan
 
 
 def _copy(own: dict[int, Item], donors: dict[int, int]) -> None:
