@@ -82,10 +82,10 @@ def read_experiment(tracking_uri: str, experiment: str, route: Route = "auto") -
             name = renamed.get(summary.run_id, summary.run_id)
             summaries[name] = dataclasses.replace(summary, run_id=name)
         warnings += copy.warnings
-    table = _rows(points, [runs[index] for index in rest], [names[index] for index in rest])
-    for index in rest:
+    table, counts = _rows(points, [runs[index] for index in rest], [names[index] for index in rest])
+    for index, stop, count in zip(rest, np.cumsum(counts).tolist(), counts.tolist(), strict=True):
         run = runs[index]
-        summaries[names[index]] = _summary(run, names[index], table)
+        summaries[names[index]] = _summary(run, names[index], table.slice(stop - count, count))
         if server.SUMMARY in run.data.tags and _noted(run) is None:
             warnings.append(f"run {run.info.run_id}: its summary is damaged; rebuilt from its rows")
     return Collected(pa.concat_tables([*tables, table]), [summaries[name] for name in sorted(summaries)], warnings)
@@ -168,10 +168,11 @@ def _targets(run: Run) -> dict[str, tuple[int, str, str]]:
     return targets
 
 
-def _rows(points: pa.Table, runs: Sequence[Run], names: Sequence[str]) -> pa.Table:
+def _rows(points: pa.Table, runs: Sequence[Run], names: Sequence[str]) -> tuple[pa.Table, NDArray[np.int64]]:
     """Return points as rows: those of one run, moment, step, kind and variant or probe are one row, in order of time.
 
-    All of it on whole columns: an experiment has millions of points.
+    The rows of a run stand together, in the order of the runs; beside them their number for each run. All of it on
+    whole columns: an experiment has millions of points.
     """
     keys = points["key"].combine_chunks().dictionary_encode()
     known = {key: index for index, key in enumerate(keys.dictionary.to_pylist())}
@@ -219,7 +220,8 @@ def _rows(points: pa.Table, runs: Sequence[Run], names: Sequence[str]) -> pa.Tab
         found[name] = _looked_up(there, values[here], asked).cast(ARROW_SCHEMA.field(name).type)
     nothing = pa.nulls(length)
     arrays = [found.get(field.name, nothing).cast(field.type) for field in ARROW_SCHEMA]
-    return pa.Table.from_arrays(arrays, schema=ARROW_SCHEMA)
+    table = pa.Table.from_arrays(arrays, schema=ARROW_SCHEMA)
+    return table, np.bincount(run_of_row, minlength=len(runs)).astype(np.int64)
 
 
 def _looked_up(there: list[NDArray[Any]], values: NDArray[np.float64], asked: list[NDArray[Any]]) -> pa.Array:
@@ -266,8 +268,8 @@ def _noted(run: Run) -> dict[str, Any] | None:
     return noted if {"status", "varied"} <= noted.keys() else None
 
 
-def _summary(run: Run, name: str, table: pa.Table) -> RunSummary:
+def _summary(run: Run, name: str, rows: pa.Table) -> RunSummary:
     noted = _noted(run)
     if noted is not None:
         return RunSummary(run_id=name, config=_config(run), **noted)
-    return summarize(table, name, {"config": _config(run)})
+    return summarize(rows, name, {"config": _config(run)})
