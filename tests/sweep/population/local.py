@@ -73,5 +73,17 @@ class Local:
         return self
 
 
+def history(folder: SweepFolder) -> dict[str, Any]:
+    """Return what a population has become, whatever order its members reported in."""
+    book = PopulationBook(spec_of(folder), folder)
+    strategy = book.strategy
+    paths = {
+        member: [(s.member, s.start_step, s.stop_step, s.values, repr(s.points)) for s in strategy.lineage.path(member)]
+        for member in strategy.lineage.members
+    }
+    generator = strategy.generator.bit_generator.state
+    return {"orders": book.orders, "members": strategy.members, "paths": paths, "generator": generator}
+
+
 def make(path: Path, text: str) -> SweepFolder:
     return SweepFolder.create(path, spec_text=text, meta={"experiment": "e", "attempts": 0})
