@@ -33,7 +33,7 @@ from landscape_ray.tracking.folder import SweepFolder
 assert ray.__version__  # its import puts psutil, which comes with it, within reach
 psutil: Any = importlib.import_module("psutil")
 
-STEPS = 60
+STEPS = 600
 SPEC = """
 name = "soak"
 seed = {seed}
@@ -120,7 +120,7 @@ def soak(place: Path, kills: int, minutes: float, trials: int, seed: int) -> lis
         sweep = Sweep(place, len(done), trials)
         done.append(sweep)
         pause = time.monotonic() + rng.uniform(1.0, 8.0)
-        seen = 0
+        seen, aim = 0, ""
         while True:
             code = sweep.driver.poll()
             if code == 0:
@@ -130,17 +130,21 @@ def soak(place: Path, kills: int, minutes: float, trials: int, seed: int) -> lis
             enough = sum(made.values()) >= kills or time.monotonic() > deadline
             # between two kills something must have been committed, or a soak could stand still for ever
             if not enough and time.monotonic() > pause and (steps := sweep.steps()) > seen:
-                workers = sweep.workers()
-                if workers and rng.random() < 0.75:
+                if not aim:
+                    aim = "worker" if rng.random() < 0.75 else "driver"
+                hit = False
+                if aim == "worker" and (workers := sweep.workers()):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         rng.choice(workers).kill()
-                        made["worker"] += 1
-                else:
+                        hit = True
+                elif aim == "driver":
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(sweep.driver.pid, signal.SIGKILL)
                         sweep.driver.wait()
-                        made["driver"] += 1
-                seen, pause = steps, time.monotonic() + rng.uniform(1.0, 8.0)
+                        hit = True
+                if hit:
+                    made[aim] += 1
+                    aim, seen, pause = "", steps, time.monotonic() + rng.uniform(1.0, 8.0)
             if time.monotonic() > deadline + 300:
                 sweep.driver.kill()
                 return [f"{sweep.name} does not end"]

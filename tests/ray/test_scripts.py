@@ -30,10 +30,10 @@ def load(name: str) -> ModuleType:
 @pytest.mark.parametrize(
     ("steps", "status", "said"),
     [
-        (range(1, 61), "finished", []),
-        ([*range(1, 31), *range(30, 61)], "finished", ["61 updates are recorded, of 60"]),
-        ([*range(1, 30), *range(31, 61)], "finished", ["59 updates are recorded, of 60"]),
-        (range(1, 61), "running", ["{'running': 1} of 1 trials"]),
+        (range(1, 601), "finished", []),
+        ([*range(1, 31), *range(30, 601)], "finished", ["601 updates are recorded, of 600"]),
+        ([*range(1, 30), *range(31, 601)], "finished", ["599 updates are recorded, of 600"]),
+        (range(1, 601), "running", ["{'running': 1} of 1 trials"]),
     ],
     ids=["sound", "doubled", "lost", "unfinished"],
 )
@@ -52,7 +52,7 @@ def test_the_soak_sees_what_is_lost_or_doubled(
                 loss_nats=1.0, grad_norm=1.0, lr=0.1, weight_decay=0.0, momentum=0.9,
             )
         )  # fmt: skip
-    summary = RunSummary(run_id="t0000", status=status, config={}, varied={}, step=60, num_steps=60)
+    summary = RunSummary(run_id="t0000", status=status, config={}, varied={}, step=600, num_steps=600)
     folder.trial("t0000").commit(summary, writer.flush())
     assert Projector(folder, f"sqlite:///{tmp_path}/runs/mlflow.db", "e").close().error == ""
     sweep = object.__new__(soak.Sweep)
