@@ -31,6 +31,7 @@ def collect(path_or_folder: Path | str | SweepFolder) -> Collected:
     """
     folder = path_or_folder if isinstance(path_or_folder, SweepFolder) else SweepFolder.open(Path(path_or_folder))
     tables, runs, warnings = [ARROW_SCHEMA.empty_table()], [], []
+    nothing: dict[pa.DataType, pa.Array] = {}
     for trial in folder.trials():
         try:
             commit = trial.read()
@@ -42,13 +43,30 @@ def collect(path_or_folder: Path | str | SweepFolder) -> Collected:
         runs.append(commit.summary)
         for index in range(commit.num_parts):
             try:
-                tables.append(read_part(trial.part_path(index)))
+                tables.append(_shared_nulls(read_part(trial.part_path(index)), nothing))
             except OSError as error:
                 reason = os.strerror(error.errno).lower() if error.errno else str(error)
                 warnings.append(f"{trial.part_path(index)}: {reason}; its rows cannot be read")
             except UserError as error:
                 warnings.append(str(error))
     return Collected(pa.concat_tables(tables), runs, warnings)
+
+
+def _shared_nulls(table: pa.Table, nothing: dict[pa.DataType, pa.Array]) -> pa.Table:
+    """Return the table with its empty columns, about half, in one memory for all parts.
+
+    Args:
+        table: of one part.
+        nothing: missing values by type, which grow as needed.
+    """
+    columns, count = [], len(table)
+    for field, column in zip(table.schema, table.columns, strict=True):
+        if count and column.null_count == count:
+            if len(nothing.get(field.type, ())) < count:
+                nothing[field.type] = pa.nulls(count, field.type)
+            column = pa.chunked_array([nothing[field.type].slice(0, count)])
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=table.schema)
 
 
 def collect_mlflow(tracking_uri: str, experiment: str, *, route: Route = "auto") -> Collected:

@@ -380,3 +380,14 @@ def test_what_is_missing_everywhere_takes_no_memory(search_folder):
     assert rows["lr"].strides == (0,)
     assert rows["loss_nats"].strides == (8,)
     assert rows["run_id"][0] is rows["run_id"][-1]
+
+
+def test_empty_columns_of_all_parts_share_one_memory(folder: SweepFolder, make: SimpleNamespace) -> None:
+    make.write(folder.trial("t1"), 1, 30)
+    make.write(folder.trial("t2"), 1, 12)
+    records = collect(folder.path).records
+    empty = [name for name in records.column_names if records[name].null_count == len(records)]
+    assert empty
+    for name in empty:
+        addresses = {chunk.buffers()[-1].address for chunk in records[name].chunks if len(chunk)}
+        assert len(addresses) == 1, name
