@@ -9,7 +9,8 @@ from pathlib import Path
 MASK = "***"
 _USER_INFO = re.compile(r"(?<=://)\S*@")  # up to the last @: a password may hold a slash
 _SECRET = re.compile(
-    r"(?i)((?:password|passwd|secret|token|api[_-]?key|access[_-]?key(?:[_-]?id)?)[\"']?\s*[=:]\s*[\"']?"
+    r"(?i)((?:password|passwd|secret|(?<!per_)token|api[_-]?key|access[_-]?key(?:[_-]?id)?)[\"']?\s*[=:]\s*"
+    r"(?!null\b)[\"']?"
     r"(?:bearer\s+)?|\bbearer\s+)[^\s&,;\"']+"
 )
 
@@ -42,6 +43,8 @@ def mask_secrets(text: str) -> str:
 
     >>> mask_secrets("no answer from https://ada:s3cret@mlflow.example.org/api?token=abc")
     'no answer from https://***@mlflow.example.org/api?token=***'
+    >>> mask_secrets('{"api_key": "abc", "token": null, "bytes_per_token": 3.2}')
+    '{"api_key": "***", "token": null, "bytes_per_token": 3.2}'
     """
     return _SECRET.sub(rf"\g<1>{MASK}", _USER_INFO.sub(f"{MASK}@", text))
 
