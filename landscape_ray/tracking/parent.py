@@ -22,7 +22,7 @@ from landscape_ray.tracking import server
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.parts import ARROW_SCHEMA, WRITE_OPTIONS, read_part
 from landscape_ray.tracking.points import to_event
-from landscape_ray.tracking.uris import mask_secrets
+from landscape_ray.tracking.uris import mask_secrets, masked
 
 RECORDS = "records.parquet"
 """Artifact with all rows of a sweep that has ended, and its summaries in the metadata."""
@@ -96,9 +96,10 @@ def sweep_metrics(ended: Sequence[RunSummary]) -> dict[str, float]:
 
 def artifacts(folder: SweepFolder, closing: bool) -> Iterator[Artifact]:
     """Yield the files that the sweep's run should have now: small ones at once, those of the whole at the end."""
-    yield _copy(folder.spec_path, masked=True)
-    text = json.dumps(environment(folder.meta), indent=1, sort_keys=True, default=str)
-    yield Artifact("environment.json", _hash(text), lambda path: _write_text(path, text))
+    yield _copy(folder.spec_path, mask=True)
+    made = environment(folder.meta)
+    text = json.dumps(made, sort_keys=True, default=str)
+    yield Artifact("environment.json", _hash(text), lambda path: _write_json(path, made))
     if folder.report_path.is_file():
         yield _copy(folder.report_path)
     if not closing:
@@ -139,7 +140,7 @@ def write_records(folder: SweepFolder, path: Path) -> None:
             if (commit := trial.read()) is not None:
                 rows.append(dataclasses.asdict(commit.summary))
                 counts[trial.trial_id] = commit.num_parts
-    metadata = {**(ARROW_SCHEMA.metadata or {}), _SUMMARIES_KEY: mask_secrets(json.dumps(rows, default=str)).encode()}
+    metadata = {**(ARROW_SCHEMA.metadata or {}), _SUMMARIES_KEY: json.dumps(masked(rows), default=str).encode()}
     metadata[_PARTS_KEY] = json.dumps(counts).encode()
     with pq.ParquetWriter(path, ARROW_SCHEMA.with_metadata(metadata), **WRITE_OPTIONS) as writer:
         waiting: list[pa.Table] = []
@@ -188,12 +189,12 @@ def _events(folder: SweepFolder) -> Iterator[dict[str, Any]]:
             yield {"run_id": row["run_id"], **to_event(row)}
 
 
-def _copy(path: Path, masked: bool = False) -> Artifact:
+def _copy(path: Path, mask: bool = False) -> Artifact:
     """Return a file as it is, or with the passwords inside addresses masked."""
 
     def write(to: Path) -> None:
-        if masked:
-            _write_text(to, path.read_text(encoding="utf-8"))
+        if mask:
+            to.write_text(mask_secrets(path.read_text(encoding="utf-8")), encoding="utf-8")
         else:
             to.write_bytes(path.read_bytes())
 
@@ -210,10 +211,6 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Write a text with the passwords inside addresses masked."""
-    path.write_text(mask_secrets(text), encoding="utf-8")
-
-
 def _write_json(path: Path, content: Any) -> None:
-    _write_text(path, json.dumps(content, indent=1, default=str))
+    """Write a JSON file with the secrets in its texts masked."""
+    path.write_text(json.dumps(masked(content), indent=1, default=str), encoding="utf-8")

@@ -14,7 +14,7 @@ from mlflow.entities import Metric
 
 from landscape_ray.records import TERMINAL_STATUSES, RunSummary, metrics, progress
 from landscape_ray.tracking.server import MAX_TAG_CHARACTERS, clean_key
-from landscape_ray.tracking.uris import mask_secrets
+from landscape_ray.tracking.uris import masked
 
 MAX_TRAIN_POINTS = 500
 HYPERPARAMETER = "hyperparameter/"
@@ -128,13 +128,13 @@ def to_event(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def events_text(events: list[dict[str, Any]]) -> str:
     """Return the newest events as JSON, as many as a tag holds."""
-    kept = [json.dumps(event, separators=(",", ":"), default=str) for event in events]
+    kept = [json.dumps(masked(event), separators=(",", ":"), default=str) for event in events]
     size = 2 + sum(len(text) + 1 for text in kept)
     dropped = 0
     while size > MAX_TAG_CHARACTERS and dropped < len(kept):
         size -= len(kept[dropped]) + 1
         dropped += 1
-    return mask_secrets("[" + ",".join(kept[dropped:]) + "]")
+    return "[" + ",".join(kept[dropped:]) + "]"
 
 
 def closing_metrics(summary: RunSummary) -> dict[str, float]:
@@ -157,7 +157,7 @@ def summary_text(summary: RunSummary) -> str:
     changes: tuple[dict[str, object], ...] = ({}, {"message": summary.message[:500]}, {"varied": {}})
     for change in changes:
         content |= change
-        text = mask_secrets(json.dumps(content, default=str))
+        text = json.dumps(masked(content), default=str)
         if len(text) <= MAX_TAG_CHARACTERS:
             break
     return text

@@ -21,7 +21,7 @@ from landscape_ray.tracking import server
 from landscape_ray.tracking.folder import Commit, SweepFolder, TrialFolder
 from landscape_ray.tracking.labels import trial_tags
 from landscape_ray.tracking.parts import read_part
-from landscape_ray.tracking.uris import mask_secrets
+from landscape_ray.tracking.uris import mask_secrets, masked
 
 
 @dataclasses.dataclass(slots=True)
@@ -144,7 +144,7 @@ class SweepRuns:
             return {}
         digest = (corpus_id or config_id(data))[:36]
         if run.tags.get(server.DATASET) != digest:
-            source = mask_secrets(json.dumps(data, default=str))
+            source = json.dumps(masked(data), default=str)
             name = mask_secrets(str(data.get("source") or data.get("name") or "text"))[:500]
             dataset = Dataset(name, digest, "landscape_ray", source, profile=source)
             context = InputTag("mlflow.data.context", "train")

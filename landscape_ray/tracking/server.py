@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from landscape_ray.config import flatten
 from landscape_ray.errors import UserError
-from landscape_ray.tracking.uris import MASK, mask_secrets, sqlite_path
+from landscape_ray.tracking.uris import MASK, mask_secrets, masked, sqlite_path
 
 SWEEP_ID: Final = "landscape_ray.sweep_id"
 TRIAL_ID: Final = "landscape_ray.trial_id"
@@ -231,7 +231,7 @@ def decode_value(text: str) -> Any:
 
 def to_params(config: Mapping[str, Any]) -> dict[str, str]:
     """Return a nested configuration as MLflow parameters under dotted names; passwords inside addresses are masked."""
-    return {clean_key(key): mask_secrets(encode_value(value)) for key, value in flatten(config).items()}
+    return {clean_key(key): encode_value(value) for key, value in flatten(masked(config)).items()}
 
 
 def param_batches(params: Mapping[str, str]) -> Iterator[list[Param]]:

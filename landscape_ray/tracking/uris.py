@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 MASK = "***"
 _USER_INFO = re.compile(r"(?<=://)\S*@")  # up to the last @: a password may hold a slash
@@ -47,6 +49,26 @@ def mask_secrets(text: str) -> str:
     '{"api_key": "***", "token": null, "bytes_per_token": 3.2}'
     """
     return _SECRET.sub(rf"\g<1>{MASK}", _USER_INFO.sub(f"{MASK}@", text))
+
+
+_SECRET_NAME = re.compile(r"(?i)(?:password|passwd|secret|token|api[_-]?key|access[_-]?key(?:[_-]?id)?)$")
+
+
+def masked(value: Any, name: str = "") -> Any:
+    """Return a value of JSON with the secrets in its texts masked, and the texts whose name says that they are one.
+
+    Text by text: in the JSON itself, a number behind a name that ends in `token` would be taken for a secret.
+
+    >>> masked({"source": "https://ada:s3cret@example.org", "bytes_per_token": 3.5, "hf": {"token": "abc"}})
+    {'source': 'https://***@example.org', 'bytes_per_token': 3.5, 'hf': {'token': '***'}}
+    """
+    if isinstance(value, Mapping):
+        return {key: masked(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(item, name) for item in value]
+    if isinstance(value, str):
+        return MASK if _SECRET_NAME.search(name) else mask_secrets(value)
+    return value
 
 
 def sqlite_path(tracking_uri: str) -> Path | None:
