@@ -85,7 +85,7 @@ class Forecast(Truncation):
     by `certainty` standard errors of the difference of two forecasts over what remains of the run. How large these are
     is seen in the population itself: every law that was fitted is held against all losses that came later (see
     :meth:`error`). As long as the law is new and the end far away, few members are replaced, and those that go on under
-    different rates are what the next law is told apart by; in the end forecasts decide as they are.
+    different rates are what the next law is told apart by; near the end the noise of the losses is what is left.
 
     While the law is not trusted, members are ranked by their losses, of averaged weights where there are any, and a
     member is replaced only by a donor that it cannot be expected to catch up with: by one that has also come down by
