@@ -14,7 +14,7 @@ from mlflow.entities import Metric
 
 from landscape_ray.records import TERMINAL_STATUSES, RunSummary, metrics, progress
 from landscape_ray.tracking.server import MAX_TAG_CHARACTERS, clean_key
-from landscape_ray.tracking.uris import mask_secrets
+from landscape_ray.tracking.uris import MASK, mask_secrets
 
 MAX_TRAIN_POINTS = 500
 HYPERPARAMETER = "hyperparameter/"
@@ -157,10 +157,29 @@ def summary_text(summary: RunSummary) -> str:
     changes: tuple[dict[str, object], ...] = ({}, {"message": summary.message[:500]}, {"varied": {}})
     for change in changes:
         content |= change
-        text = mask_secrets(json.dumps(content, default=str))
+        text = json.dumps(_masked(content), default=str)
         if len(text) <= MAX_TAG_CHARACTERS:
             break
     return text
+
+
+def _masked(value: Any) -> Any:
+    """Return a value with the secrets in its texts masked; numbers stay, whatever they are called: it must remain JSON.
+
+    >>> _masked({"bytes_per_token": None, "message": "http://me:word@host"})
+    {'bytes_per_token': None, 'message': 'http://***@host'}
+    """
+    if isinstance(value, str):
+        return mask_secrets(value)
+    if isinstance(value, list | tuple):
+        return [_masked(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {name: _masked(item) for name, item in value.items()}
+    # a text may be a secret by its name alone
+    texts = {name: item for name, item in found.items() if isinstance(item, str) and MASK not in item}
+    secret = [name for name, item in texts.items() if MASK in mask_secrets(json.dumps({name: item}))]
+    return found | dict.fromkeys(secret, MASK)
 
 
 def mlflow_status(status: str, closing: bool) -> str:
