@@ -272,4 +272,6 @@ def corners_of(values: Floats, tolerance: float = 1e-6) -> Points:
     bent = np.flatnonzero(np.abs(np.diff(values, n=2)) > tolerance * peak) + 1
     kept = np.unique(np.concatenate([[0], bent, [count - 1]])) if count > 1 else np.array([0])
     corners = [(float(k) / count, float(values[k]) / peak) for k in kept]
+    if len(corners) > 1 and corners[-1][1] == corners[-2][1]:
+        del corners[-1]  # level since the corner before: the end below says the same
     return (*corners, (1.0, corners[-1][1]))

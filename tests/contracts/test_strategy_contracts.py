@@ -9,6 +9,7 @@ from landscape_ray.domains import Domain
 from landscape_ray.errors import UserError
 from landscape_ray.populations import STRATEGIES, Decision, Observation, Point, Strategy
 from landscape_ray.populations.simulation import LawCurves, Simulator
+from landscape_ray.populations.strategy import STATE_VERSION
 from landscape_ray.registry import resolve
 from tests.populations.conftest import NUM_STEPS, OPTIONS, SCHEDULE, SPACE, make, name, resumed, simulate, synchronous
 
@@ -167,7 +168,7 @@ def test_a_member_reports_once(name: str) -> None:
 
 def test_state_of_another_strategy_is_refused(name: str) -> None:
     other = "truncation" if name != "truncation" else "pb2"
-    with pytest.raises(UserError, match=f"state must be of strategy '{name}', version 1, got '{other}'"):
+    with pytest.raises(UserError, match=f"state must be of strategy '{name}', version {STATE_VERSION}, got '{other}'"):
         make(name).load_state_dict(make(other).state_dict())
 
 

@@ -76,8 +76,9 @@ def test_kill_9_in_the_middle_of_a_search(sweep_text: Callable[..., str], tiny: 
             assert after[trial_id] == summary, "a finished trial was run again"
 
 
+@pytest.mark.slow
 @pytest.mark.acceptance
-@pytest.mark.parametrize("synchronous", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("synchronous", [False, True])
 def test_kill_9_in_the_middle_of_a_population(
     sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path, synchronous: bool
 ) -> None:

@@ -137,7 +137,8 @@ def test_the_three_jobs(
         else:
             run(list(lines), tmp_path)
     assert {line.split()[1] for line in typed} == {
-        *("sweep", "resume", "check", "probe", "rank", "fit", "predict", "recommend", "list", "report", "ui")
+        *("sweep", "resume", "check", "probe", "rank", "fit", "predict", "recommend", "list", "report"),
+        *("ui", "status", "export"),
     }
     assert {path.stem for path in (tmp_path / "checks").glob("*.png")} == {
         "coordinate-check-standard",
@@ -146,6 +147,7 @@ def test_the_three_jobs(
         "lr-range-test",
         "edge-edge",
     }
+    assert list((tmp_path / "runs" / "first" / "tensorboard").glob("*/events.*"))
     fits = tmp_path / "runs" / "first" / "fits"
     assert list(fits.glob("probes-*.json"))
     assert list(fits.glob("spectrum-*.png"))
