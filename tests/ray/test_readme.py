@@ -37,7 +37,7 @@ def blocks(language: str) -> list[str]:
 
 def run(lines: list[str], here: Path) -> str:
     """Type lines into one fresh interpreter, one after the other; return what they print."""
-    calls = [shlex.split(line) for line in lines]
+    calls = [shlex.split(line, comments=True) for line in lines]
     code = f"""
 import sys
 from landscape_ray.cli import main
