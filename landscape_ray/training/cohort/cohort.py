@@ -25,10 +25,10 @@ from landscape_ray.schedules import Schedule
 from landscape_ray.training import loop, probing
 from landscape_ray.training.cohort.buffers import Buffers, why_not
 from landscape_ray.training.cohort.plan import Choice, Plan, choose, given
-from landscape_ray.training.cohort.routes import Program, untrained
+from landscape_ray.training.cohort.routes import untrained
 from landscape_ray.training.cohort.routes import why_not as no_route
 from landscape_ray.training.cohort.shared import check_shared
-from landscape_ray.training.cohort.updates import Updater, clip
+from landscape_ray.training.cohort.updates import clip
 from landscape_ray.training.config import TrainConfig
 from landscape_ray.training.precision import autocast
 from landscape_ray.training.state import TrainState, read_checkpoint
@@ -158,7 +158,7 @@ class Cohort:
             return
         values = {k: self._values[k].apply() for k in active}
         before = {k: probing.weights_before(self._members[k]) for k in active}
-        losses, norms = self._apply(active)
+        losses, norms = self._apply(active, self._batch())
         cost = (time.perf_counter() - start) / len(active)
         for k in active:
             member, (lr, momentum) = self._members[k], values[k]
@@ -186,33 +186,32 @@ class Cohort:
                 ),
             )
 
-    def _apply(self, active: list[int]) -> tuple[list[float], list[float]]:
+    def _apply(self, active: list[int], batch: Batch) -> tuple[list[float], list[float]]:
         """Update the active members; return loss and gradient norm of each member, as they were for those."""
-        plan = self._programs()
-        inputs, targets = plan.aside(self._batch)
+        inputs, targets = batch
         is_active = torch.zeros(len(self), dtype=torch.bool)
         is_active[active] = True
         moving, is_active = is_active.tolist(), is_active.to(inputs.device, non_blocking=True)
-
-        def one(program: Program, update: Updater) -> Tensor:
+        seen: list[Tensor] = []
+        for program, update in self._programs():
             rows = program.rows
             if not any(moving[rows]):
-                return torch.zeros(2, len(program.members), device=inputs.device)
+                seen.append(torch.zeros(2, len(program.members), device=inputs.device))
+                continue
             losses = program.gradient(inputs[rows], targets[rows], [member.step for member in program.members])
             norms = clip(program.gradients, program.members, moving[rows])
             update(losses.isfinite() & norms.isfinite() & is_active[rows])
-            return torch.stack((losses.float(), norms))
-
+            seen.append(torch.stack((losses.float(), norms)))
         # one transfer: on a GPU each one waits for everything before it
-        losses_and_norms: list[list[float]] = torch.cat(plan.each(one), 1).tolist()
+        losses_and_norms: list[list[float]] = torch.cat(seen, 1).tolist()
         return losses_and_norms[0], losses_and_norms[1]
 
-    def _programs(self) -> Plan:
+    def _programs(self) -> list[tuple[Any, Any]]:
         assert self._buffers is not None
         assert self.choice is not None
         if self._plan is None:
             self._plan = Plan(self._buffers, self._members, self.choice.route, self.choice.chunk)
-        return self._plan
+        return self._plan.programs
 
     def _batch(self) -> Batch:
         """Return the batches of all members' next updates, stacked (K, B, ...)."""
@@ -245,7 +244,7 @@ class Cohort:
             return {}
         start = time.perf_counter()
         first, found = self._members[0], {}
-        for program in self._programs().programs:
+        for program, _ in self._programs():
             members = [k for k in range(program.rows.start, program.rows.stop) if k in due]
             if not members:
                 continue
