@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from ray import tune
 from ray.tune import Callback, RunConfig, TuneConfig, Tuner
+from ray.tune.error import TuneError
 from ray.tune.schedulers import PopulationBasedTraining
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow, pytest.mark.acceptance]
 
 INTERVAL = 4
-NUM_STEPS = 24
+NUM_STEPS = 32
 
 
 class Member(tune.Trainable):
@@ -29,7 +30,7 @@ class Member(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         number = int(self.trial_name[-5:])  # a copy has the whole configuration of its donor
-        time.sleep(0.3 if number else 0.05)  # the donor is ahead of the other one
+        time.sleep(0.2 if number else 0.1)  # the donor is ahead of the other one
         self.updates += 1
         found = {"loss": number, "applied": self.optimizer["lr"], "loaded": self.loaded}
         self.loaded = -1
@@ -109,8 +110,8 @@ def test_a_copy_is_logged_under_a_wrong_step_and_goes_on_under_the_donors_learni
 
 
 def test_a_synchronous_population_hangs_after_its_driver_has_died(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="the driver dies"):
+    with pytest.raises(TuneError, match="the driver dies"):
         population(tmp_path, Seen(most=2 * 2 * INTERVAL + 2), synch=True).fit()
     restored = Tuner.restore(str(tmp_path / "stock"), trainable=tune.with_resources(Member, {"cpu": 1}))
-    with pytest.raises(TimeoutError, match="nothing happens any more"):
+    with pytest.raises(TuneError, match="nothing happens any more"):
         restored.fit()
