@@ -65,7 +65,7 @@ class Seen(Callback):
             raise RuntimeError("the driver dies")
 
     def on_step_begin(self, iteration: int, trials: Any, **_: Any) -> None:
-        if self.results and time.monotonic() - self.last > 20:
+        if self.results and time.monotonic() - self.last > 10:
             raise TimeoutError("nothing happens any more")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,18 +100,18 @@ def test_a_copy_is_logged_under_a_wrong_step_and_goes_on_under_the_donors_learni
     seen = Seen()
     found = population(tmp_path, seen, synch=False).fit()
     assert not found.errors
-    copies = [result for result in seen.results if result["loaded"] >= 0]
+    begun = [result for result in seen.results if result["loaded"] >= 0]
+    copies = [result for result in begun if result["config"]["lr"] != 0.01]  # the others were paused, and go on
     assert copies
-    assert all(result["applied"] == 0.01 != result["config"]["lr"] for result in copies), "that of the donor"
+    assert {result["applied"] for result in copies} == {0.01}, "that of the donor"
     (log,) = tmp_path.glob("**/pbt_policy_*.txt")  # the donor has none
-    recorded = [json.loads(line)[3] for line in log.read_text().splitlines()]
-    assert len(recorded) == len(copies)
-    assert recorded != [result["loaded"] for result in copies]
+    recorded = {json.loads(line)[3] for line in log.read_text().splitlines()}
+    assert recorded - {result["loaded"] for result in copies}
 
 
 def test_a_synchronous_population_hangs_after_its_driver_has_died(tmp_path: Path) -> None:
     with pytest.raises(TuneError, match="the driver dies"):
         population(tmp_path, Seen(most=2 * 2 * INTERVAL + 2), synch=True).fit()
     restored = Tuner.restore(str(tmp_path / "stock"), trainable=tune.with_resources(Member, {"cpu": 1}))
-    with pytest.raises(TuneError, match="nothing happens any more"):
+    with pytest.raises(TimeoutError, match="nothing happens any more"):
         restored.fit()
