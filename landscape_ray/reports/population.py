@@ -211,14 +211,15 @@ def _bent(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
     A warm-up is drawn as the line that it is, and a change from one update to the next as upright.
     """
     kept = _bends(values)
-    return thin(steps[kept], values[kept]) if len(kept) else (steps, values)
+    return thin(steps[kept], values[kept])
 
 
 def _bends(values: Floats, tolerance: float = 1e-6) -> NDArray[np.intp]:
     """Return the indices of a curve's ends, and of the updates where it bends by more than a share of its peak."""
-    count = len(values)
-    inner = np.flatnonzero(np.abs(np.diff(values, n=2)) > tolerance * float(values.max())) + 1 if count > 2 else []
-    return np.unique(np.concatenate([[0], inner, [count - 1]])).astype(np.intp) if count else np.zeros(0, np.intp)
+    if len(values) < 3:
+        return np.arange(len(values))
+    inner = np.flatnonzero(np.abs(np.diff(values, n=2)) > tolerance * float(values.max())) + 1
+    return np.concatenate([[0], inner, [len(values) - 1]])
 
 
 def _takeaway(sweep: Sweep, winner: Survivor | None, beside: Baseline | None) -> str:
