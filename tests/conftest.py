@@ -15,7 +15,6 @@ What authors of tests need to know:
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import sqlite3
@@ -169,12 +168,9 @@ def sweep_text(tiny: dict[str, Any]) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def fabricate() -> ModuleType:
     """The module that makes sweeps of runs with a known law."""
-    spec = importlib.util.spec_from_file_location("fabricate", Path(__file__).with_name("fabricate.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from tests import fabricate
+
+    return fabricate
 
 
 @pytest.fixture(scope="session")

@@ -73,8 +73,8 @@ def checkpoint_of(folder: SweepFolder, run_id: str | None = None) -> tuple[str, 
     return run_id, there[run_id].checkpoint_path / CHECKPOINT
 
 
-def _set_aside(checkpoint: Path, previous: Path) -> None:
-    """Keep the checkpoint that is about to be replaced under another name; there is one under its own all the time."""
+def set_aside(checkpoint: Path, previous: Path) -> None:
+    """Give a checkpoint another name too, in place of what had it; there is one under its own all the time."""
     temporary = previous.with_name(f".{previous.name}.tmp")
     temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # the first commit, or a file system without hard links, which keeps one only
@@ -206,7 +206,7 @@ class TrialRun:
         self._tracking_seconds += time.perf_counter() - started
         checkpoint = self.folder.checkpoint_path / CHECKPOINT
         previous = checkpoint.with_name(PREVIOUS)
-        _set_aside(checkpoint, previous)
+        set_aside(checkpoint, previous)
         self.save(checkpoint, num_parts)
         started = time.perf_counter()
         self.folder.commit(self.summary(), num_parts)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray import tune
 from ray.exceptions import RayError
 
 from landscape_ray.data import Data
-from landscape_ray.sweep.limits import hang_path, limit_gpu_memory, time_limit
 from landscape_ray.sweep.population.exchange import Handout
 from landscape_ray.sweep.population.member import MemberRun
 from landscape_ray.sweep.run import index_of
-from landscape_ray.sweep.spec import spec_of
-from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.sweep.trainable import open_sweep, watched
 
 FETCH_SECONDS = 60.0
 """After which weights in the object store count as lost."""
@@ -57,8 +52,7 @@ class MemberTrainable(tune.Trainable):
         run = self._run
         assert run is not None
         if not run.reached:
-            report = hang_path(Path(self._given["sweep_path"]), self.trial_name)
-            with time_limit(self._given.get("max_report_seconds"), report):
+            with watched(self._given, self.trial_name):
                 run.advance()
         if run.reached:
             self._offer(run)
@@ -78,12 +72,7 @@ class MemberTrainable(tune.Trainable):
         if self._run is not None:
             self._run.begin(handout.order, weights)
             return
-        torch.set_num_threads(self._given["num_threads"])
-        folder = SweepFolder.open(Path(self._given["sweep_path"]))
-        spec = spec_of(folder)
-        if spec.resources.gpus_per_trial == 0:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to trials that asked for none
-        limit_gpu_memory(spec.resources.gpus_per_trial)
+        folder, spec = open_sweep(self._given)
         trial, attempt = folder.trial(self.trial_name), self._given["attempt"]
         self._run = MemberRun(spec, trial, handout.order, attempt, self._data, weights)
         self._data = self._run.state.data  # the same for all members

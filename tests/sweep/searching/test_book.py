@@ -13,7 +13,8 @@ from optuna.trial import TrialState
 
 from landscape_ray.config import parse
 from landscape_ray.errors import UserError
-from landscape_ray.sweep.searching.book import Book, mend_journal
+from landscape_ray.sweep.searching.book import Book
+from landscape_ray.sweep.searching.journal import mend_journal
 from landscape_ray.sweep.searching.samplers import SEARCHERS
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.folder import SweepFolder
