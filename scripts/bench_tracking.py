@@ -1,10 +1,11 @@
 """What tracking costs, beside Ray's MLflowLoggerCallback: requests and driver time a result, what a dead server does,
-a million points from four writers, and the three ways to read a thousand runs back.
+a million points from four writers, and the three ways to read a thousand runs back. `lengths` tells what a sweep
+costs from what a result does, by two sweeps of different lengths.
 
 The server is `mlflow server --workers 1` on SQLite, on 127.0.0.1, ended here. One table: ours, peer, ratio.
 
 Usage:
-    python scripts/bench_tracking.py [--part callback|rate|crash|million|collect|all] [--points 1000000] [--runs 1000]
+    python scripts/bench_tracking.py [--part callback|lengths|rate|crash|million|collect|all] [--points 1000000]
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import threading
 import time
 import urllib.request
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,14 +135,20 @@ class Meter:
     """Requests of this process, and the time that its threads spend on tracking."""
 
     def __init__(self) -> None:
-        self.requests, self.results = 0, 0
+        self.results = 0
+        self.by_endpoint: Counter[str] = Counter()
         self.cpu_seconds, self.wall_seconds = 0.0, 0.0
         self._busy = threading.local()
 
+    @property
+    def requests(self) -> int:
+        return self.by_endpoint.total()
+
     def count(self, original: Any) -> Any:
-        def send(*arguments: Any, **keywords: Any) -> Any:
-            self.requests += 1
-            return original(*arguments, **keywords)
+        def send(adapter: Any, request: Any, *arguments: Any, **keywords: Any) -> Any:
+            path = request.path_url.partition("?")[0].partition("/mlflow")[2]
+            self.by_endpoint["artifact" if path.startswith("-artifacts") else path.strip("/")] += 1
+            return original(adapter, request, *arguments, **keywords)
 
         return send
 
@@ -257,6 +265,28 @@ def part_callback(table: Table, folder: Path, steps: int) -> None:
     table.add("wall time of the sweep", our_seconds, peer_seconds, "s")
 
 
+def part_lengths(table: Table, folder: Path, lengths: list[int]) -> None:
+    """What a sweep costs whatever its length, and what each result adds: a line through sweeps of two lengths."""
+    measured = []
+    with Server(folder) as mlflow:
+        for steps in lengths:
+            done, wait, seconds, ended = run_population(folder, f"steps{steps}", mlflow.uri, steps, None)
+            figures = (float(done.requests), 1e3 * done.cpu_seconds, 1e3 * wait.wall_seconds)
+            measured.append((done.results, figures))
+            where = ", ".join(f"{name} {count}" for name, count in done.by_endpoint.most_common())
+            table.add(f"{done.results:,} results in {seconds:.0f} s: how it ended", ended)
+            table.add("requests: where to", where)
+            per = [figure / done.results for figure in figures]
+            table.add("requests a result", per[0])
+            table.add("CPU of tracking, a result", per[1], "", "ms")
+            table.add("driver waits for it, a result (at the end)", per[2], "", "ms")
+    (short, before), (long, after) = measured[0], measured[-1]
+    names = (("requests", ""), ("CPU of tracking", "ms"), ("driver waits", "ms"))
+    for (name, unit), first, last in zip(names, before, after, strict=True):
+        slope = (last - first) / max(1, long - short)
+        table.add(f"{name}: a sweep, and each result", f"{first - slope * short:.4g} + {slope:.3g} {unit}".strip())
+
+
 def part_rate(table: Table, folder: Path, seconds: float) -> None:
     """Requests and driver time a result where many results come: four trials, two results a second each."""
     sweep = SweepFolder.create(folder / "rate", spec_text='name = "rate"\n', meta={"experiment": "rate"})
@@ -299,8 +329,7 @@ def part_crash(table: Table, folder: Path, steps: int) -> None:
     """What an exploit, and a server that dies after forty results, do to the sweep."""
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"  # its default would let the peer hang for four minutes first
     with Server(folder) as mlflow:
-        peer, _, _, ended = run_population(folder, "exploit", mlflow.uri, steps, {})
-        table.add("a member copies another one", "goes on", f"{peer.results} results, {ended}"[:120])
+        table.add("a member goes on under another learning rate", "a point and an event", exploited(mlflow.uri))
 
         def after(results: int) -> None:
             if results == 40:
@@ -322,6 +351,27 @@ def part_crash(table: Table, folder: Path, steps: int) -> None:
         stored, distinct = _count(mlflow.database)
     table.add("server back, empty: points sent by sync", f"{report.points:,} {report.error}".strip())
     table.add("points stored, of them distinct", f"{stored:,}, {distinct:,}", "0")
+
+
+def exploited(uri: str) -> str:
+    """Return how Ray's callback takes what Ray's own population does to a member: a start with another value."""
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    class Member:
+        config = {"lr": 0.1}
+
+        def __str__(self) -> str:
+            return "t0"
+
+    callback, member = MLflowLoggerCallback(tracking_uri=uri, experiment_name="exploit"), Member()
+    callback.setup()
+    callback.log_trial_start(member)
+    member.config = {"lr": 0.02}
+    try:
+        callback.log_trial_start(member)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0][:60]
+    return "goes on"
 
 
 def _count(database: Path) -> tuple[int, int]:
@@ -439,8 +489,11 @@ def fill_store(mlflow: Server, runs: int, points: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["callback", "rate", "crash", "million", "collect", "all"], default="all")
+    parser.add_argument(
+        "--part", choices=["callback", "lengths", "rate", "crash", "million", "collect", "all"], default="all"
+    )
     parser.add_argument("--steps", type=int, default=1000, help="updates of each of the four members; 10 a result")
+    parser.add_argument("--lengths", type=int, nargs=2, default=[500, 2500], help="updates, of the part `lengths`")
     parser.add_argument("--seconds", type=float, default=120.0, help="of the part `rate`")
     parser.add_argument("--points", type=int, default=1_000_000, help="of the part `million`")
     parser.add_argument("--runs", type=int, default=1000, help="of the part `collect`")
@@ -451,6 +504,7 @@ def main() -> None:
     table = Table()
     parts = {
         "callback": lambda folder: part_callback(table, folder, options.steps),
+        "lengths": lambda folder: part_lengths(table, folder, options.lengths),
         "rate": lambda folder: part_rate(table, folder, options.seconds),
         "crash": lambda folder: part_crash(table, folder, options.steps),
         "million": lambda folder: part_million(table, folder, options.points),

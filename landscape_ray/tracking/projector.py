@@ -271,7 +271,9 @@ class Projector:
             return False
         now = time.monotonic()
         few = commit.num_parts - run.parts < _BATCH_COMMITS
-        by_age = min((_LONGEST_WAIT if few else _LONGEST_BATCH) * self._batch_seconds, _BATCH_AGE * (now - run.found_at))
+        by_age = min(
+            (_LONGEST_WAIT if few else _LONGEST_BATCH) * self._batch_seconds, _BATCH_AGE * (now - run.found_at)
+        )
         pause = max(self._batch_seconds, by_age, _BATCH_SHARE * self._pass_seconds)
         return now - run.sent_at < pause
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -140,10 +141,15 @@ def check_server(tracking_uri: str) -> None:
         _check_writable(database.parent)
         if not database.exists():
             return  # made at the first sync
-    elif not tracking_uri.startswith(("http://", "https://")):
+    elif not tracking_uri.startswith(("http://", "https://", "postgresql://")):
         raise UserError(
-            f"tracking_uri must begin with http://, https:// or sqlite:///, got {shown}; for another store run "
-            "`mlflow server --backend-store-uri ...` and give its http address"
+            f"tracking_uri must begin with http://, https://, postgresql:// or sqlite:///, got {shown}; for another "
+            "store run `mlflow server --backend-store-uri ...` and give its http address"
+        )
+    elif tracking_uri.startswith("postgresql://") and importlib.util.find_spec("psycopg2") is None:
+        raise UserError(
+            f"tracking_uri {shown} needs the package psycopg2, which is not installed; "
+            "`pip install landscape_ray[postgres]`, or give the http address of an `mlflow server` that has it"
         )
     problem = _ask(tracking_uri, _CHECK_SECONDS if database is None else _CHECK_FILE_SECONDS)
     if problem:
@@ -194,13 +200,21 @@ def is_refusal(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.error_code in refused
 
 
-def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
-    """Return the identifier of the experiment, made when there is none."""
+def experiment_id(client: MlflowClient, tracking_uri: str, name: str, results: Path) -> str:
+    """Return the identifier of the experiment, made when there is none.
+
+    Args:
+        client: of the store.
+        tracking_uri: its address.
+        name: of the experiment.
+        results: folder of the sweeps, beside which artifacts go where the store is a database on a server.
+    """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         database = sqlite_path(tracking_uri)
-        # Without a server the default place of artifacts depends on the working folder.
-        location = (database.absolute().parent / "mlartifacts").as_uri() if database else None
+        # Without MLflow's server the default place of artifacts depends on the working folder.
+        place = database.parent if database else None if tracking_uri.startswith("http") else results
+        location = (place.absolute() / "mlartifacts").as_uri() if place is not None else None
         try:
             return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_KIND))
         except MlflowException as error:
