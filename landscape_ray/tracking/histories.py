@@ -18,7 +18,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from landscape_ray.tracking.uris import sqlite_path
+from landscape_ray.tracking.uris import is_postgres, sqlite_path
 
 POINTS: Final = pa.schema(
     [
@@ -54,7 +54,7 @@ def read_points(client: MlflowClient, tracking_uri: str, runs: Sequence[Run], *,
         with contextlib.suppress(sqlite3.Error, SQLAlchemyError, MlflowException, ValueError, KeyError, TypeError):
             if database is not None:
                 return _concat(_from_sqlite(database, runs))
-            if tracking_uri.startswith("postgresql://"):
+            if is_postgres(tracking_uri):
                 return _concat(_from_database(client, runs))
             return _concat(_from_server(client, runs))
     return _concat(_one_by_one(client, runs))

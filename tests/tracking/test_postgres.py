@@ -59,7 +59,7 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(_programs() is None, reason="PostgreSQL is not installed (Debian: apt-get install postgresql)"),
     pytest.mark.skipif(_other_user() is None, reason="PostgreSQL refuses root, and there is no user postgres"),
-    pytest.mark.skipif(importlib.util.find_spec("psycopg2") is None, reason="psycopg2 is not installed"),
+    pytest.mark.skipif(importlib.util.find_spec("psycopg") is None, reason="psycopg is not installed"),
 ]
 
 
@@ -70,7 +70,7 @@ class Cluster:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
-        self.uri = f"postgresql://postgres:{PASSWORD}@127.0.0.1:{self.port}/postgres"
+        self.uri = f"postgresql+psycopg://postgres:{PASSWORD}@127.0.0.1:{self.port}/postgres"
         self._folder, self._process = folder, None
         as_user, programs = _other_user(), _programs()
         assert as_user is not None

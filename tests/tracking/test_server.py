@@ -45,12 +45,11 @@ def test_check_refuses_addresses_that_are_not_supported(address: str) -> None:
     assert "s3cret" not in str(caught.value)
 
 
-def test_check_names_the_package_that_a_database_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"needs the package psycopg2, .* `pip install landscape_ray\[postgres\]`"
-    ) as caught:
-        Projector.check("postgresql://u:s3cret@127.0.0.1/db")
+@pytest.mark.parametrize(("driver", "said"), [("+psycopg2", "psycopg2"), ("+no_such_one", "Can't load plugin")])
+def test_check_names_the_driver_that_a_database_needs(monkeypatch: pytest.MonkeyPatch, driver: str, said: str) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)  # not here, even where it is installed
+    with pytest.raises(UserError, match=rf"whose driver is installed, .*{said}.*landscape_ray\[postgres\]") as caught:
+        Projector.check(f"postgresql{driver}://u:s3cret@127.0.0.1/db")
     assert "s3cret" not in str(caught.value)
 
 
