@@ -13,7 +13,8 @@ from landscape_ray.sweep.cohort import CohortRun
 from landscape_ray.sweep.limits import hang_path, limit_gpu_memory, time_limit
 from landscape_ray.sweep.run import TrialRun, index_of
 from landscape_ray.sweep.spec import spec_of
-from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.sweep.storing import open_for_trial
+from landscape_ray.tracking.mirror import Mirror
 
 
 class SweepTrainable(tune.Trainable):
@@ -22,32 +23,36 @@ class SweepTrainable(tune.Trainable):
     The trial's folder is opened by the first step, not by the constructor: Ray starts actors for a trial
     and then lets another one, which became free, run it. An actor that is never asked to work must touch nothing.
 
-    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `max_report_seconds` (may be absent), `trial`
-    (`trial_id`, `values` and `note`; for a cohort its `members`, each with these).
+    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `max_report_seconds` and `storage` (may be absent),
+    `trial` (`trial_id`, `values` and `note`; for a cohort its `members`, each with these).
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take note of the trial."""
         self._given = config
         self._opened: TrialRun | CohortRun | None = None
+        self._mirror: Mirror | None = getattr(self, "_mirror", None)
 
     @property
     def _run(self) -> TrialRun | CohortRun:
         """The trial, or the trials of a cohort, continued where their folders stand."""
         if self._opened is None:
             torch.set_num_threads(self._given["num_threads"])
-            folder = SweepFolder.open(Path(self._given["sweep_path"]))
+            trial, attempt = self._given["trial"], self._given["attempt"]
+            path, storage = Path(self._given["sweep_path"]), self._given.get("storage")
+            folder, self._mirror = open_for_trial(path, storage, attempt, self._mirror)
             spec = spec_of(folder)
             if spec.resources.gpus_per_trial == 0:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to trials that asked for none
             limit_gpu_memory(spec.resources.gpus_per_trial)
-            trial, attempt = self._given["trial"], self._given["attempt"]
             if "members" in trial:
-                self._opened = CohortRun(spec, folder, trial["members"], attempt)
+                self._opened = CohortRun(spec, folder, trial["members"], attempt, self._mirror)
             else:
                 name = self.trial_name
                 values, note = dict(trial["values"]), trial.get("note")
-                self._opened = TrialRun(spec, folder.trial(name), index_of(name), values, attempt, note=note)
+                self._opened = TrialRun(
+                    spec, folder.trial(name), index_of(name), values, attempt, note=note, mirror=self._mirror
+                )
         return self._opened
 
     def step(self) -> dict[str, Any]:
@@ -58,7 +63,14 @@ class SweepTrainable(tune.Trainable):
                 self._run.advance()
             return self._run.result()
 
+    def cleanup(self) -> None:
+        """Upload what is left, where there is a storage; Ray calls this before it ends the actor."""
+        if self._mirror is not None:
+            self._mirror.close()
+
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Become another trial."""
+        if self._mirror is not None:
+            self._mirror.flush()
         self.setup(new_config)
         return True
