@@ -1,12 +1,12 @@
 """How much of a disk a sweep takes, and what may go where it takes more than it may.
 
-What always goes: weights of a population that no live exploit needs (`population/book.py`), and the second checkpoint of
-a trial that has ended. What stays for as long as there is room: one checkpoint a trial, and the trunks that trials share.
-Over `resources.max_disk_gib`, on whichever machine, these go until it fits again: checkpoints of trials of a search that
-diverged or were stopped, trunks, checkpoints of finished trials from the worst to the best but for the best few, and at
-last the fallbacks of trials that are training. Rows, summaries, and every checkpoint that a trial, a population or a
-resume may begin from stay; where they alone are too large, the sweep pauses. A checkpoint that went is fetched from the
-storage when it is asked for, where there is one.
+What always goes: weights of a population that no live exploit needs (`population/book.py`), and the second checkpoint
+of a trial that has ended. What stays while there is room: one checkpoint a trial, and the trunks that trials share.
+Over `resources.max_disk_gib`, on whichever machine, these go until it fits again: checkpoints of trials of a search
+that diverged or were stopped, trunks, checkpoints of finished trials from the worst to the best but for the best few,
+and at last the fallbacks of trials that are training. Rows, summaries, and every checkpoint that a trial, a population
+or a resume may begin from stay; where they alone are too large, the sweep pauses. A checkpoint that went is fetched
+from the storage when it is asked for, where there is one.
 """
 
 from __future__ import annotations

@@ -75,6 +75,8 @@ def open_for_trial(
         try:
             with held(path):
                 bring_unit(sweep, path, lambda relative: relative in (META, SPEC))
+            if not (path / META).is_file():
+                raise UserError(f"no sweep at {sweep.shown}, and none in {path}; has its driver reached the storage?")
         except OSError as error:
             raise UserError(f"{sweep.shown} cannot be read ({reason_of(error)}); is the storage up?") from None
     return SweepFolder.open(path), Mirror(sweep, home=home)

@@ -45,6 +45,7 @@ class DriverMirror:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._problem = ""
+        self._noted: str | None = None
 
     @property
     def problem(self) -> str:
@@ -143,10 +144,10 @@ class DriverMirror:
             self._thread = None
 
     def _note(self, problem: str) -> None:
-        if problem != self._problem or not (self._folder.path / STATE_NAME).exists():
+        if problem != self._noted:
             with contextlib.suppress(UserError):  # a full disk, which others will say
                 write_atomic(self._folder.path / STATE_NAME, json.dumps({"problem": problem, "time_unix": time.time()}))
-        self._problem = problem
+        self._problem = self._noted = problem
 
 
 def send(sweep: Storage, trial: TrialFolder) -> None:

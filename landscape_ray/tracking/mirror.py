@@ -83,9 +83,10 @@ class Unit:
             self._last, self._objects = there, there.objects() if there is not None else set()
             # before anything is written: whoever fetches for this machine leaves the folder alone from here on
             files = mark.manifest.files if mark is not None else {}
-            write_mark(self._folder, Mark(Manifest(self._generation, 0, files), done=False, copied=self._copied))
+            self._serial = 0 if there is None else 1
+            manifest = Manifest(self._generation, self._serial, files)
+            write_mark(self._folder, Mark(manifest, done=False, copied=self._copied))
         if there is not None:  # at once: an earlier writer that is still at it ends by this
-            self._serial += 1
             claim = Manifest(self._generation, self._serial, there.files)
             self._storage.put(claim.name, claim.to_bytes())
 

@@ -121,7 +121,7 @@ class Manifest:
                 if not _RELATIVE.fullmatch(relative) or not _DIGEST.fullmatch(digest) or int(size) < 0:
                     raise ValueError(f"it names {relative!r}")
                 files[relative] = Stored(digest, int(size))
-        except (KeyError, TypeError, AttributeError, UnicodeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, UnicodeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"it is no manifest ({error})") from None
         if written > FORMAT_VERSION:
             raise UserError(
@@ -339,6 +339,8 @@ def open_storage(uri: str) -> Storage:
             f"--storage must be an address that pyarrow opens, got '{shown}' ({reason_of(error)}); "
             "s3://, gs://, abfs://, hdfs:// and file:// are"
         ) from None
+    if not root.strip("/"):
+        raise UserError(f"--storage must name a bucket or a folder, got '{shown}'; s3://bucket/folder does")
     return Storage(system, root, shown)
 
 
