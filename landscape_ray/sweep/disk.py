@@ -1,7 +1,8 @@
 """How much of a disk a sweep takes, and what may go where it takes more than it may.
 
-What always goes: weights of a population that no live exploit needs (`population/book.py`), and the second checkpoint
-of a trial that has ended. What stays while there is room: one checkpoint a trial, and the trunks that trials share.
+What always goes: weights of a population that no live exploit needs (`population/book.py`), the second checkpoint of a
+trial that has ended, and all but the last checkpoint of the trunks of a search that has. What stays while there is
+room: one checkpoint a trial, and the trunks that trials share.
 Over `resources.max_disk_gib`, on whichever machine, these go until it fits again: checkpoints of trials of a search
 that diverged or were stopped, trunks, checkpoints of finished trials from the worst to the best but for the best few,
 and at last the fallbacks of trials that are training. Rows, summaries, and every checkpoint that a trial, a population

@@ -35,7 +35,8 @@ from landscape_ray.sweep.notes import description_of, tags_of
 from landscape_ray.sweep.provenance import git_state, packages
 from landscape_ray.sweep.run import TrialRun, trial_id_of
 from landscape_ray.sweep.spec import NAME, SweepSpec, spec_of
-from landscape_ray.sweep.storing import check_new, driver_mirror, sweep_storage
+from landscape_ray.sweep.storing import check_new, driver_mirror, stopping, sweep_storage
+from landscape_ray.sweep.trunk import thin_trunks
 from landscape_ray.tracking.driver_mirror import DriverMirror
 from landscape_ray.tracking.folder import SweepFolder, exists_message
 from landscape_ray.tracking.mirror import Mirror
@@ -207,7 +208,7 @@ def train_one(
     spec = spec_of(folder)
     mirror = driver_mirror(folder, storage_uri)
     started = time.monotonic()
-    with projected(folder, spec, tracking_uri) as projector, termination_as_interrupt():
+    with stopping(mirror), projected(folder, spec, tracking_uri) as projector, termination_as_interrupt():
         values = spec.first_values() if spec.space else {}
         trial_id = trial_id_of(0)
         torch.set_num_threads(spec.resources.num_threads)
@@ -278,6 +279,8 @@ def conclude(
     ended = sum(counts.get(status, 0) for status in ENDED)
     status = "finished" if ended >= num_trials and num_left == 0 else "incomplete" if failures else "interrupted"
     folder.update_meta(status=status, ended_unix=time.time())
+    if status == "finished":
+        thin_trunks(folder.path)
     finished = [s for s in summaries if s.status == "finished" and _counts(spec, s)]
     best = min(finished, key=lambda s: s.final_loss_nats, default=None)
     projector.set_parent(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from landscape_ray.errors import UserError
@@ -47,6 +49,16 @@ def driver_mirror(folder: SweepFolder, uri: str | None) -> DriverMirror | None:
         UserError: no such storage.
     """
     return None if uri is None else DriverMirror(folder, sweep_storage(uri, folder.path.name))
+
+
+@contextlib.contextmanager
+def stopping(mirror: DriverMirror | None) -> Iterator[None]:
+    """End a driver's thread when the block ends, in whichever way."""
+    try:
+        yield
+    finally:
+        if mirror is not None:
+            mirror.stop()
 
 
 def open_for_trial(

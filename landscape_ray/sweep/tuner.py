@@ -39,7 +39,7 @@ from landscape_ray.sweep.searching.book import Book
 from landscape_ray.sweep.searching.searcher import OBJECTIVE, OptunaSearcher, StoppingScheduler
 from landscape_ray.sweep.session import ENDED, Outcome, conclude, first_config, next_attempt, projected
 from landscape_ray.sweep.spec import SweepSpec, spec_of
-from landscape_ray.sweep.storing import driver_mirror
+from landscape_ray.sweep.storing import driver_mirror, stopping
 from landscape_ray.sweep.trainable import SweepTrainable
 from landscape_ray.tracking.driver_mirror import DriverMirror
 from landscape_ray.tracking.folder import SweepFolder
@@ -72,7 +72,7 @@ def drive(
     spec = spec_of(folder)
     mirror = driver_mirror(folder, storage_uri)
     started = time.monotonic()
-    with projected(folder, spec, tracking_uri) as projector, termination_as_interrupt():
+    with stopping(mirror), projected(folder, spec, tracking_uri) as projector, termination_as_interrupt():
         console.print(
             f"[dim]starting Ray {'at ' + address if address else 'on this machine'} ...[/dim]", highlight=False
         )

@@ -91,7 +91,7 @@ class DriverMirror:
                 self._note("")
             except SupersededError as error:
                 self._note(str(error))
-            except (OSError, UserError) as error:
+            except Exception as error:  # of any file system: nothing that happens here may end a sweep
                 self._note(reason_of(error))
 
     def _pull(self) -> None:
@@ -111,7 +111,7 @@ class DriverMirror:
 
     def gather(self) -> None:
         """Bring everything that trials on other nodes have committed, now that none runs any more."""
-        self._halt()
+        self.stop()
         self._round(push=False)
 
     def fetch_checkpoint(self, trial: TrialFolder) -> None:
@@ -121,7 +121,7 @@ class DriverMirror:
 
     def settle(self) -> int:
         """Send what is not stored yet, trials first; return how many trials are behind."""
-        self._halt()
+        self.stop()
         trials = self._folder.trials()
         with self._lock:
             for trial in trials if self._claimed and not self.superseded else ():
@@ -137,7 +137,8 @@ class DriverMirror:
             self._round(pull=False)
         return sum(is_behind(trial) for trial in trials)
 
-    def _halt(self) -> None:
+    def stop(self) -> None:
+        """End the thread, where there is one."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join(60.0)

@@ -19,14 +19,14 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from landscape_ray.errors import UserError
 from landscape_ray.tracking.cache import SPEC, Mark, bring_unit, everything, held, read_mark, trial_unit, write_mark
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
-from landscape_ray.tracking.storage import Manifest, Storage, Stored, digest_of, reason_of
+from landscape_ray.tracking.storage import Manifest, Storage, Stored, digest_of, is_plain, reason_of
 
 FLUSH_SECONDS: Final = 30.0
 OPEN_SECONDS: Final = 10.0
@@ -121,12 +121,13 @@ class Unit:
             self.superseded = True
             self.check()
         found: dict[str, Stored] = {}
+        before_digests, self._digests = self._digests, {}
         for relative, content in files.items():
             if isinstance(content, Stored):
                 found[relative] = content
                 continue
             try:
-                found[relative] = stored = self._digest(content)
+                found[relative] = stored = self._digest(content, before_digests)
                 name = stored.object_name(relative)
                 if name not in self._objects:
                     self._storage.put(name, content)
@@ -163,14 +164,14 @@ class Unit:
         self._storage.delete(name for name in old if name not in names)
         self._tidy = True
 
-    def _digest(self, content: bytes | Path) -> Stored:
+    def _digest(self, content: bytes | Path, known: Mapping[tuple[int, int, int], Stored]) -> Stored:
+        """Return the digest of a content; of a file that has not changed since, the known one."""
         if isinstance(content, bytes):
             return digest_of(content)
         state = content.stat()
         key = (state.st_ino, state.st_mtime_ns, state.st_size)
-        if key not in self._digests:
-            self._digests[key] = digest_of(content)
-        return self._digests[key]
+        self._digests[key] = stored = known.get(key) or self._digests.get(key) or digest_of(content)
+        return stored
 
 
 class Mirror:
@@ -203,16 +204,24 @@ class Mirror:
         process was further: then this one ends at its next commit.
 
         Raises:
-            UserError: what is stored is damaged.
+            UserError: what is stored is damaged, or is known to be further than what is here and cannot be had.
         """
-        place = trial_unit(self.sweep, trial)
+        place, mark = trial_unit(self.sweep, trial), read_mark(trial.path)
+        state = "checkpoint/state.pt"
+        elsewhere = mark is not None and state in mark.manifest.files and not (trial.path / state).exists()
         unit = Unit(place, trial.path)
         try:
-            if self.problem or not answers(place):
+            hopeless = bool(self.problem) and self._home and not elsewhere
+            if hopeless or not answers(place):
                 raise OSError(self.problem or f"{self.sweep.shown} does not answer")
             unit.take_over()
         except OSError as error:
             self.problem = reason_of(error)
+            if elsewhere:
+                raise UserError(
+                    f"{place.shown} has the checkpoint of this trial, and cannot be read ({self.problem}); "
+                    "`landscape-ray resume` goes on when it can"
+                ) from None
             unit = Unit(place, trial.path)
             unit.take_over(alone=True)
         with self._news:
@@ -347,6 +356,7 @@ class Mirror:
             self._closing = True
             self._news.notify_all()
             done, left = not (self._waiting or self._under_way), [files for files, _ in self._waiting.values()]
+            self._waiting.clear()
         for files in left:
             _drop_links(files)
         return done
@@ -392,8 +402,10 @@ def files_of_sweep(folder: SweepFolder) -> Files:
     paths = [*paths, *folder.fits_path.glob("*.json"), *(folder.path / "hangs").glob("*.txt"), folder.meta_path]
     found: Files = {}
     for path in paths:
-        with contextlib.suppress(FileNotFoundError):  # not every sweep has all of them
-            found[str(path.relative_to(folder.path))] = path.read_bytes()  # they change: what is sent is of one moment
+        relative = str(path.relative_to(folder.path))
+        if is_plain(relative):
+            with contextlib.suppress(FileNotFoundError):  # not every sweep has all of them
+                found[relative] = path.read_bytes()  # they change: what is sent is of one moment
     return found
 
 

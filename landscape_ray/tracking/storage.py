@@ -57,6 +57,15 @@ def is_address(text: str) -> bool:
     return ADDRESS.match(text) is not None
 
 
+def is_plain(relative: str) -> bool:
+    """Return whether a path may be in a manifest: it leads into its folder and nowhere else.
+
+    >>> is_plain("records/part-000000.parquet"), is_plain("../evil"), is_plain("a/.hidden")
+    (True, False, False)
+    """
+    return _RELATIVE.fullmatch(relative) is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """One file of a unit."""
@@ -118,7 +127,7 @@ class Manifest:
             written = int(inner["format_version"])
             files = {}
             for relative, (digest, size) in inner["files"].items() if written <= FORMAT_VERSION else ():
-                if not _RELATIVE.fullmatch(relative) or not _DIGEST.fullmatch(digest) or int(size) < 0:
+                if not is_plain(relative) or not _DIGEST.fullmatch(digest) or int(size) < 0:
                     raise ValueError(f"it names {relative!r}")
                 files[relative] = Stored(digest, int(size))
         except (KeyError, TypeError, AttributeError, UnicodeError, RecursionError, json.JSONDecodeError) as error:

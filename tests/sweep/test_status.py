@@ -39,7 +39,7 @@ def test_a_finished_sweep_lists_the_best_first(folder):
     assert lines[1] == "finished"
     assert lines[2].startswith("disk: ")
     assert lines[4].startswith("t003")
-    assert "name=wsd" in lines[3]
+    assert "name=wsd" in lines[4]
 
 
 def test_a_running_sweep_tells_its_rate_and_when_it_last_wrote(folder):

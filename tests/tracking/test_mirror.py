@@ -442,3 +442,37 @@ def test_a_sweep_in_the_memory_of_an_object_store(folder: SweepFolder, make: Sim
     driver.publish()
     assert driver.settle() == 0
     assert collect(bring_sweep(store, tmp_path / "quick")).runs == collect(folder).runs
+
+
+def test_a_trial_that_was_elsewhere_does_not_begin_anew_because_the_storage_is_dead(
+    broken: tuple[Storage, Faults], folder: SweepFolder, make: SimpleNamespace, tmp_path: Path
+) -> None:
+    """The driver's machine has its rows; its checkpoint is in the storage alone."""
+    store, switch = broken
+    remote, there = Mirror(store, home=False), elsewhere(tmp_path / "node").trial("t0000")
+    remote.take_over(there)
+    train(make, there, 1, 20)
+    remote.committed(there, ended=False)
+    assert remote.flush()
+    DriverMirror(folder, store).gather()
+    switch.down = True
+    here = Mirror(store)
+    with pytest.raises(UserError, match=r"t0000 has the checkpoint of this trial, and cannot be read \(.*resume"):
+        here.take_over(folder.trial("t0000"))
+    switch.down = False
+    here.take_over(folder.trial("t0000"))
+    assert (folder.trial("t0000").checkpoint_path / "state.pt").read_text() == "state at 20"
+    for each in (remote, here):
+        each.close()
+
+
+def test_names_that_no_manifest_may_hold_stay_here(store: Storage, folder: SweepFolder) -> None:
+    folder.fits_path.mkdir()
+    for name in ("annealing.json", "my fit.json", ".annealing.json"):
+        (folder.fits_path / name).write_text("{}")
+    driver = DriverMirror(folder, store)
+    driver.publish()
+    assert driver.problem == ""
+    manifest = store.latest()
+    assert manifest is not None
+    assert set(manifest.files) == {"spec.toml", "sweep.json", "fits/annealing.json"}
