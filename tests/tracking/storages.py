@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from pyarrow import fs
 
-from landscape_ray.tracking.storage import Storage
+from landscape_ray.tracking.storage import Storage, open_storage
 
 
 class Faults(fs.FileSystemHandler):
@@ -107,3 +110,19 @@ def faulty(folder: Path) -> tuple[Storage, Faults]:
     folder.mkdir(parents=True, exist_ok=True)
     handler = Faults(folder)
     return Storage(fs.PyFileSystem(handler), "store", "faults://store"), handler
+
+
+@contextlib.contextmanager
+def s3() -> Iterator[Storage]:
+    """Serve a bucket by the protocol of S3, or skip the test where nothing here can."""
+    server = pytest.importorskip("moto.server", reason="an S3 server for tests: pip install moto[server]")
+    running = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    running.start()
+    try:
+        host, port = running.get_host_and_port()
+        options = f"scheme=http&endpoint_override={host}:{port}&region=us-east-1&allow_bucket_creation=true"
+        system, _ = fs.FileSystem.from_uri(f"s3://key:secret@bucket?{options}")
+        system.create_dir(f"bucket-{port}")
+        yield open_storage(f"s3://key:secret@bucket-{port}/store?{options}")
+    finally:
+        running.stop()

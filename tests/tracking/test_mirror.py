@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from landscape_ray.tracking.driver_mirror import DriverMirror, send, storage_lin
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
 from landscape_ray.tracking.mirror import Mirror, SupersededError, Unit, is_behind
 from landscape_ray.tracking.storage import Manifest, Storage, open_storage
-from tests.tracking.storages import Faults, faulty
+from tests.tracking.storages import Faults, faulty, s3
 
 
 @pytest.fixture
@@ -27,9 +27,13 @@ def folder(tmp_path: Path, make: SimpleNamespace) -> SweepFolder:
     return SweepFolder.create(tmp_path / "my results" / "quick", spec_text=make.spec, meta={"seed": 0})
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Storage:
-    return open_storage(f"file://{tmp_path}/store").at("quick")
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.slow)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    if request.param == "file":
+        yield open_storage(f"file://{tmp_path}/store").at("quick")
+    else:
+        with s3() as place:
+            yield place.at("quick")
 
 
 @pytest.fixture
@@ -400,7 +404,7 @@ def test_the_driver_s_thread_does_both_ways(
 def test_sweeps_that_cannot_be_brought(
     store: Storage, folder: SweepFolder, make: SimpleNamespace, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"no sweep at file://.*/store/quick; give STORAGE/NAME"):
+    with pytest.raises(UserError, match=r"no sweep at .*://.*/store/quick; give STORAGE/NAME"):
         bring_sweep(store, tmp_path / "there")
     DriverMirror(folder, store).publish()
     other = SweepFolder.create(tmp_path / "other", spec_text=make.spec, meta={})

@@ -23,25 +23,11 @@ from landscape_ray.tracking.storage import (
     reason_of,
     split_address,
 )
-from tests.tracking.storages import faulty
+from tests.tracking.storages import faulty, s3
 
 
 def memory() -> Storage:
     return Storage(fs.FileSystem.from_uri("mock:///")[0], "store", "mock:///store")
-
-
-def s3(tmp_path: Path) -> Iterator[Storage]:
-    server = pytest.importorskip("moto.server", reason="an S3 server for tests: pip install moto[server]")
-    running = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    running.start()
-    try:
-        host, port = running.get_host_and_port()
-        options = f"scheme=http&endpoint_override={host}:{port}&region=us-east-1&allow_bucket_creation=true"
-        system, _ = fs.FileSystem.from_uri(f"s3://key:secret@bucket?{options}")
-        system.create_dir("bucket")
-        yield open_storage(f"s3://key:secret@bucket/store?{options}")
-    finally:
-        running.stop()
 
 
 @pytest.fixture(params=["file", "subtree", "memory", "python", pytest.param("s3", marks=pytest.mark.slow)])
@@ -55,7 +41,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
     elif request.param == "python":
         yield faulty(tmp_path / "behind")[0]
     else:
-        yield from s3(tmp_path)
+        with s3() as place:
+            yield place
 
 
 @pytest.mark.acceptance
