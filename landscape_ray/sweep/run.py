@@ -212,14 +212,14 @@ class TrialRun:
         """Make everything so far durable: rows, then the checkpoint that counts them, then the summary.
 
         A crash in between leaves rows that no checkpoint counts; they are dropped on resume and made again. Where there
-        is a storage, the upload follows in the background; it is waited for where the driver decides on what it gets.
+        is a storage, the upload follows in the background; away from the driver it is waited for before a decision.
         """
         self._check_driver()
         self._make_durable()
         self._disk_full = self.disk.check()
         if self.mirror is not None:
             self.mirror.committed(self.folder, ended=self.state.finished)
-            if self.decisive:
+            if self.decisive and not self.mirror.home:
                 self.mirror.flush()
 
     @property

@@ -70,7 +70,7 @@ class SweepTrainable(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Become another trial."""
-        if self._mirror is not None:
+        if self._mirror is not None and not self._mirror.home:
             self._mirror.flush()
         self.setup(new_config)
         return True

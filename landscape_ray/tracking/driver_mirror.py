@@ -9,6 +9,7 @@ import contextlib
 import json
 import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 from landscape_ray.errors import UserError
@@ -21,6 +22,8 @@ from landscape_ray.tracking.storage import Storage, reason_of
 INTERVAL_SECONDS: Final = 10.0
 PATIENCE: Final = 10.0
 """The pause between two rounds is at least so many times as long as the last one took."""
+FOLLOW_SECONDS: Final = 30.0
+"""How long what the driver keeps waits for trials that are being uploaded."""
 STATE_NAME: Final = "storage.json"
 
 
@@ -58,11 +61,9 @@ class DriverMirror:
         return self._unit.superseded
 
     def publish(self) -> None:
-        """Make what the driver keeps known in the storage, now; one that does not answer hears of it later."""
-        if self._claimed or answers(self._sweep):
-            self._round(pull=False)
-        else:
-            self._note(f"{self._sweep.shown} does not answer")
+        """Send everything that is not stored, while no trial runs; a storage that does not answer gets it later."""
+        if self._answers():
+            self._do(self._send_trials, self._send_own)
 
     def start(self) -> None:
         """Keep both alike in a thread, until `gather` or `settle`."""
@@ -74,25 +75,61 @@ class DriverMirror:
         pause = self._interval
         while not self._stopping.wait(pause):
             begun = time.monotonic()
-            self._round()
+            self._do(self._follow_trials, self._pull)
             pause = max(self._interval, PATIENCE * (time.monotonic() - begun))
 
-    def _round(self, *, pull: bool = True, push: bool = True) -> None:
-        """Do both, and note how it went."""
+    def _do(self, *steps: Callable[[], None]) -> None:
+        """Take the steps, and note how it went."""
         with self._lock:
             try:
                 if not self._claimed:
                     self._unit.take_over()
                     self._claimed = True
-                if push:
-                    self._unit.publish(files_of_sweep(self._folder))
-                if pull:
-                    self._pull()
+                self._unit.fence()
+                for step in steps:
+                    step()
                 self._note("")
             except SupersededError as error:
                 self._note(str(error))
             except Exception as error:  # of any file system: nothing that happens here may end a sweep
                 self._note(reason_of(error))
+
+    def _answers(self) -> bool:
+        answered = answers(self._sweep)
+        if not answered:
+            self._note(f"{self._sweep.shown} does not answer")
+        return answered
+
+    def _send_own(self) -> None:
+        """Send what the driver keeps."""
+        self._unit.publish(files_of_sweep(self._folder))
+
+    def _send_trials(self) -> None:
+        """Send the trials that are behind; nobody writes them."""
+        for trial in self._folder.trials():
+            if is_behind(trial):
+                with contextlib.suppress(SupersededError):
+                    send(self._sweep, trial)
+
+    def _follow_trials(self) -> None:
+        """Send what the driver keeps as it is now, when the trials of this machine are stored as they are now.
+
+        What it decides is about what they have reported: a journal, or a population's orders, that name what is not
+        stored could not be resumed elsewhere. A trial that takes too long is one that has no process any more.
+        """
+        files = files_of_sweep(self._folder)
+        trials = [trial for trial in self._folder.trials() if trial.trial_id not in self._complete]
+        behind = {trial.path: read_mark(trial.path) for trial in trials if is_behind(trial)}
+        deadline = time.monotonic() + FOLLOW_SECONDS
+        while behind and time.monotonic() < deadline and not self._stopping.wait(FOLLOW_SECONDS / 100):
+            for path, before in list(behind.items()):
+                now, first = read_mark(path), before.manifest.version if before is not None else (0, 0)
+                # the manifest after the next one was begun after this moment, whatever was under way at it
+                later = now is not None and now.done and now.manifest.version >= (first[0], first[1] + 2)
+                if later or not is_behind(TrialFolder(path)):
+                    del behind[path]
+        if not self._stopping.is_set():
+            self._unit.publish(files)
 
     def _pull(self) -> None:
         """Bring what other nodes have committed."""
@@ -112,7 +149,8 @@ class DriverMirror:
     def gather(self) -> None:
         """Bring everything that trials on other nodes have committed, now that none runs any more."""
         self.stop()
-        self._round(push=False)
+        if self._answers():
+            self._do(self._pull)
 
     def fetch_checkpoint(self, trial: TrialFolder) -> None:
         """Bring the checkpoint of a trial here, where it is not; without an answer it stays away."""
@@ -122,20 +160,8 @@ class DriverMirror:
     def settle(self) -> int:
         """Send what is not stored yet, trials first; return how many trials are behind."""
         self.stop()
-        trials = self._folder.trials()
-        with self._lock:
-            for trial in trials if self._claimed and not self.superseded else ():
-                try:
-                    if is_behind(trial):
-                        send(self._sweep, trial)
-                except SupersededError:
-                    continue
-                except (OSError, UserError) as error:
-                    self._note(reason_of(error))
-                    break
-        if not self._problem:
-            self._round(pull=False)
-        return sum(is_behind(trial) for trial in trials)
+        self.publish()
+        return sum(is_behind(trial) for trial in self._folder.trials())
 
     def stop(self) -> None:
         """End the thread, where there is one."""

@@ -6,8 +6,9 @@ several commits of one trial that wait, the last one counts. So the queue holds 
 beside it, and a storage that is slow or dead costs nothing but the delay: it is asked again, up to a minute apart,
 and what it has not got goes there when the sweep ends, or is resumed.
 
-Who asks `flush` waits: trials do before the driver decides on what they report, so that no decision that is stored
-names work that is not. How long they wait is bounded, and nobody waits for a storage that failed last time.
+On other machines than the driver's, trials wait before the driver decides on what they report: it gets their rows
+through the storage, and no decision may name work that is lost with its node. How long is bounded. On its own machine
+nobody waits; what the driver stores of its decisions follows what the trials have stored (`driver_mirror.py`).
 """
 
 from __future__ import annotations
@@ -105,6 +106,18 @@ class Unit:
         if self.superseded or (mark is not None and mark.manifest.generation > self._generation):
             raise SupersededError(f"{self._storage.shown} was taken over by another process, so this one ends")
 
+    def fence(self) -> None:
+        """Raise if another process has taken the unit over, as far as the storage knows.
+
+        Raises:
+            SupersededError: it has.
+            OSError: of the file system.
+        """
+        versions = self._storage.versions()
+        if versions and versions[-1] > (self._generation, self._serial):
+            self.superseded = True
+            self.check()
+
     def publish(self, files: Files, *, ended: bool = False) -> None:
         """Upload what is new, then the manifest; then delete what it replaces.
 
@@ -116,10 +129,7 @@ class Unit:
             SupersededError: another process has taken the unit over.
             OSError: of the file system.
         """
-        versions = self._storage.versions()
-        if versions and versions[-1] > (self._generation, self._serial):
-            self.superseded = True
-            self.check()
+        self.fence()
         found: dict[str, Stored] = {}
         before_digests, self._digests = self._digests, {}
         for relative, content in files.items():
@@ -184,7 +194,7 @@ class Mirror:
     """
 
     def __init__(self, sweep: Storage, *, home: bool = True) -> None:
-        self.sweep, self._home = sweep, home
+        self.sweep, self.home = sweep, home
         self.problem = ""
         """Why the last upload failed; empty when all is well. Holds no secrets."""
         self._units: dict[str, Unit] = {}
@@ -211,7 +221,7 @@ class Mirror:
         elsewhere = mark is not None and state in mark.manifest.files and not (trial.path / state).exists()
         unit = Unit(place, trial.path)
         try:
-            hopeless = bool(self.problem) and self._home and not elsewhere
+            hopeless = bool(self.problem) and self.home and not elsewhere
             if hopeless or not answers(place):
                 raise OSError(self.problem or f"{self.sweep.shown} does not answer")
             unit.take_over()
@@ -330,12 +340,12 @@ class Mirror:
             patience_seconds: how long. At home nobody waits for a storage that failed last time.
         """
         with self._news:
-            if self.problem and self._home:
+            if self.problem and self.home:
                 return not self._waiting and not self._under_way
             self._urgent = True
             self._news.notify_all()
             return self._news.wait_for(
-                lambda: (not self._waiting and not self._under_way) or (bool(self.problem) and self._home),
+                lambda: (not self._waiting and not self._under_way) or (bool(self.problem) and self.home),
                 timeout=patience_seconds,
             ) and not (self._waiting or self._under_way)
 
@@ -345,7 +355,7 @@ class Mirror:
         A storage that failed last time is tried once more; at home it is not, as the driver will do it.
         """
         with self._news:
-            patience_seconds = 0.0 if self.problem and self._home else patience_seconds
+            patience_seconds = 0.0 if self.problem and self.home else patience_seconds
             tried = self._tries + bool(self._under_way) + 1
             self._urgent = True
             self._news.notify_all()

@@ -480,3 +480,52 @@ def test_names_that_no_manifest_may_hold_stay_here(store: Storage, folder: Sweep
     manifest = store.latest()
     assert manifest is not None
     assert set(manifest.files) == {"spec.toml", "sweep.json", "fits/annealing.json"}
+
+
+@pytest.mark.acceptance
+def test_decisions_are_not_stored_before_what_they_are_about(
+    broken: tuple[Storage, Faults], folder: SweepFolder, make: SimpleNamespace
+) -> None:
+    """The journal names steps that a slow storage has not got yet: it waits for them, and nobody waits for it."""
+    store, switch = broken
+    mirror, trial = Mirror(store), folder.trial("t0000")
+    mirror.take_over(trial)
+    driver = DriverMirror(folder, store, interval_seconds=0.01)
+    driver.publish()
+    switch.seconds = 0.03
+    driver.start()
+    seen = set()
+    for last in range(10, 70, 10):
+        train(make, trial, last - 9, last)
+        mirror.committed(trial, ended=False)
+        folder.study_path.write_text(str(last))
+        for _ in range(8):
+            root = store.latest()
+            assert root is not None
+            if "study.journal" in root.files:
+                decided = int(store.get(root.files["study.journal"].object_name("study.journal")))
+                stored = int(mirror.read(trial, "checkpoint/state.pt").removeprefix(b"state at "))
+                assert stored >= decided
+                seen.add(decided)
+    assert seen
+    switch.seconds = 0.0
+    mirror.close()
+    assert driver.settle() == 0
+    root = store.latest()
+    assert root is not None
+    assert store.get(root.files["study.journal"].object_name("study.journal")) == b"60"
+
+
+def test_a_trial_without_a_process_holds_nobody_up(
+    store: Storage, folder: SweepFolder, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("landscape_ray.tracking.driver_mirror.FOLLOW_SECONDS", 0.2)
+    driver = DriverMirror(folder, store, interval_seconds=0.01)
+    driver.publish()
+    train(make, folder.trial("t0000"), 1, 10)  # and nobody uploads it
+    folder.update_meta(attempts=3)
+    driver.start()
+    until(lambda: stored_meta(store).get("attempts") == 3)  # type: ignore[union-attr]
+    assert store.at("trials/t0000").latest() is None
+    assert driver.settle() == 0
+    assert store.at("trials/t0000").latest() is not None
