@@ -61,6 +61,10 @@ class ResourcesConfig(Model):
     """Longest time between two commits of a trial, its start included. A trial that takes longer hangs: its process is
     ended, which counts as a failure. Default: no limit."""
 
+    max_disk_gib: float | None = Field(default=None, gt=0)
+    """Most that the sweep may take of a machine's disk. Over it, checkpoints go that nothing needs any more; where that
+    is not enough, the sweep pauses. Default: no limit."""
+
     @property
     def num_threads(self) -> int:
         """Torch threads of a trial."""
