@@ -20,6 +20,7 @@ from landscape_ray.cli.shared import (
     OneSweep,
     Results,
     Spec,
+    StorageUri,
     Sweeps,
     Tracking,
     new_console,
@@ -57,6 +58,7 @@ def sweep(
     results: Results = DEFAULT_RESULTS,
     address: Address = None,
     tracking_uri: Tracking = None,
+    storage: StorageUri = None,
 ) -> None:
     """Run a sweep: every trial a training run, tracked in MLflow and as Parquet."""
     from landscape_ray.sweep.session import new_sweep
@@ -68,15 +70,16 @@ def sweep(
     if parsed.search is None and parsed.population is None:
         raise UserError(f"{spec} must have a [search] or a [population] table; for a single run: landscape-ray train")
     console = new_console()
-    folder = new_sweep(parsed, text, results, name, tracking_uri)
+    folder = new_sweep(parsed, text, results, name, tracking_uri, storage)
     console.print(f"sweep [bold]{folder.path.name}[/bold] in {shown(folder.path)}", soft_wrap=True)
-    _finish(drive(folder, console, address, tracking_uri), console)
+    _finish(drive(folder, console, address, tracking_uri, storage), console)
 
 
 @app.command()
 def resume(
     sweep: Annotated[
-        str | None, typer.Argument(metavar="[SWEEP]", help="Name or folder; default: the newest unfinished sweep.")
+        str | None,
+        typer.Argument(metavar="[SWEEP]", help="Name, folder or STORAGE/NAME; default: the newest unfinished sweep."),
     ] = None,
     num_trials: Annotated[
         int | None, typer.Option("--num-trials", min=1, help="Go on to so many trials; for a search.")
@@ -90,37 +93,45 @@ def resume(
     results: Results = DEFAULT_RESULTS,
     address: Address = None,
     tracking_uri: Tracking = None,
+    storage: StorageUri = None,
 ) -> None:
     """Go on with a sweep that was stopped, killed or left with failed trials, perhaps further than it was to go."""
     from landscape_ray.sweep.extension import extend
 
     folder = open_sweep(sweep, results, unfinished=num_trials is None and num_steps is None and spec is None)
     console = new_console()
+    storage = _storage_of(folder, sweep, storage, console)
     for name, value in extend(folder, spec, num_trials, num_steps).items():
         console.print(f"{name} is now {value}", highlight=False)
     console.print(f"resuming [bold]{folder.path.name}[/bold] in {shown(folder.path)}", soft_wrap=True)
     if folder.meta.get("single_run"):
         from landscape_ray.sweep.session import train_one
 
-        _finish(train_one(folder, console, tracking_uri), console)
+        _finish(train_one(folder, console, tracking_uri, storage), console)
     else:
         from landscape_ray.sweep.tuner import drive
 
-        _finish(drive(folder, console, address, tracking_uri), console)
+        _finish(drive(folder, console, address, tracking_uri, storage), console)
 
 
 @app.command()
-def train(spec: Spec, name: Name = None, results: Results = DEFAULT_RESULTS, tracking_uri: Tracking = None) -> None:
+def train(
+    spec: Spec,
+    name: Name = None,
+    results: Results = DEFAULT_RESULTS,
+    tracking_uri: Tracking = None,
+    storage: StorageUri = None,
+) -> None:
     """Train a file as one run in this process, without Ray; searched values take their low end."""
     from landscape_ray.sweep.session import new_sweep, train_one
     from landscape_ray.sweep.spec import read_spec
 
     parsed, text = read_spec(spec)
     console = new_console()
-    folder = new_sweep(parsed, text, results, name, tracking_uri)
+    folder = new_sweep(parsed, text, results, name, tracking_uri, storage)
     folder.update_meta(single_run=True)
     console.print(f"run [bold]{folder.path.name}[/bold] in {shown(folder.path)}", soft_wrap=True)
-    _finish(train_one(folder, console, tracking_uri), console)
+    _finish(train_one(folder, console, tracking_uri, storage), console)
 
 
 @app.command()
@@ -177,7 +188,7 @@ def probe(
     from landscape_ray.training.inspection import inspect
 
     console = new_console()
-    folder = open_sweep(sweep, results)
+    folder = open_sweep(sweep, results, checkpoints=True)
     run_id, path = checkpoint_of(folder, run)
     with console.status("measuring ...") as status:
         found = inspect(
@@ -299,13 +310,22 @@ def export(
 
 
 @app.command()
-def sync(sweeps: Sweeps = None, results: Results = DEFAULT_RESULTS, tracking_uri: Tracking = None) -> None:
-    """Send to the tracking server what it has not received yet; sending twice changes nothing."""
+def sync(
+    sweeps: Sweeps = None,
+    results: Results = DEFAULT_RESULTS,
+    tracking_uri: Tracking = None,
+    storage: StorageUri = None,
+) -> None:
+    """Send to the storage and the tracking server what they have not received yet; twice changes nothing."""
+    from landscape_ray.sweep.storing import send_sweep
     from landscape_ray.tracking.projector import Projector
 
     console = new_console()
     for folder in open_all(sweeps, results):
         with folder.lock():
+            if (place := storage or folder.meta.get("storage")) is not None:
+                send_sweep(folder, place)
+                console.print(f"{folder.path.name}: the storage is up to date", soft_wrap=True)
             uri = tracking_uri_of(folder, tracking_uri)
             Projector.check(uri)
             outcome = Projector(folder, uri, folder.meta["experiment"]).close(timeout_seconds=600.0)
@@ -340,6 +360,7 @@ def doctor(
     results: Results = DEFAULT_RESULTS,
     address: Address = None,
     tracking_uri: Tracking = None,
+    storage: StorageUri = None,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Also start Ray here, or ask the cluster.")] = True,
 ) -> None:
     """Check versions, GPU, storage, disk, tracking server and Ray, and say what to do; status 2 where a sweep fails."""
@@ -350,7 +371,7 @@ def doctor(
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     findings = []
     uri = resolve_tracking_uri(tracking_uri, results)
-    for finding in examine(results, address, uri, ray=ray):
+    for finding in examine(results, address, uri, ray=ray, storage_uri=storage):
         findings.append(finding)
         status = f"[{colours[finding.status]}]{finding.status:>7}[/{colours[finding.status]}]"
         console.print(f"{status}  {finding.name}: ", end="", highlight=False)
@@ -401,6 +422,22 @@ def refine(
     console = new_console()
     console.print(f"# refined to {found.run_id}: put this into the sweep file", highlight=False, markup=False)
     console.print(found.toml, highlight=False, markup=False, soft_wrap=True)
+
+
+def _storage_of(folder: SweepFolder, sweep: str | None, given: str | None, console: Console) -> str | None:
+    """Return the address of a sweep's storage, after bringing the folder up to what another machine left there."""
+    from landscape_ray.sweep.storing import bring_up_to_date
+    from landscape_ray.tracking.storage import split_address
+    from landscape_ray.tracking.uris import mask_secrets
+
+    uri: str | None = split_address(sweep)[0] if sweep is not None and "://" in sweep else given
+    uri = uri or folder.meta.get("storage")
+    if uri is not None:
+        if problem := bring_up_to_date(folder, uri):
+            console.print(f"[yellow]going on with what is here: {problem}[/yellow]", highlight=False, soft_wrap=True)
+        if (shown_uri := mask_secrets(uri)) != folder.meta.get("storage"):
+            folder.update_meta(storage=shown_uri)
+    return uri
 
 
 def _attach(folder: SweepFolder, paths: list[Path], console: Console) -> None:

@@ -65,6 +65,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+class Halt(KeyboardInterrupt):
+    """The sweep pauses as if the user had stopped it: everything up to the last commits is safe."""
+
+
 class Dashboard:
     """Rows of trials as a rich table; also estimates the end of the sweep.
 
@@ -73,12 +77,15 @@ class Dashboard:
         name: of the sweep.
         num_trials: how many trials it has in all.
         num_steps: updates of a trial, for those not yet started.
+
+    Attributes:
+        halt: why the sweep pauses; empty while it does not.
     """
 
     def __init__(self, console: Console, name: str, num_trials: int, num_steps: int) -> None:
         self.console, self.name, self.num_trials, self.num_steps = console, name, num_trials, num_steps
         self.rows: dict[str, Row] = {}
-        self.note = ""
+        self.note = self.halt = ""
         self.loss_unit = "nats/token"
         self._started = time.monotonic()
         self._first_news: float | None = None
@@ -125,6 +132,33 @@ class Dashboard:
             if news or now - self._last_plain > PLAIN_SECONDS:
                 self._last_plain = now
                 self.console.print(self.headline(), soft_wrap=True)
+
+    def heed(self, result: Mapping[str, Any], mirror: Any = None) -> None:
+        """Show what a trial, or the storage, says is wrong; stop for what cannot go on.
+
+        Args:
+            result: of a trial.
+            mirror: of the sweep's storage, with its `problem` and whether it is `superseded`; None without one.
+
+        Raises:
+            Halt: the disk is as full as it may be, or another driver has taken the sweep over.
+        """
+        if mirror is not None:
+            self.warn(f"the storage is behind: {mirror.problem}" if mirror.problem else "")
+            if mirror.superseded:
+                raise self._halting("another driver has taken the sweep over")
+        if full := result.get("disk_full"):
+            raise self._halting(str(full))
+
+    def _halting(self, reason: str) -> Halt:
+        self.halt = reason
+        return Halt(reason)
+
+    def warn(self, note: str) -> None:
+        """Show a note until there is another one; without a terminal once."""
+        if note and note != self.note and not self.console.is_terminal:
+            self.console.print(note, highlight=False, soft_wrap=True)
+        self.note = note
 
     def counts(self) -> dict[str, int]:
         """Return how many trials have each status."""

@@ -37,9 +37,11 @@ from landscape_ray.sweep.population.trainable import MemberTrainable
 from landscape_ray.sweep.run import trial_id_of
 from landscape_ray.sweep.searching.book import Book
 from landscape_ray.sweep.searching.searcher import OBJECTIVE, OptunaSearcher, StoppingScheduler
-from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected
+from landscape_ray.sweep.session import ENDED, Outcome, conclude, first_config, next_attempt, projected
 from landscape_ray.sweep.spec import SweepSpec, spec_of
+from landscape_ray.sweep.storing import driver_mirror, stopping
 from landscape_ray.sweep.trainable import SweepTrainable
+from landscape_ray.tracking.driver_mirror import DriverMirror
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.uris import resolve_tracking_uri
 
@@ -47,7 +49,11 @@ CONNECT_SECONDS = 5.0
 
 
 def drive(
-    folder: SweepFolder, console: Console, address: str | None = None, tracking_uri: str | None = None
+    folder: SweepFolder,
+    console: Console,
+    address: str | None = None,
+    tracking_uri: str | None = None,
+    storage_uri: str | None = None,
 ) -> Outcome:
     """Run what is left of a sweep on Ray.
 
@@ -56,6 +62,7 @@ def drive(
         console: where progress is shown.
         address: of a Ray cluster; None starts Ray on this machine.
         tracking_uri: overrides the one that the sweep was made with.
+        storage_uri: of the sweep's storage, None for none.
 
     Raises:
         UserError: another driver runs the sweep, the cluster can't be reached or is too small, or the tracking server
@@ -63,24 +70,39 @@ def drive(
     """
     check_address(address)
     spec = spec_of(folder)
+    mirror = driver_mirror(folder, storage_uri)
     started = time.monotonic()
-    with projected(folder, spec, tracking_uri) as projector, termination_as_interrupt():
+    with stopping(mirror), projected(folder, spec, tracking_uri) as projector, termination_as_interrupt():
         console.print(
             f"[dim]starting Ray {'at ' + address if address else 'on this machine'} ...[/dim]", highlight=False
         )
         with _ray(address, spec), termination_as_interrupt():  # once more: Ray sets handlers of its own
-            for warning in check_nodes(folder):
-                console.print(f"[yellow]{warning}[/yellow]", highlight=False, soft_wrap=True)
             attempt = next_attempt(folder)
+            if mirror is not None:
+                mirror.publish()
+            for warning in check_nodes(folder, storage_uri):
+                console.print(f"[yellow]{warning}[/yellow]", highlight=False, soft_wrap=True)
+            if mirror is not None:
+                mirror.start()
             uri = resolve_tracking_uri(tracking_uri, folder.path.parent, folder.meta.get("tracking_uri"))
-            failures, num_left = _fit(folder, spec, console, attempt, uri)
-        return conclude(folder, spec, projector, failures, started, spec.num_trials, num_left)
+            failures, num_left, halt = _fit(folder, spec, console, attempt, uri, storage_uri, mirror)
+        return conclude(folder, spec, projector, failures, started, spec.num_trials, num_left, mirror, halt)
 
 
 def _fit(
-    folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int, tracking_uri: str
-) -> tuple[dict[str, BaseException], int]:
-    """Run Ray Tune on the trials that are left; return why trials failed, and how many of a search are still left."""
+    folder: SweepFolder,
+    spec: SweepSpec,
+    console: Console,
+    attempt: int,
+    tracking_uri: str,
+    storage_uri: str | None,
+    mirror: DriverMirror | None,
+) -> tuple[dict[str, BaseException], int, str]:
+    """Run Ray Tune on the trials that are left.
+
+    Returns:
+        Why trials failed, how many of a search are still left, and why the sweep was paused, if it was.
+    """
     known = {trial.trial_id: s for trial in folder.trials() if (s := trial.summary()) is not None}
     shutil.rmtree(folder.ray_path, ignore_errors=True)  # Ray's scratch of an earlier driver; nothing is read from it
     fixed = {
@@ -88,6 +110,7 @@ def _fit(
         "num_threads": spec.resources.num_threads,
         "attempt": attempt,
         "max_report_seconds": spec.resources.max_report_seconds,
+        "storage": storage_uri,
     }
     tune_config: dict[str, Any] = {
         "metric": OBJECTIVE,
@@ -109,12 +132,12 @@ def _fit(
         if spec.search.stopping is not None:
             tune_config |= {"scheduler": StoppingScheduler(searcher)}
         if book.num_left() == 0:
-            return {}, 0
+            return {}, 0, ""
     else:
         population = PopulationBook(spec, folder)
         population.reopen()
         if not population.open:
-            return {}, 0
+            return {}, 0, ""
         name = f"population-{folder.meta['sweep_id']}-{attempt}"
         exchange, trainable = open_exchange(name), MemberTrainable
         members = [
@@ -134,7 +157,7 @@ def _fit(
             dashboard.known(summary)
         standing = book.standing if book is not None else {}
         _show(standing, dashboard)
-        callback = DashboardCallback(dashboard, standing)
+        callback = DashboardCallback(dashboard, standing, mirror)
         tuner = Tuner(
             tune.with_resources(trainable, resources),
             param_space=param_space,
@@ -152,7 +175,8 @@ def _fit(
         try:
             tuner.fit()
         except KeyboardInterrupt:
-            dashboard.note = "stopping; work up to the last checkpoint of each trial is safe"
+            why = f"{dashboard.halt}; " if dashboard.halt else ""
+            dashboard.note = f"{why}stopping; work up to the last checkpoint of each trial is safe"
         finally:
             if scheduler is not None:
                 try:
@@ -161,10 +185,21 @@ def _fit(
                     ray.kill(exchange)
         _show(standing, dashboard)  # those that waited to the end are stopped by now
     shutil.rmtree(folder.ray_path, ignore_errors=True)
+    if mirror is not None:
+        mirror.gather()
+        settle_stopped(folder, standing)
     if book is not None:
         book.close()
     num_left = len(population.open) if population is not None else book.num_left() if book is not None else 0
-    return callback.failures, num_left
+    return callback.failures, num_left, dashboard.halt
+
+
+def settle_stopped(folder: SweepFolder, standing: Mapping[str, str]) -> None:
+    """Write into folders of trials which of them a rule has stopped: what came from another node may not know it."""
+    for trial_id, stand in standing.items():
+        summary = folder.trial(trial_id).summary()
+        if stand == "stopped" and summary is not None and summary.status not in ENDED:
+            folder.trial(trial_id).set_status("stopped", f"stopped at step {summary.step}")
 
 
 def _show(standing: Mapping[str, str], dashboard: Dashboard) -> None:
@@ -187,9 +222,16 @@ class DashboardCallback(Callback):
     Args:
         dashboard: where trials are shown.
         standing: what trials are that a search has taken off before their end.
+        mirror: of the sweep's storage.
     """
 
-    def __init__(self, dashboard: Dashboard, standing: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        dashboard: Dashboard,
+        standing: Mapping[str, str] | None = None,
+        mirror: DriverMirror | None = None,
+    ) -> None:
+        self._mirror = mirror
         self._dashboard, self._standing = dashboard, standing if standing is not None else {}
         self.failures: dict[str, BaseException] = {}
 
@@ -213,8 +255,9 @@ class DashboardCallback(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Show progress."""
+        """Show progress, and stop the sweep where it cannot go on."""
         self._update(trial, "running", result)
+        self._dashboard.heed(result, self._mirror)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the end of a trial."""

@@ -67,7 +67,7 @@ class SweepRuns:
         meta = folder.meta
         self.client: MlflowClient = server.open_client(tracking_uri)
         self._sweep_id = str(meta["sweep_id"])
-        self.experiment_id = server.experiment_id(self.client, tracking_uri, experiment)
+        self.experiment_id = server.experiment_id(self.client, tracking_uri, experiment, folder.path.parent)
         runs = server.find_runs(self.client, self.experiment_id, self._sweep_id)
         parents = [run for run in runs if run.data.tags.get(server.KIND) == "sweep"]
         if not parents:

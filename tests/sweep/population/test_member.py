@@ -12,7 +12,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.populations import Decision, Restart
 from landscape_ray.sweep.population.member import MemberRun
 from landscape_ray.sweep.population.orders import Order, Weights
-from landscape_ray.sweep.run import CHECKPOINT
+from landscape_ray.sweep.run import CHECKPOINT, PREVIOUS
 from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.folder import SweepFolder
@@ -176,7 +176,8 @@ def test_wrong_orders_are_refused(two: Any) -> None:
         MemberRun(spec, folder.trial("t0001"), copy(serial=2))
     with pytest.raises(RuntimeError, match=r"must end where the member is evaluated, got step 6; .* multiples"):
         to_the_end(MemberRun(spec, folder.trial("t0002"), start(2, OWN, until=6)))
-    (folder.trial("t0001").checkpoint_path / CHECKPOINT).unlink()
+    for name in (CHECKPOINT, PREVIOUS):
+        (folder.trial("t0001").checkpoint_path / name).unlink()
     with pytest.raises(UserError, match=r"state.pt must be there to go on, got no such file; restore it"):
         MemberRun(spec, folder.trial("t0001"), copy())
 
