@@ -76,7 +76,7 @@ def _clocks() -> tuple[float, float, float, float]:
 
 def _of_device() -> dict[str, float]:
     """Return what the device of this process tells; a process that does not use one is not made to."""
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # not annotated in torch
         return {}
     free, total = torch.cuda.mem_get_info()
     found = {
