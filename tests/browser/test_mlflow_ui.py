@@ -86,7 +86,8 @@ def site(browser: Any, search_folder: Any, population_folder: Any, tmp_path_fact
         for folder in (search_folder, population_folder)
     ]
     report = write_report(folders)
-    add_samples(folders[0])
+    for folder in folders:
+        add_samples(folder)
     uri = f"sqlite:///{results / 'mlflow.db'}"
     for number, folder in enumerate(folders):
         folder.update_meta(sweep_id=f"{number:032x}")  # fabricated sweeps share one
