@@ -3,9 +3,10 @@
 usage: python scripts/soak.py [--kills 100] [--minutes 60] [--trials 12] [--seed 0] [--folder FOLDER]
 
 Runs a search of small trials through the command line, ends a random one of its processes (a trial's or the driver)
-with SIGKILL at random moments, resumes where the driver was hit, and goes on with new sweeps until enough kills have
-been made. Then every trial of every sweep must have ended at its full budget with every update recorded once, in the
-folder and in MLflow. Exit status 0, or 1 with what is wrong.
+with SIGKILL at random moments, resumes where the driver was hit, and goes on with new sweeps, every other one a
+population, until enough kills have been made. Then every trial of every sweep must have ended at its full budget with
+every update recorded once, in the folder and in MLflow, and every population must have recorded what one that nobody
+disturbed has: each loss, each exploit, each donor. Exit status 0, or 1 with what is wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from typing import Any
 import ray
 from mlflow import MlflowClient
 
+from landscape_ray.sweep.population.book import population_of
+from landscape_ray.sweep.spec import spec_of
 from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.folder import SweepFolder
 
@@ -34,25 +37,34 @@ assert ray.__version__  # its import puts psutil, which comes with it, within re
 psutil: Any = importlib.import_module("psutil")
 
 STEPS = 600
-SPEC = """
+COMMON = """
 name = "soak"
-seed = {seed}
 commit_steps = 5
 resources = {{ cpus_per_trial = 0.5, max_failures = 1000 }}
 train = {{ num_steps = {steps}, batch_size = 32, data = {{ name = "images" }}, model = {{ name = "mlp", width = 64 }}, \
 eval = {{ every_steps = 20, num_batches = 2, batch_size = 64 }} }}
 space = {{ "schedule.peak_lr" = {{ log_uniform = [1e-3, 1e-1] }} }}
-search = {{ num_trials = {trials}, sampler = "random" }}
+seed = {seed}
 """
+SEARCH = 'search = {{ num_trials = {trials}, sampler = "random" }}\n'
+# Members wait for each other, so that what becomes of them depends on the seed alone: all of these are the same sweep.
+POPULATION = "population = {{ num_members = 6, interval_steps = 60, synchronous = true }}\n"
+NUM_MEMBERS = 6
+ALL_THAT_IS_RECORDED = (
+    "run_id", "kind", "step", "num_tokens", "loss_nats", "lr", "event", "detail", "donor", "donor_step",
+)  # fmt: skip
 
 
 class Sweep:
     """One sweep of the soak and the driver that runs it now."""
 
-    def __init__(self, place: Path, number: int, trials: int) -> None:
-        self.name, self.place, self.trials = f"soak-{number}", place, trials
+    def __init__(self, place: Path, number: int, trials: int, population: bool = False) -> None:
+        self.name, self.place, self.population = f"soak-{number}", place, population
+        self.trials = NUM_MEMBERS if population else trials
         self.path = place / "runs" / self.name
-        (place / f"{self.name}.toml").write_text(SPEC.format(seed=number, steps=STEPS, trials=trials))
+        text = COMMON + (POPULATION if population else SEARCH)
+        text = text.format(seed=0 if population else number, steps=STEPS, trials=trials)
+        (place / f"{self.name}.toml").write_text(text)
         self.driver = self.launch()
 
     def launch(self) -> subprocess.Popen[bytes]:
@@ -81,7 +93,8 @@ class Sweep:
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.driver.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if "SweepTrainable" in " ".join(process.cmdline()):
+                    command = " ".join(process.cmdline())
+                    if "SweepTrainable" in command or "MemberTrainable" in command:
                         found.append(process)
         return found
 
@@ -97,6 +110,10 @@ class Sweep:
             steps = [row["step"] for row in rows if row["run_id"] == run.run_id and row["kind"] == "step"]
             if steps != list(range(1, STEPS + 1)):
                 wrong.append(f"{self.name} {run.run_id}: {len(steps)} updates are recorded, of {STEPS}")
+        if self.population:
+            folder = SweepFolder.open(self.path)
+            if not population_of(spec_of(folder), folder).finished:
+                wrong.append(f"{self.name}: its strategy is not at its end")
         client = MlflowClient(f"sqlite:///{self.place / 'runs' / 'mlflow.db'}")
         sweep_id = SweepFolder.open(self.path).meta["sweep_id"]
         names: Counter[str] = Counter()
@@ -109,6 +126,20 @@ class Sweep:
             wrong.append(f"{self.name}: MLflow holds {dict(names)}")
         return wrong
 
+    def history(self) -> list[tuple[Any, ...]]:
+        """Return all rows but those that say that a member was resumed, without times; NaN as text."""
+        rows = collect(self.path).records.to_pylist()
+        kept = [tuple(str(row[name]) for name in ALL_THAT_IS_RECORDED) for row in rows if row["event"] != "resume"]
+        return sorted(kept)
+
+    def difference(self, other: Sweep) -> list[str]:
+        """Return what is different about the same sweep when nobody disturbed it; nothing where all is the same."""
+        ours, theirs = Counter(self.history()), Counter(other.history())
+        if ours == theirs:
+            return []
+        examples = f"{list((ours - theirs).elements())[:3]} against {list((theirs - ours).elements())[:3]}"
+        return [f"{self.name} differs from {other.name}, which nobody disturbed: {examples}"]
+
 
 def soak(place: Path, kills: int, minutes: float, trials: int, seed: int) -> list[str]:
     """Run sweeps under fire; return what is wrong with them."""
@@ -117,9 +148,9 @@ def soak(place: Path, kills: int, minutes: float, trials: int, seed: int) -> lis
     made: Counter[str] = Counter()
     done: list[Sweep] = []
     while sum(made.values()) < kills and time.monotonic() < deadline:
-        sweep = Sweep(place, len(done), trials)
+        sweep = Sweep(place, len(done), trials, population=len(done) % 2 == 1)
         done.append(sweep)
-        pause = time.monotonic() + rng.uniform(1.0, 8.0)
+        pause = time.monotonic() + rng.uniform(0.5, 5.0)
         seen, aim = 0, ""
         while True:
             code = sweep.driver.poll()
@@ -144,16 +175,22 @@ def soak(place: Path, kills: int, minutes: float, trials: int, seed: int) -> lis
                         hit = True
                 if hit:
                     made[aim] += 1
-                    aim, seen, pause = "", steps, time.monotonic() + rng.uniform(1.0, 8.0)
+                    aim, seen, pause = "", steps, time.monotonic() + rng.uniform(0.5, 5.0)
             if time.monotonic() > deadline + 300:
                 sweep.driver.kill()
                 return [f"{sweep.name} does not end"]
             time.sleep(0.1)
         print(f"{sweep.name} ended; {made['worker']} workers and {made['driver']} drivers killed", flush=True)
+    if any(sweep.population for sweep in done):
+        done.append(Sweep(place, len(done), trials, population=True))
+        if done[-1].driver.wait(timeout=600) != 0:
+            return [f"{done[-1].name} fails, though nobody disturbed it"]
     wrong = [problem for sweep in done for problem in sweep.problems()]
+    wrong += [problem for sweep in done if sweep.population for problem in sweep.difference(done[-1])]
     print(
-        f"{sum(made.values())} kills ({made['worker']} workers, {made['driver']} drivers) in {len(done)} sweeps of "
-        f"{trials} trials: {len(wrong)} problems"
+        f"{sum(made.values())} kills ({made['worker']} workers, {made['driver']} drivers) in {len(done)} sweeps, "
+        f"{sum(sweep.population for sweep in done)} of them populations, with {sum(sweep.trials for sweep in done)} "
+        f"trials: {len(wrong)} problems"
     )
     return wrong
 
