@@ -40,7 +40,7 @@ STEPS = 600
 COMMON = """
 name = "soak"
 commit_steps = 5
-resources = {{ cpus_per_trial = 0.5, max_failures = 1000 }}
+resources = {{ cpus_per_trial = 1, max_failures = 1000 }}
 train = {{ num_steps = {steps}, batch_size = 32, data = {{ name = "images" }}, model = {{ name = "mlp", width = 64 }}, \
 eval = {{ every_steps = 20, num_batches = 2, batch_size = 64 }} }}
 space = {{ "schedule.peak_lr" = {{ log_uniform = [1e-3, 1e-1] }} }}
@@ -48,8 +48,8 @@ seed = {seed}
 """
 SEARCH = 'search = {{ num_trials = {trials}, sampler = "random" }}\n'
 # Members wait for each other, so that what becomes of them depends on the seed alone: all of these are the same sweep.
-POPULATION = "population = {{ num_members = 6, interval_steps = 60, synchronous = true }}\n"
-NUM_MEMBERS = 6
+POPULATION = "population = {{ num_members = 4, interval_steps = 60, synchronous = true }}\n"
+NUM_MEMBERS = 4
 ALL_THAT_IS_RECORDED = (
     "run_id", "kind", "step", "num_tokens", "loss_nats", "lr", "event", "detail", "donor", "donor_step",
 )  # fmt: skip
@@ -62,6 +62,7 @@ class Sweep:
         self.name, self.place, self.population = f"soak-{number}", place, population
         self.trials = NUM_MEMBERS if population else trials
         self.path = place / "runs" / self.name
+        self.wrong: list[str] = []
         text = COMMON + (POPULATION if population else SEARCH)
         text = text.format(seed=0 if population else number, steps=STEPS, trials=trials)
         (place / f"{self.name}.toml").write_text(text)
@@ -101,7 +102,7 @@ class Sweep:
     def problems(self) -> list[str]:
         """Return what is lost or doubled; nothing where all is well."""
         collected = collect(self.path)
-        wrong = [f"{self.name}: {warning}" for warning in collected.warnings]
+        wrong = self.wrong + [f"{self.name}: {warning}" for warning in collected.warnings]
         statuses = Counter(run.status for run in collected.runs)
         if statuses != {"finished": self.trials}:
             wrong.append(f"{self.name}: {dict(statuses)} of {self.trials} trials")
@@ -157,6 +158,8 @@ def soak(place: Path, kills: int, minutes: float, trials: int, seed: int) -> lis
             if code == 0:
                 break
             if code is not None:
+                if code != -signal.SIGKILL:
+                    sweep.wrong.append(f"{sweep.name}: a driver that nobody killed ended with status {code}")
                 sweep.driver = sweep.launch()
             enough = sum(made.values()) >= kills or time.monotonic() > deadline
             # between two kills something must have been committed, or a soak could stand still for ever

@@ -30,6 +30,7 @@ from landscape_ray.signals import termination_as_interrupt
 from landscape_ray.sweep.cluster import check_nodes, check_resources, private_token, runtime_env
 from landscape_ray.sweep.display import Dashboard
 from landscape_ray.sweep.limits import hang_path
+from landscape_ray.sweep.lost_actors import lost_actors_forgiven
 from landscape_ray.sweep.population.book import PopulationBook
 from landscape_ray.sweep.population.exchange import open_exchange, weights_limit
 from landscape_ray.sweep.population.scheduler import PopulationScheduler
@@ -150,7 +151,8 @@ def _fit(
             ),
         )
         try:
-            tuner.fit()
+            with lost_actors_forgiven():
+                tuner.fit()
         except KeyboardInterrupt:
             dashboard.note = "stopping; work up to the last checkpoint of each trial is safe"
         finally:

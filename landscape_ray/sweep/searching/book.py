@@ -23,7 +23,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -33,6 +32,7 @@ from landscape_ray.records import RunSummary
 from landscape_ray.search import StoppingRule, Verdict
 from landscape_ray.sweep.run import trial_id_of
 from landscape_ray.sweep.searching.guard import Hold, LearningRateGuard
+from landscape_ray.sweep.searching.journal import JournalFile
 from landscape_ray.sweep.searching.measures import History, direction, measures, objective_values, violations
 from landscape_ray.sweep.searching.proposer import STATES, Outcome, Proposal, Proposer
 from landscape_ray.sweep.searching.warm import PRIOR, warm_start
@@ -119,10 +119,8 @@ class Book:
 
     def _open_journal(self, path: Path, tracking_uri: str) -> None:
         """Open the durable study, or make it, with what earlier sweeps know as its first trials."""
-        # The lock file of a killed driver is cleared here: the sweep's own lock allows one driver at a time.
-        path.with_name(path.name + ".lock").unlink(missing_ok=True)
-        mend_journal(path)
-        self._journal = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+        self._lines = JournalFile(path)
+        self._journal = JournalStorage(self._lines)
         names = [study.study_name for study in self._journal.get_all_studies()]
         if self.spec.name in names:
             self._study_id = self._journal.get_study_id_from_name(self.spec.name)
@@ -171,22 +169,27 @@ class Book:
 
     def _settle(self, index: int, outcome: Outcome) -> None:
         """Append to the journal what became of a proposal; the proposer hears of it when it next begins."""
-        trial_id = self._write_losses(index, outcome.intermediate)
-        for key, value in outcome.constraint_attributes().items():
-            self._journal.set_trial_system_attr(trial_id, key, value)
-        self._journal.set_trial_state_values(trial_id, STATES[outcome.state], outcome.told_values)
+        trial_id = self._identifier(index)
+        with self._lines.together():
+            self._write_losses(index, outcome.intermediate)
+            for key, value in outcome.constraint_attributes().items():
+                self._journal.set_trial_system_attr(trial_id, key, value)
+            self._journal.set_trial_state_values(trial_id, STATES[outcome.state], outcome.told_values)
         self._outcomes[index] = self._news[index] = outcome
         self._paused.discard(index)
         self._entries[index].losses.clear()
 
-    def _write_losses(self, index: int, losses: Mapping[int, float]) -> int:
-        """Append losses that the journal does not have yet; return Optuna's identifier of the trial."""
-        trial_id: int = self._journal.get_trial_id_from_study_id_trial_number(self._study_id, self.num_priors + index)
-        entry = self._entries[index]
+    def _identifier(self, index: int) -> int:
+        """Return how Optuna calls the trial of a proposal in the journal."""
+        found: int = self._journal.get_trial_id_from_study_id_trial_number(self._study_id, self.num_priors + index)
+        return found
+
+    def _write_losses(self, index: int, losses: Mapping[int, float]) -> None:
+        """Append losses that the journal does not have yet."""
+        trial_id, entry = self._identifier(index), self._entries[index]
         for step in [step for step in losses if step not in entry.written]:
             self._journal.set_trial_intermediate_value(trial_id, step, losses[step])
             entry.written.add(step)
-        return trial_id
 
     # --- after a driver that is gone ------------------------------------------------------------------------------
 
@@ -445,7 +448,8 @@ class Book:
     def _pause(self, index: int) -> None:
         self._paused.add(index)
         self.standing[self._trial_id(index)] = "paused"
-        self._write_losses(index, self._entries[index].losses)
+        with self._lines.together():
+            self._write_losses(index, self._entries[index].losses)
         # samplers may learn from what is known of it; told again when more is
         self._news[index] = Outcome(state="pruned", intermediate=dict(self._entries[index].losses))
 
@@ -542,13 +546,3 @@ def _as_running(trial: FrozenTrial, user_attributes: dict[str, Any]) -> FrozenTr
         system_attrs={key: value for key, value in trial.system_attrs.items() if key not in told},
         intermediate_values={},
     )
-
-
-def mend_journal(path: Path) -> None:
-    """Cut off a last line that a killed driver has not finished; Optuna could never read past it again."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        with open(path, "rb+") as file:
-            file.truncate(content.rfind(b"\n") + 1)
