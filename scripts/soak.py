@@ -1,6 +1,6 @@
 """Kill workers and drivers of one sweep at random, again and again; nothing may be lost and nothing counted twice.
 
-usage: python scripts/soak.py [--kills 100] [--minutes 60] [--trials 12] [--seed 0] [--folder FOLDER]
+usage: python scripts/soak.py [--kills 100] [--minutes 60] [--trials 6] [--most 20] [--seed 0] [--folder FOLDER]
 
 Runs a search of small trials through the command line, ends a random one of its processes (a trial's or the driver)
 with SIGKILL at random moments, resumes where the driver was hit, and goes on with new sweeps, every other one a
@@ -142,7 +142,7 @@ class Sweep:
         return [f"{self.name} differs from {other.name}, which nobody disturbed: {examples}"]
 
 
-def soak(place: Path, kills: int, minutes: float, trials: int, seed: int) -> list[str]:
+def soak(place: Path, kills: int, minutes: float, trials: int, seed: int, most: int = 20) -> list[str]:
     """Run sweeps under fire; return what is wrong with them."""
     rng = random.Random(seed)
     deadline = time.monotonic() + 60 * minutes
@@ -152,7 +152,7 @@ def soak(place: Path, kills: int, minutes: float, trials: int, seed: int) -> lis
         sweep = Sweep(place, len(done), trials, population=len(done) % 2 == 1)
         done.append(sweep)
         pause = time.monotonic() + rng.uniform(0.5, 5.0)
-        seen, aim = 0, ""
+        seen, aim, before = 0, "", sum(made.values())
         while True:
             code = sweep.driver.poll()
             if code == 0:
@@ -161,7 +161,7 @@ def soak(place: Path, kills: int, minutes: float, trials: int, seed: int) -> lis
                 if code != -signal.SIGKILL:
                     sweep.wrong.append(f"{sweep.name}: a driver that nobody killed ended with status {code}")
                 sweep.driver = sweep.launch()
-            enough = sum(made.values()) >= kills or time.monotonic() > deadline
+            enough = sum(made.values()) >= min(kills, before + most) or time.monotonic() > deadline
             # between two kills something must have been committed, or a soak could stand still for ever
             if not enough and time.monotonic() > pause and (steps := sweep.steps()) > seen:
                 if not aim:
@@ -203,14 +203,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=60.0, help="bound on the time in which kills are made")
-    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--trials", type=int, default=6, help="of a search")
+    parser.add_argument("--most", type=int, default=20, help="kills of one sweep, which then runs to its end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None, help="default: a temporary one, removed when all is well")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         place = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
         place.mkdir(parents=True, exist_ok=True)
-        wrong = soak(place.absolute(), options.kills, options.minutes, options.trials, options.seed)
+        wrong = soak(place.absolute(), options.kills, options.minutes, options.trials, options.seed, options.most)
     for problem in wrong:
         print(problem)
     return 1 if wrong else 0
