@@ -31,7 +31,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
-os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "8")
 warnings.filterwarnings("ignore")
 
 import ray  # noqa: E402
@@ -55,6 +54,7 @@ class Marks(tune.Callback):
 
     def __init__(self) -> None:
         self.rows: list[tuple[float, float, int]] = []
+        self.workers: set[int] = set()
         self._process = psutil.Process()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,6 +65,7 @@ class Marks(tune.Callback):
         """Note."""
         cpu, memory = sum(self._process.cpu_times()[:2]), self._process.memory_info().rss
         self.rows.append((time.monotonic(), cpu, memory))
+        self.workers.add(trial.last_result["pid"])
 
 
 def measured(
@@ -89,6 +90,7 @@ def measured(
         "marginal_cpu_ms_per_trial": 1000 * (ended[1] - begun[1]) / more,
         "marginal_cpu_ms_per_result": 1000 * (ended[1] - begun[1]) / (more * results),
         "marginal_kib_per_trial": (ended[2] - begun[2]) / more / 2**10,
+        "workers": len(marks.workers),
         "closing_seconds": started + seconds - ended[0],
         "closing_cpu_seconds": cpu + busy - ended[1],
         "memory_start_mib": before / 2**20,
@@ -98,9 +100,9 @@ def measured(
         f"{name:<20} {seconds:7.1f} s, {found['ms_per_trial']:6.1f} ms over the ideal a trial; driver CPU "
         f"{found['driver_cpu_ms_per_trial']:5.1f} ms a trial; under way {found['marginal_ms_per_trial']:5.1f} ms, CPU "
         f"{found['marginal_cpu_ms_per_trial']:5.1f} ms a trial, {found['marginal_cpu_ms_per_result']:5.2f} ms a "
-        f"result, {found['marginal_kib_per_trial']:5.1f} KiB a trial; after the last {found['closing_seconds']:4.1f} s "
-        f"({found['closing_cpu_seconds']:4.1f} s CPU); memory {found['memory_start_mib']:.0f} -> "
-        f"{found['memory_end_mib']:.0f} MiB",
+        f"result, {found['marginal_kib_per_trial']:5.1f} KiB a trial; {found['workers']} workers; after the last "
+        f"{found['closing_seconds']:4.1f} s ({found['closing_cpu_seconds']:4.1f} s CPU); memory "
+        f"{found['memory_start_mib']:.0f} -> {found['memory_end_mib']:.0f} MiB",
         flush=True,
     )
     return found

@@ -223,6 +223,9 @@ class DashboardCallback(Callback):
         result = trial.last_result or {}
         ended = "diverged" if result.get("diverged") else "finished" if result.get("ended") else "waiting"
         self._update(trial, self._standing.get(str(trial), ended), result)
+        # Ray keeps running statistics of every number that a trial reports, 25 kB a trial, for a summary of its own
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the failure; called once, when no attempt is left."""
