@@ -105,7 +105,7 @@ def _fit(
     scheduler: PopulationScheduler | None = None
     if spec.search is not None:
         book = Book(spec, folder, tracking_uri)
-        searcher = OptunaSearcher(book, fixed)
+        searcher = OptunaSearcher(book, fixed, lambda: _num_places(spec))
         tune_config |= {"search_alg": searcher, "num_samples": -1}
         if spec.search.stopping is not None:
             tune_config |= {"scheduler": StoppingScheduler(searcher)}
@@ -306,6 +306,7 @@ def _ray(address: str | None, spec: SweepSpec) -> Iterator[None]:
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: state is durable, nothing needs to be saved first
         "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's experiment state is never read
         "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_MAX_PENDING_TRIALS_PG": "200",  # as without a searcher; ours bounds them by the room that there is
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
