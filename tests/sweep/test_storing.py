@@ -30,9 +30,9 @@ from landscape_ray.sweep.storing import (
 from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.driver_mirror import DriverMirror
 from landscape_ray.tracking.folder import SweepFolder
-from landscape_ray.tracking.mirror import SupersededError
 from landscape_ray.tracking.projector import SyncReport
 from landscape_ray.tracking.storage import Storage
+from landscape_ray.tracking.unit import SupersededError
 from tests.sweep.population.local import Local, history, make
 from tests.tracking.storages import faulty
 

@@ -16,8 +16,9 @@ from landscape_ray.tracking.cache import Mark, bring_sweep, bring_unit, read_mar
 from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.driver_mirror import DriverMirror, send, storage_line
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
-from landscape_ray.tracking.mirror import Mirror, SupersededError, Unit, is_behind
+from landscape_ray.tracking.mirror import Mirror
 from landscape_ray.tracking.storage import Manifest, Storage, open_storage
+from landscape_ray.tracking.unit import SupersededError, Unit, is_behind
 from tests.tracking.storages import Faults, faulty, s3
 
 
