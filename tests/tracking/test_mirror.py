@@ -17,7 +17,7 @@ from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.driver_mirror import DriverMirror, send, storage_line
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
 from landscape_ray.tracking.mirror import Mirror
-from landscape_ray.tracking.storage import Manifest, Storage, open_storage
+from landscape_ray.tracking.storage import Manifest, Storage, digest_of, open_storage
 from landscape_ray.tracking.unit import SupersededError, Unit, is_behind
 from tests.tracking.storages import Faults, faulty, s3
 
@@ -536,3 +536,36 @@ def test_a_trial_without_a_process_holds_nobody_up(
     assert store.at("trials/t0000").latest() is None
     assert driver.settle() == 0
     assert store.at("trials/t0000").latest() is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"[]", "not a JSON object"), (b"{", "Expecting"), (None, "'sweep.json'")]
+)
+def test_a_stored_sweep_json_that_is_none(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    store = open_storage(f"file://{tmp_path}/store").at("quick")
+    files = {} if content is None else {"sweep.json": digest_of(content)}
+    if content is not None:
+        store.put(files["sweep.json"].object_name("sweep.json"), content)
+    manifest = Manifest(1, 1, files)
+    store.put(manifest.name, manifest.to_bytes())
+    with pytest.raises(
+        UserError, match=rf"store/quick is damaged \(sweep.json: .*{reason}.*\); restore it from a copy"
+    ):
+        stored_meta(store)
+
+
+def test_a_damaged_file_of_another_trial_is_not_read(
+    store: Storage, folder: SweepFolder, make: SimpleNamespace
+) -> None:
+    mirror, trial = Mirror(store), folder.trial("t0000")
+    mirror.take_over(trial)
+    train(make, trial, 1, 20)
+    mirror.committed(trial, ended=False)
+    assert mirror.flush()
+    manifest = store.at("trials/t0000").latest()
+    assert manifest is not None
+    state = manifest.files["checkpoint/state.pt"].object_name("checkpoint/state.pt")
+    store.at("trials/t0000").put(state, b"state at 21")
+    with pytest.raises(UserError, match=r"checkpoint/state.pt cannot be read \(its checksum differs\); restore it"):
+        mirror.read(trial, "checkpoint/state.pt", patience_seconds=0.0)
+    mirror.close()
