@@ -38,7 +38,7 @@ from landscape_ray.sweep.population.trainable import MemberTrainable
 from landscape_ray.sweep.run import trial_id_of
 from landscape_ray.sweep.searching.book import Book
 from landscape_ray.sweep.searching.searcher import OBJECTIVE, OptunaSearcher, StoppingScheduler
-from landscape_ray.sweep.session import ENDED, Outcome, conclude, first_config, next_attempt, projected
+from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected, settle_stopped
 from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.sweep.storing import driver_mirror, stopping
 from landscape_ray.sweep.trainable import SweepTrainable
@@ -194,14 +194,6 @@ def _fit(
         book.close()
     num_left = len(population.open) if population is not None else book.num_left() if book is not None else 0
     return callback.failures, num_left, dashboard.halt
-
-
-def settle_stopped(folder: SweepFolder, standing: Mapping[str, str]) -> None:
-    """Write into folders of trials which of them a rule has stopped: what came from another node may not know it."""
-    for trial_id, stand in standing.items():
-        summary = folder.trial(trial_id).summary()
-        if stand == "stopped" and summary is not None and summary.status not in ENDED:
-            folder.trial(trial_id).set_status("stopped", f"stopped at step {summary.step}")
 
 
 def _show(standing: Mapping[str, str], dashboard: Dashboard) -> None:
