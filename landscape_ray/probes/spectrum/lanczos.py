@@ -165,8 +165,7 @@ def extremal_pairs(
     further space changes none of the wanted values; copies then show by themselves.
 
     Memory: the basis, `max_basis` x size numbers at most; it grows with the iteration unless tol is 0. Each new vector
-    is orthogonalised against all of it twice; without that float32 returns copies of converged values instead of new
-    ones.
+    is orthogonalised against all of it; without that float32 returns copies of converged values instead of new ones.
 
     Args:
         matvec: `A v` for v of shape (size,); A symmetric.
