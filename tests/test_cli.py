@@ -342,11 +342,11 @@ def test_sharpness_over_widths_is_drawn(here: Path, capsys: Any) -> None:
 
 
 def test_spectra_of_a_checkpoint_by_layer_class_and_batch_size(here: Path, capsys: Any) -> None:
-    (here / "mlp.toml").write_text(MLP)
+    (here / "mlp.toml").write_text(MLP.replace("width = 16", "width = 4"))
     run(capsys, "train", "mlp.toml", "--name", "m")
     code, out, errors = run(
         capsys,
-        *("probe", "m", "--probes", "sharpness", "--batch-size", "64"),
+        *("probe", "m", "--probes", "sharpness, distance_from_init", "--batch-size", "64"),
         *("--layers", "--classes", "--batch-sizes", "4, 16", "--num-eigenvalues", "2"),
     )
     assert code == 0, errors
@@ -355,6 +355,7 @@ def test_spectra_of_a_checkpoint_by_layer_class_and_batch_size(here: Path, capsy
     assert "The loss is sharpest on class" in said
     assert "times that on all 64 examples" in said
     assert "64 (all)" in said
+    assert "distance_from_init: left out, the run had no such probe" in said
     fits = here / "runs" / "m" / "fits"
     for name in ("layers", "classes", "batch-sizes"):
         assert (fits / f"spectrum-{name}-t0000.png").read_bytes()[:4] == b"\x89PNG"

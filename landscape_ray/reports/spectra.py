@@ -96,12 +96,11 @@ def parts_figure(key: str, title: str, what: str, parts: Sequence[Part], *, note
     places = max(len(part.largest) for part in drawn)
     marks = [_marks(drawn, rows, 0, "largest", "c0", "circle", 9.0)]
     if places > 1:
-        further = [
-            _marks(drawn, rows, place, f"2. to {places}. largest", "c5", "circle", 6.0) for place in range(1, places)
-        ]
+        name = "2. largest" if places == 2 else f"2. to {places}. largest"
+        further = [_marks(drawn, rows, place, name, "c5", "circle", 6.0) for place in range(1, places)]
         marks = [*further, *marks]
     if any(part.smallest for part in drawn):
-        marks.append(_marks(drawn, rows, -1, "smallest", "c1", "square", 8.0))
+        marks.insert(0, _marks(drawn, rows, -1, "smallest", "c1", "square", 8.0))
     left_out = len(own) - len(shown)
     labels = tuple(f"{part.name}, {part.size}" if part.size else part.name for part in drawn)
     return Figure(

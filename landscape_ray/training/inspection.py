@@ -144,8 +144,11 @@ def inspect(
     for name, probe in monitor.probes.items():
         if progress is not None:
             progress(name)
-        if name == "distance_from_init" and name in state.monitor.probes:
-            probe = state.monitor.probes[name]  # which remembers where the run began
+        if name == "distance_from_init":
+            if name not in state.monitor.probes:
+                unknown[name] = "the run had no such probe, so that nothing tells where it began"
+                continue
+            probe = state.monitor.probes[name]
         looked_at, host = state, host_of(state)
         if "update" in probe.needs:
             moved = moved or _one_more(checkpoint)
