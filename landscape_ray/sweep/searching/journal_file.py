@@ -35,7 +35,8 @@ class JournalFile(BaseJournalBackend):
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         """Return the lines that are in the file, from this number on."""
-        return self._file.read_logs(log_number_from)
+        lines: Iterable[dict[str, Any]] = self._file.read_logs(log_number_from)
+        return lines
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
