@@ -1,8 +1,10 @@
 """Which program computes which rows; the choice of the fastest by measurement.
 
 Candidates are every route that the members can take, on chunks of 2, 4, 8 ... members for the joint ones, and `single`,
-which is always among them. What is measured is the time of one gradient for each member, on the members' own weights
-and batches; nothing of the members changes. A joint route must also give the gradients of `single`, or it is out.
+which is always among them. Several threads share out the programs where these can run side by side, and each kernel
+elsewhere: the chunk of all members stands for that. What is measured is the time of one gradient for each member, on
+the members' own weights and batches; nothing of the members changes. A joint route must also give the gradients of
+`single`, or it is out.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Choice:
 
     Attributes:
         route: recorded, stacked, vmap or single; alone where members cannot share memory.
-        chunk: members that a program covers.
+        chunk: members that a program covers; recorded programs of some of the members run side by side on the threads.
         seconds: measured time of one update for each member, by `route` or `route/chunk`; empty where the route was
             given.
         excluded: reasons why routes were not measured, by route.
@@ -79,11 +81,10 @@ Each = tuple[Program, Updater]
 class Plan:
     """Programs that cover all rows, with what updates the rows from their gradients.
 
-    Where there are several programs and several threads, programs are computed side by side, if they are such that
-    can be. The threads then share the programs out, not each kernel.
+    Several threads share the programs out, where these can run side by side; else they share each kernel.
 
     Attributes:
-        lanes: programs that are computed one after the other, next to those of other lanes. Neighbouring rows.
+        lanes: for each share the programs that are computed one after the other, of neighbouring rows.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Plan:
         return [program for lane in self.lanes for program, _ in lane]
 
     def each(self, function: Callable[[Program, Updater], Result], lanes: Sequence[list[Each]] = ()) -> list[Result]:
-        """Call a function on every program (or of each lane on those given) where it is computed.
+        """Call a function on every program (or on those given, of each lane some) on the thread of its lane.
 
         Returns:
             What the calls returned, lane by lane, which is the order of the rows.
@@ -143,10 +144,10 @@ class Plan:
         return [result for results in found for result in results]
 
     def aside(self, function: Callable[[], Result]) -> Result:
-        """Call a function where the first program is computed.
+        """Call a function on the thread of the first lane.
 
-        The threads of a kernel keep their processors for some milliseconds, to be ready for the next one. Whoever goes
-        on with `each` had better use no others before.
+        What takes kernels and comes before `each` belongs here: threads that shared a kernel keep their processors for
+        some milliseconds, to be ready for the next one.
         """
         return function() if self._workers is None else self._workers.run([function])[0]
 

@@ -217,6 +217,7 @@ class Recorded(Stacked):
     def __init__(self, buffers: Buffers, members: Sequence[TrainState], rows: slice, gradients: Tensor) -> None:
         super().__init__(buffers, members, rows, gradients)
         self._weights = buffers.weights
+        self._ones = torch.ones(len(self.members))  # made once, and not by the recording
         self._rates = [layer.rate for layer, _ in self._noisy]
         self._leader = self
         self._batches: dict[torch.Size, Batch] = {}
@@ -269,7 +270,7 @@ class Recorded(Stacked):
         # several threads share a batched product whose result is in one piece, and only that
         in_place = config.accumulation_steps == 1 and torch.get_num_threads() == 1
         with reserved(self._leaves, self._into) if in_place else contextlib.nullcontext():
-            found = torch.autograd.grad(losses, self._leaves, torch.ones_like(losses))
+            found = torch.autograd.grad(losses, self._leaves, self._ones)
         pairs = zip(self._into, found, strict=True)
         elsewhere = [(place, own) for place, own in pairs if place.data_ptr() != own.data_ptr()]
         return _Found(losses.detach(), [place for place, _ in elsewhere], [own for _, own in elsewhere])
