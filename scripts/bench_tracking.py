@@ -352,8 +352,8 @@ def part_crash(table: Table, folder: Path, steps: int) -> None:
         sweep = SweepFolder.open(folder / "runs" / "ours-dead")
         report = Projector(sweep, mlflow.uri, sweep.meta["experiment"]).close(timeout_seconds=120)
         stored, distinct = _count(mlflow.database)
-    table.add("server back, empty: points sent by sync", f"{report.points:,} {report.error}".strip())
-    table.add("points stored, of them distinct", f"{stored:,}, {distinct:,}", "0")
+    table.add("server back, empty: points sent by sync", f"{report.points:,} {report.error}".strip(), "0")
+    table.add("points of trials stored, of them distinct", f"{stored:,}, {distinct:,}", "0")
 
 
 def exploited(uri: str) -> str:
@@ -378,10 +378,12 @@ def exploited(uri: str) -> str:
 
 
 def _count(database: Path) -> tuple[int, int]:
+    """Return how many points the runs of trials hold, and how many different ones."""
+    trials = "metrics WHERE run_uuid IN (SELECT run_uuid FROM tags WHERE key = 'landscape_ray.trial_id')"
     with contextlib.closing(sqlite3.connect(database)) as connection:
-        (stored,) = connection.execute("SELECT COUNT(*) FROM metrics").fetchone()
+        (stored,) = connection.execute(f"SELECT COUNT(*) FROM {trials}").fetchone()
         (distinct,) = connection.execute(
-            "SELECT COUNT(*) FROM (SELECT DISTINCT run_uuid, key, step, timestamp, value FROM metrics)"
+            f"SELECT COUNT(*) FROM (SELECT DISTINCT run_uuid, key, step, timestamp, value FROM {trials})"
         ).fetchone()
     return stored, distinct
 
