@@ -30,11 +30,11 @@ from landscape_ray.signals import termination_as_interrupt
 from landscape_ray.sweep.cluster import check_nodes, check_resources, private_token, runtime_env
 from landscape_ray.sweep.display import Dashboard
 from landscape_ray.sweep.limits import hang_path
-from landscape_ray.sweep.lost_actors import lost_actors_forgiven
 from landscape_ray.sweep.population.book import PopulationBook
 from landscape_ray.sweep.population.exchange import open_exchange, weights_limit
 from landscape_ray.sweep.population.scheduler import PopulationScheduler
 from landscape_ray.sweep.population.trainable import MemberTrainable
+from landscape_ray.sweep.reuse import careful_reuse
 from landscape_ray.sweep.run import trial_id_of
 from landscape_ray.sweep.searching.book import Book
 from landscape_ray.sweep.searching.searcher import OBJECTIVE, OptunaSearcher, StoppingScheduler
@@ -174,7 +174,7 @@ def _fit(
             ),
         )
         try:
-            with lost_actors_forgiven():
+            with careful_reuse():
                 tuner.fit()
         except KeyboardInterrupt:
             why = f"{dashboard.halt}; " if dashboard.halt else ""

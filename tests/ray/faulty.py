@@ -65,3 +65,15 @@ class DiesBetweenTrials(SweepTrainable):
                 continue
             os.kill(os.getpid(), signal.SIGKILL)
         return super().reset_config(new_config)
+
+
+class SlowToStart(SweepTrainable):
+    """A trial's actor whose worker takes longer to load than several trials; it leaves its number in `orders`."""
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        time.sleep(4)
+        super().__init__(*given, **more)
+
+    def step(self) -> dict[str, Any]:
+        (Path(self._given["sweep_path"]).parents[1] / "orders" / f"worker.{os.getpid()}").touch()
+        return super().step()

@@ -89,6 +89,22 @@ def test_workers_that_die_between_two_trials_cost_an_attempt(
 
 @pytest.mark.slow
 @pytest.mark.acceptance
+def test_short_trials_have_all_the_workers_that_there_is_room_for(
+    sweep_text: SweepText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Tune alone sends the second worker away as long as trials end before it has loaded."""
+    from landscape_ray.sweep import tuner
+    from tests.ray.faulty import SlowToStart
+
+    monkeypatch.setattr(tuner, "SweepTrainable", SlowToStart)
+    folder, outcome, _ = sweep(sweep_text, tmp_path, [], num_trials=24)
+    assert outcome.counts == {"finished": 24}
+    assert len(list((tmp_path / "orders").glob("worker.*"))) == 2
+    check_steps(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
 def test_a_trial_that_hangs_is_ended_and_goes_on(sweep_text: SweepText, tmp_path: Path) -> None:
     folder, outcome, _ = sweep(sweep_text, tmp_path, ["hang.1"], max_failures=1, max_report_seconds=20.0)
     assert outcome.counts == {"finished": 2}
