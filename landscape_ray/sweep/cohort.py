@@ -10,6 +10,7 @@ from typing import Any
 from landscape_ray.errors import UserError
 from landscape_ray.sweep.run import TrialRun, index_of
 from landscape_ray.sweep.spec import SweepSpec
+from landscape_ray.sweep.system import SystemSampler
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.mirror import Mirror
 from landscape_ray.training.cohort import Cohort
@@ -47,6 +48,8 @@ class CohortRun:
         route = spec.cohort.route if spec.cohort is not None else "auto"
         self._cohort = Cohort([run.state for run in self.runs], route)
         for k, run in enumerate(self.runs):
+            if k:  # one process: its samples are among the rows of the first member
+                run.system = SystemSampler(0)
             # the weights of a member are a row of a matrix; it is saved without the others
             run.write_state = functools.partial(self._cohort.leave, k)
 

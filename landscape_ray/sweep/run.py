@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -17,15 +18,18 @@ from landscape_ray.records import (
     EvalRecord,
     EventRecord,
     ProbeRecord,
+    Progress,
     Record,
     RunStatus,
     RunSummary,
     StepRecord,
+    SystemRecord,
 )
 from landscape_ray.sweep.disk import DiskBound
 from landscape_ray.sweep.memory import peak_bytes, reset_peak
 from landscape_ray.sweep.searching.measures import measures
 from landscape_ray.sweep.spec import SweepSpec
+from landscape_ray.sweep.system import SystemSampler
 from landscape_ray.sweep.trunk import Trunk
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
 from landscape_ray.tracking.mirror import Mirror
@@ -75,8 +79,8 @@ def checkpoint_of(folder: SweepFolder, run_id: str | None = None) -> tuple[str, 
     return run_id, there[run_id].checkpoint_path / CHECKPOINT
 
 
-def _set_aside(checkpoint: Path, previous: Path) -> None:
-    """Keep the checkpoint that is about to be replaced under another name; there is one under its own all the time."""
+def set_aside(checkpoint: Path, previous: Path) -> None:
+    """Give a checkpoint another name too, in place of what had it; there is one under its own all the time."""
     temporary = previous.with_name(f".{previous.name}.tmp")
     temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # the first commit, or a file system without hard links, which keeps one only
@@ -101,6 +105,7 @@ class TrialRun:
         evals: step and held-out loss of the evaluations since the last result.
         probes: last value of each probe, since this object was made.
         first_probes: first finite value of each.
+        system: says when what the process does is sampled, and how.
         write_state: saves the state to a path with a few extra values; a cohort puts its own in here.
     """
 
@@ -131,6 +136,7 @@ class TrialRun:
         self._tracking_seconds = before.tracking_seconds if before is not None else 0.0
         self._peak_bytes = before.peak_memory_bytes if before is not None else math.nan
         reset_peak()
+        self.system = SystemSampler(spec.system_seconds)
         self.write_state: Callable[..., None] = lambda path, **extra: self.state.save(path, **extra)
         checkpoint, previous = folder.checkpoint_path / CHECKPOINT, folder.checkpoint_path / PREVIOUS
         if checkpoint.exists() or previous.exists():
@@ -190,12 +196,22 @@ class TrialRun:
         self.writer.append(record)
         if isinstance(record, StepRecord):
             self.lr = record.lr
+            if self.system.due:
+                self._sample(record)
         elif isinstance(record, EvalRecord):
             self.evals.append((record.step, record.loss_nats))
         elif isinstance(record, ProbeRecord):
             self.probes[record.probe] = record.value
             if math.isfinite(record.value):
                 self.first_probes.setdefault(record.probe, record.value)
+
+    def _sample(self, record: StepRecord) -> None:
+        """Keep what the process and the machine are doing, at the place of an update."""
+        started = time.perf_counter()
+        place = {field.name: getattr(record, field.name) for field in dataclasses.fields(Progress)}
+        for name, value in self.system.sample().items():
+            self.writer.append(SystemRecord(**place, probe=name, value=value))
+        self._tracking_seconds += time.perf_counter() - started
 
     def next_stop(self) -> int:
         """Return the step of the next commit.
@@ -234,7 +250,7 @@ class TrialRun:
         self._tracking_seconds += time.perf_counter() - started
         checkpoint = self.folder.checkpoint_path / CHECKPOINT
         previous = checkpoint.with_name(PREVIOUS)
-        _set_aside(checkpoint, previous)
+        set_aside(checkpoint, previous)
         self.save(checkpoint, num_parts)
         started = time.perf_counter()
         self.folder.commit(self.summary(), num_parts)

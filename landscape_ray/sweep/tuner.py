@@ -30,6 +30,7 @@ from landscape_ray.signals import termination_as_interrupt
 from landscape_ray.sweep.cluster import check_nodes, check_resources, private_token, runtime_env
 from landscape_ray.sweep.display import Dashboard
 from landscape_ray.sweep.limits import hang_path
+from landscape_ray.sweep.lost_actors import lost_actors_forgiven
 from landscape_ray.sweep.population.book import PopulationBook
 from landscape_ray.sweep.population.exchange import open_exchange, weights_limit
 from landscape_ray.sweep.population.scheduler import PopulationScheduler
@@ -127,7 +128,7 @@ def _fit(
     scheduler: PopulationScheduler | None = None
     if spec.search is not None:
         book = Book(spec, folder, tracking_uri)
-        searcher = OptunaSearcher(book, fixed)
+        searcher = OptunaSearcher(book, fixed, lambda: _num_places(spec))
         tune_config |= {"search_alg": searcher, "num_samples": -1}
         if spec.search.stopping is not None:
             tune_config |= {"scheduler": StoppingScheduler(searcher)}
@@ -173,7 +174,8 @@ def _fit(
             ),
         )
         try:
-            tuner.fit()
+            with lost_actors_forgiven():
+                tuner.fit()
         except KeyboardInterrupt:
             why = f"{dashboard.halt}; " if dashboard.halt else ""
             dashboard.note = f"{why}stopping; work up to the last checkpoint of each trial is safe"
@@ -256,6 +258,9 @@ class DashboardCallback(Callback):
         result = trial.last_result or {}
         ended = "diverged" if result.get("diverged") else "finished" if result.get("ended") else "waiting"
         self._update(trial, self._standing.get(str(trial), ended), result)
+        # Ray keeps running statistics of every number that a trial reports, 25 kB a trial, for a summary of its own
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the failure; called once, when no attempt is left."""
@@ -336,6 +341,7 @@ def _ray(address: str | None, spec: SweepSpec) -> Iterator[None]:
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: state is durable, nothing needs to be saved first
         "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's experiment state is never read
         "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_MAX_PENDING_TRIALS_PG": "200",  # as without a searcher; ours bounds them by the room that there is
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)

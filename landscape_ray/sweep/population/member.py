@@ -14,10 +14,11 @@ import torch
 from landscape_ray.data import Data
 from landscape_ray.errors import UserError
 from landscape_ray.files import link_or_copy, write_atomic
+from landscape_ray.populations import Decision
 from landscape_ray.populations.decisions import points_to_json
 from landscape_ray.records import Record
 from landscape_ray.sweep.population.orders import Order, Weights
-from landscape_ray.sweep.run import CHECKPOINT, TrialRun, trial_id_of
+from landscape_ray.sweep.run import CHECKPOINT, TrialRun, set_aside, trial_id_of
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.folder import TrialFolder
 from landscape_ray.tracking.mirror import Mirror
@@ -60,10 +61,13 @@ class MemberRun(TrialRun):
         self._content: bytes | None = None
         self._serial = order.serial
         """Of the order that the state is of, in memory and, after a commit, on disk."""
+        self._until = order.decision.until_step
+        """Where that order ends."""
         values = dict(order.decision.values)
         super().__init__(spec, folder, order.decision.member, values, attempt, data, mirror=mirror)
         self.write_state = self._write
         if self._serial != order.serial:
+            self._complete()
             self.begin(order, weights)
         elif self.reached:
             # the commit, or what comes after it, may have been cut off
@@ -90,6 +94,7 @@ class MemberRun(TrialRun):
         self._serial = int(extra["serial"])
         if self._serial not in (self.order.serial, self.order.serial - 1):
             raise RuntimeError(f"checkpoint of order {self._serial} cannot be continued by order {self.order.serial}")
+        self._until = int(extra.get("until", 0))
         self.values = json.loads(extra["values"])
         self.collector.load_state_dict(json.loads(extra["points"]))
         if extra["attempt"] != self.attempt and not self.state.finished:
@@ -97,7 +102,23 @@ class MemberRun(TrialRun):
 
     def _extra(self) -> dict[str, str | int]:
         values, points = json.dumps(self.values), json.dumps(self.collector.state_dict())
-        return {"serial": self._serial, "values": values, "points": points}
+        return {"serial": self._serial, "until": self._until, "values": values, "points": points}
+
+    def _complete(self) -> None:
+        """Train what is missing of the order before, under its own values, where its last checkpoint was damaged.
+
+        What was reported is made again, to the bit: the next order, and whoever copies these weights, relies on it.
+        """
+        if self.state.diverged is not None or self.state.observed_step >= self._until:
+            return
+        after, member = self.order, self.order.decision.member
+        self.order = Order(self._serial, Decision(member, "continue", dict(self.values), self._until))
+        self._configure(self.spec.train_config(self.values, member))
+        while not self.reached:
+            self.advance()
+        # what waits to be copied may be another name of the damaged file
+        set_aside(self.folder.checkpoint_path / CHECKPOINT, self.observed.path(self.folder))
+        self.order = after
 
     def begin(self, order: Order, weights: bytes | None = None) -> None:
         """Take up the next order. It becomes durable with the next commit; until then it can be begun again.
@@ -122,7 +143,7 @@ class MemberRun(TrialRun):
             fresh = TrainState(config.model_copy(update={"seed": seed}), self.state.data)
             payload = restarted(old, decision.restart, fresh)
         self._configure(config)
-        self.order, self._serial = order, order.serial
+        self.order, self._serial, self._until = order, order.serial, decision.until_step
         self.collector.clear()
         if payload is not None:
             self._take_over(payload)

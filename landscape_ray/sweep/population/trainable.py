@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray import tune
 from ray.exceptions import RayError
 
 from landscape_ray.data import Data
-from landscape_ray.sweep.limits import hang_path, limit_gpu_memory, time_limit
 from landscape_ray.sweep.population.exchange import Handout
 from landscape_ray.sweep.population.member import MemberRun
 from landscape_ray.sweep.run import index_of
-from landscape_ray.sweep.spec import spec_of
-from landscape_ray.sweep.storing import open_for_trial
+from landscape_ray.sweep.trainable import open_sweep, watched
 from landscape_ray.tracking.mirror import Mirror
 
 FETCH_SECONDS = 60.0
@@ -59,8 +54,7 @@ class MemberTrainable(tune.Trainable):
         run = self._run
         assert run is not None
         if not run.reached:
-            report = hang_path(Path(self._given["sweep_path"]), self.trial_name)
-            with time_limit(self._given.get("max_report_seconds"), report):
+            with watched(self._given, self.trial_name):
                 run.advance()
         if run.reached:
             self._offer(run)
@@ -82,14 +76,8 @@ class MemberTrainable(tune.Trainable):
             if self._mirror is not None:
                 self._run.forget(handout.needed)
             return
-        torch.set_num_threads(self._given["num_threads"])
-        path, attempt = Path(self._given["sweep_path"]), self._given["attempt"]
-        folder, self._mirror = open_for_trial(path, self._given.get("storage"), attempt, self._mirror)
-        spec = spec_of(folder)
-        if spec.resources.gpus_per_trial == 0:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to trials that asked for none
-        limit_gpu_memory(spec.resources.gpus_per_trial)
-        trial = folder.trial(self.trial_name)
+        folder, spec, self._mirror = open_sweep(self._given, self._mirror)
+        trial, attempt = folder.trial(self.trial_name), self._given["attempt"]
         self._run = MemberRun(spec, trial, handout.order, attempt, self._data, weights, self._mirror)
         self._data = self._run.state.data  # the same for all members
 

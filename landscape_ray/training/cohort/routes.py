@@ -41,6 +41,8 @@ class Program(ABC):
     """
 
     name: ClassVar[str]
+    side_by_side: ClassVar[bool] = False
+    """Whether threads gain from other programs at the same time: there is little to do besides kernels."""
 
     def __init__(self, buffers: Buffers, members: Sequence[TrainState], rows: slice, gradients: Tensor) -> None:
         """Take the rows of `members` (all of the cohort's), and c rows of memory, zero, for the gradients."""
@@ -210,6 +212,7 @@ class Recorded(Stacked):
     """
 
     name = "recorded"
+    side_by_side = True
 
     def __init__(self, buffers: Buffers, members: Sequence[TrainState], rows: slice, gradients: Tensor) -> None:
         super().__init__(buffers, members, rows, gradients)
