@@ -213,7 +213,7 @@ def test_nodes_that_see_another_folder_are_refused(
     sound = {**cluster.versions(), "content": folder.meta_path.read_text()}
 
     def answer(content: object) -> None:
-        monkeypatch.setattr(cluster, "ask_nodes", lambda _: {"10.0.0.1": content})
+        monkeypatch.setattr(cluster, "ask_nodes", lambda *_: {"10.0.0.1": content})
 
     answer(sound)
     assert cluster.check_nodes(folder) == []

@@ -265,7 +265,7 @@ def test_a_search_pauses_at_its_bound_and_ends_in_its_storage(sweep_text: SweepT
     assert (ended.status, ended.num_not_stored, ended.storage_problem) == ("finished", 0, "")
     check_records(folder, 3, 10)
     back = bring_sweep(open_storage(uri).at("sweep"), tmp_path / "back", checkpoints=True)
-    assert collect(back).records.equals(collect(folder).records)
+    assert str(collect(back).records.to_pylist()) == str(collect(folder).records.to_pylist())  # a nan is unequal
     assert back.meta["status"] == "finished"
     assert (back.path / "study.journal").read_bytes() == folder.study_path.read_bytes()
     for trial in back.trials():
