@@ -341,6 +341,45 @@ def test_sharpness_over_widths_is_drawn(here: Path, capsys: Any) -> None:
     assert (code, "add [train.probes.preconditioned_sharpness]" in errors) == (2, True)
 
 
+def test_spectra_of_a_checkpoint_by_layer_class_and_batch_size(here: Path, capsys: Any) -> None:
+    (here / "mlp.toml").write_text(MLP.replace("width = 16", "width = 4"))
+    run(capsys, "train", "mlp.toml", "--name", "m")
+    code, out, errors = run(
+        capsys,
+        *("probe", "m", "--probes", "sharpness, distance_from_init", "--batch-size", "64"),
+        *("--layers", "--classes", "--batch-sizes", "4, 16", "--num-eigenvalues", "2"),
+    )
+    assert code == 0, errors
+    said = " ".join(out.split())
+    assert "The sharpest block is that of layer" in said
+    assert "The loss is sharpest on class" in said
+    assert "times that on all 64 examples" in said
+    assert "64 (all)" in said
+    assert "distance_from_init: left out, the run had no such probe" in said
+    fits = here / "runs" / "m" / "fits"
+    for name in ("layers", "classes", "batch-sizes"):
+        assert (fits / f"spectrum-{name}-t0000.png").read_bytes()[:4] == b"\x89PNG"
+    found = json.loads((fits / "probes-t0000.json").read_text())["spectra"]
+    whole, *layers = found["layers"].values()
+    assert len(layers) == 3
+    assert all(len(layer["largest"]) == 2 for layer in layers)
+    # blocks interlace with the whole, up to the residuals
+    assert max(layer["largest"][0][0] for layer in layers) <= whole["largest"][0][0] + whole["largest"][0][1]
+    assert min(layer["smallest"][0][0] for layer in layers) >= whole["smallest"][0][0] - whole["smallest"][0][1]
+    assert next(iter(found["classes"])) == "all targets"
+    assert 2 <= len(found["classes"]) <= 11
+    assert found["batch_sizes"]["batch_sizes"] == [4, 16]
+    assert found["batch_sizes"]["largest"][0][0] > found["batch_sizes"]["largest"][-1][0]  # small batches are sharper
+    assert json.loads((fits / "spectrum-layers-t0000.json").read_text()) == found["layers"]
+
+    for given, message in (
+        ("4,x", "--batch-sizes must be numbers separated by commas, such as 8,32,128, got '4,x'"),
+        ("4", "batch_sizes must be two or more between 1 and 32, half of the examples, got [4]"),
+    ):
+        code, _, errors = run(capsys, "probe", "m", "--batch-size", "64", "--batch-sizes", given)
+        assert (code, message in errors) == (2, True)
+
+
 def test_a_checkpoint_is_measured(here: Path, capsys: Any) -> None:
     (here / "mlp.toml").write_text(MLP)
     run(capsys, "train", "mlp.toml", "--name", "m")

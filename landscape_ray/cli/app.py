@@ -12,7 +12,7 @@ import typer
 
 from landscape_ray.cli import laws
 from landscape_ray.cli.checks import check
-from landscape_ray.cli.outliers import show_outliers
+from landscape_ray.cli.probing import probe
 from landscape_ray.cli.shared import (
     DEFAULT_RESULTS,
     Address,
@@ -26,7 +26,6 @@ from landscape_ray.cli.shared import (
     new_console,
     open_all,
     open_sweep,
-    plain,
     save_study,
     shown,
     tracking_uri_of,
@@ -47,7 +46,7 @@ app = typer.Typer(
     help="Hyperparameter search and population training on Ray that understands the loss landscape it moves in.",
 )
 app.add_typer(check, name="check")
-for verb in (laws.fit, laws.predict, laws.recommend):
+for verb in (laws.fit, laws.predict, laws.recommend, probe):
     app.command()(verb)
 
 
@@ -156,89 +155,6 @@ def rank(
     shown_for = None if given == "all" else given or main_setting(study)
     console.print(rank_tables(study, shown_for), highlight=False, crop=False)
     save_study(rank_figure(study), study.to_json(), out if out is not None else folders[0].fits_path, console)
-
-
-@app.command()
-def probe(
-    sweep: OneSweep = None,
-    run: Annotated[str | None, typer.Option("--run", help="Identifier of the run; default: the best one.")] = None,
-    probes: Annotated[
-        str, typer.Option("--probes", help="Names, separated by commas; default: those that the run had.")
-    ] = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in the probe batch.")] = 256,
-    num_batches: Annotated[
-        int | None, typer.Option(min=1, help="How many such batches; default: what each probe takes.")
-    ] = None,
-    double: Annotated[bool, typer.Option("--double", help="Measure in double precision.")] = False,
-    density: Annotated[bool, typer.Option("--density", help="Draw the spectral density of the Hessian.")] = False,
-    outliers: Annotated[
-        bool, typer.Option("--outliers", help="Show the examples that the next update helps and harms most.")
-    ] = False,
-    results: Results = DEFAULT_RESULTS,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for numbers and figure; default: fits/ of the sweep.")
-    ] = None,
-) -> None:
-    """Measure the last checkpoint of a run: sharpness, trace, noise scale ... or the whole spectrum."""
-    import json
-
-    from landscape_ray.files import write_atomic
-    from landscape_ray.reports.inspection import density_figure, probe_table
-    from landscape_ray.sweep.run import checkpoint_of
-    from landscape_ray.training.inspection import inspect
-
-    console = new_console()
-    folder = open_sweep(sweep, results, checkpoints=True)
-    run_id, path = checkpoint_of(folder, run)
-    with console.status("measuring ...") as status:
-        found = inspect(
-            path,
-            [name.strip() for name in probes.split(",") if name.strip()],
-            batch_size=batch_size,
-            num_batches=num_batches,
-            density=density,
-            outliers=outliers,
-            double=double,
-            progress=lambda name: status.update(f"measuring {name} ..."),
-        )
-    rows = {
-        name: (
-            e.value,
-            e.standard_error,
-            e.converged,
-            e.price_gradients,
-            e.cost_seconds,
-            found.num_examples.get(name, 0),
-        )
-        for name, e in found.estimates.items()
-    }
-    title = f"{run_id} after {found.step} updates, on its training data"
-    console.print(probe_table(title, rows))
-    for name, reason in found.unknown.items():
-        console.print(f"[yellow]{name}: left out, {reason}[/yellow]", highlight=False)
-    numbers: dict[str, object] = {"run_id": run_id, "step": found.step}
-    fields = ("value", "standard_error", "converged", "price_gradients", "cost_seconds", "num_examples")
-    numbers["estimates"] = {name: dict(zip(fields, row, strict=True)) for name, row in rows.items()}
-    target = out if out is not None else folder.fits_path
-    if found.density is not None:
-        spectrum = found.density
-        error = spectrum.density_error
-        figure = density_figure(
-            run_id,
-            spectrum.grid.numpy(),
-            spectrum.density.numpy(),
-            None if error is None else error.numpy(),
-            outliers=spectrum.outliers.numpy(),
-            bulk=(spectrum.bulk_lower.value, spectrum.bulk_upper.value),
-            trace=spectrum.trace.value,
-            num_params=found.num_params,
-        )
-        points = {"grid": spectrum.grid.tolist(), "density": spectrum.density.tolist()}
-        save_study(figure, {**points, "outliers": spectrum.outliers.tolist()}, target, console)
-    if found.outliers is not None:
-        numbers["outliers"] = show_outliers(found.outliers, run_id, target, console)
-    write_atomic(target / f"probes-{run_id}.json", json.dumps(plain(numbers), indent=1) + "\n")
-    console.print(f"saved in {shown(target)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -6,8 +6,8 @@ room: one checkpoint a trial, and the trunks that trials share.
 Over `resources.max_disk_gib`, on whichever machine, these go until it fits again: checkpoints of trials of a search
 that diverged or were stopped, trunks, checkpoints of finished trials from the worst to the best but for the best few,
 and at last the fallbacks of trials that are training. Rows, summaries, and every checkpoint that a trial, a population
-or a resume may begin from stay; where they alone are too large, the sweep pauses. A checkpoint that went is fetched
-from the storage when it is asked for, where there is one.
+or a resume may begin from stay; where they alone are too large, the sweep pauses. A checkpoint that went is still
+in the storage, where there is one (`landscape-ray probe STORAGE/NAME`).
 """
 
 from __future__ import annotations

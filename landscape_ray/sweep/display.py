@@ -23,7 +23,9 @@ STYLES |= {"paused": "yellow", "stopped": "dim"}
 ENDED = ("finished", "diverged", "stopped", "failed")
 MAX_ROWS = 24
 PLAIN_SECONDS = 30.0
-"""Without a terminal, a line at most this often."""
+"""Without a terminal, a line at most this often while nothing ends ..."""
+NEWS_SECONDS = 1.0
+"""... and this often while trials do, beside a line for each of them: it counts all of them."""
 
 
 @dataclass
@@ -89,7 +91,7 @@ class Dashboard:
         self.loss_unit = "nats/token"
         self._started = time.monotonic()
         self._first_news: float | None = None
-        self._last_plain = 0.0
+        self._last_plain = self._last_news = -math.inf
         self._live = Live(self, console=console, refresh_per_second=2, transient=False)
 
     def __enter__(self) -> Dashboard:
@@ -125,13 +127,14 @@ class Dashboard:
         if not self.console.is_terminal:
             now = time.monotonic()
             if news:
-                self.console.print(
-                    f"{trial_id} {status}: {_number(row.loss_nats)} {self.loss_unit}  {short_values(values)}",
-                    soft_wrap=True,
-                )
-            if news or now - self._last_plain > PLAIN_SECONDS:
+                self._say(f"{trial_id} {status}: {_number(row.loss_nats)} {self.loss_unit}  {short_values(values)}")
+            if (news and now - self._last_news > NEWS_SECONDS) or now - self._last_plain > PLAIN_SECONDS:
                 self._last_plain = now
-                self.console.print(self.headline(), soft_wrap=True)
+                self._last_news = now if news else self._last_news
+                self._say(self.headline())
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def heed(self, result: Mapping[str, Any], mirror: Any = None) -> None:
         """Show what a trial, or the storage, says is wrong; stop for what cannot go on.

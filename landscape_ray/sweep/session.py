@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,14 @@ def next_attempt(folder: SweepFolder) -> int:
     attempt = int(folder.meta.get("attempts", 0)) + 1
     folder.update_meta(status="running", attempts=attempt)
     return attempt
+
+
+def settle_stopped(folder: SweepFolder, standing: Mapping[str, str]) -> None:
+    """Write into folders of trials which of them a rule has stopped: what came from another node may not know it."""
+    for trial_id, stand in standing.items():
+        summary = folder.trial(trial_id).summary()
+        if stand == "stopped" and summary is not None and summary.status not in ENDED:
+            folder.trial(trial_id).set_status("stopped", f"stopped at step {summary.step}")
 
 
 def conclude(

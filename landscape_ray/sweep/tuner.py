@@ -34,10 +34,11 @@ from landscape_ray.sweep.population.book import PopulationBook
 from landscape_ray.sweep.population.exchange import open_exchange, weights_limit
 from landscape_ray.sweep.population.scheduler import PopulationScheduler
 from landscape_ray.sweep.population.trainable import MemberTrainable
+from landscape_ray.sweep.reuse import careful_reuse
 from landscape_ray.sweep.run import trial_id_of
 from landscape_ray.sweep.searching.book import Book
 from landscape_ray.sweep.searching.searcher import OBJECTIVE, OptunaSearcher, StoppingScheduler
-from landscape_ray.sweep.session import ENDED, Outcome, conclude, first_config, next_attempt, projected
+from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected, settle_stopped
 from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.sweep.storing import driver_mirror, stopping
 from landscape_ray.sweep.trainable import SweepTrainable
@@ -127,7 +128,7 @@ def _fit(
     scheduler: PopulationScheduler | None = None
     if spec.search is not None:
         book = Book(spec, folder, tracking_uri)
-        searcher = OptunaSearcher(book, fixed)
+        searcher = OptunaSearcher(book, fixed, lambda: _num_places(spec))
         tune_config |= {"search_alg": searcher, "num_samples": -1}
         if spec.search.stopping is not None:
             tune_config |= {"scheduler": StoppingScheduler(searcher)}
@@ -173,7 +174,8 @@ def _fit(
             ),
         )
         try:
-            tuner.fit()
+            with careful_reuse():
+                tuner.fit()
         except KeyboardInterrupt:
             why = f"{dashboard.halt}; " if dashboard.halt else ""
             dashboard.note = f"{why}stopping; work up to the last checkpoint of each trial is safe"
@@ -192,14 +194,6 @@ def _fit(
         book.close()
     num_left = len(population.open) if population is not None else book.num_left() if book is not None else 0
     return callback.failures, num_left, dashboard.halt
-
-
-def settle_stopped(folder: SweepFolder, standing: Mapping[str, str]) -> None:
-    """Write into folders of trials which of them a rule has stopped: what came from another node may not know it."""
-    for trial_id, stand in standing.items():
-        summary = folder.trial(trial_id).summary()
-        if stand == "stopped" and summary is not None and summary.status not in ENDED:
-            folder.trial(trial_id).set_status("stopped", f"stopped at step {summary.step}")
 
 
 def _show(standing: Mapping[str, str], dashboard: Dashboard) -> None:
@@ -264,6 +258,9 @@ class DashboardCallback(Callback):
         result = trial.last_result or {}
         ended = "diverged" if result.get("diverged") else "finished" if result.get("ended") else "waiting"
         self._update(trial, self._standing.get(str(trial), ended), result)
+        # Ray keeps running statistics of every number that a trial reports, 25 kB a trial, for a summary of its own
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the failure; called once, when no attempt is left."""
@@ -344,6 +341,7 @@ def _ray(address: str | None, spec: SweepSpec) -> Iterator[None]:
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: state is durable, nothing needs to be saved first
         "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's experiment state is never read
         "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_MAX_PENDING_TRIALS_PG": "200",  # as without a searcher; ours bounds them by the room that there is
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)

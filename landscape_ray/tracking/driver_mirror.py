@@ -16,8 +16,8 @@ from landscape_ray.errors import UserError
 from landscape_ray.files import write_atomic
 from landscape_ray.tracking.cache import bring_unit, everything, held, no_checkpoint, read_mark, trial_unit
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder, is_trial_id
-from landscape_ray.tracking.mirror import SupersededError, Unit, answers, files_of_sweep, files_of_trial, is_behind
 from landscape_ray.tracking.storage import Storage, reason_of
+from landscape_ray.tracking.unit import SupersededError, Unit, answers, files_of_sweep, files_of_trial, is_behind
 
 INTERVAL_SECONDS: Final = 10.0
 PATIENCE: Final = 10.0

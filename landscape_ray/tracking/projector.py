@@ -249,9 +249,9 @@ class Projector:
 
     def _project_trial(self, runs: SweepRuns, trial: TrialFolder, closing: bool) -> None:
         """Bring one trial's run up to its trial.json."""
-        seen = (_stamp(trial), closing)
+        stamp = _stamp(trial)
         run = runs.trials.get(trial.trial_id)
-        if seen[0] is None or (run and run.seen == seen):
+        if stamp is None or (run and run.seen in ((stamp, closing), (stamp, True))):
             return
         commit = trial.read()
         if commit is None or (run and not closing and self._may_wait(run, commit)):
@@ -263,7 +263,8 @@ class Projector:
         tags = runs.log_dataset(run, commit.initial_config.get("data", {}), corpus_id)
         self._send_rows(runs, run, trial, commit, tags, closing)
         runs.set_status(run, mlflow_status(commit.summary.status, closing))
-        run.seen = seen
+        # a run that has ended is the same whether this is the last time or not
+        run.seen = stamp, closing or commit.summary.status in TERMINAL_STATUSES
 
     def _may_wait(self, run: TrackedRun, commit: Commit) -> bool:
         """Return whether what a trial has committed can go with what it will have committed a little later."""

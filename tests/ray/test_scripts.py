@@ -56,7 +56,8 @@ def test_the_soak_sees_what_is_lost_or_doubled(
     folder.trial("t0000").commit(summary, writer.flush())
     assert Projector(folder, f"sqlite:///{tmp_path}/runs/mlflow.db", "e").close().error == ""
     sweep = object.__new__(soak.Sweep)
-    sweep.name, sweep.place, sweep.path, sweep.trials = "soak-0", tmp_path, folder.path, 1
+    sweep.name, sweep.place, sweep.path, sweep.trials, sweep.population = "soak-0", tmp_path, folder.path, 1, False
+    sweep.wrong = []
     found = sweep.problems()
     assert len(found) == len(said)
     assert all(part in problem for part, problem in zip(said, found, strict=True))

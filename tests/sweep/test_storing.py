@@ -17,7 +17,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.sweep.population.member import MemberRun
 from landscape_ray.sweep.population.orders import Order
 from landscape_ray.sweep.run import CHECKPOINT, PREVIOUS, TrialRun, trial_id_of
-from landscape_ray.sweep.session import Outcome, new_sweep, outcome_text, train_one
+from landscape_ray.sweep.session import Outcome, new_sweep, outcome_text, settle_stopped, train_one
 from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.sweep.storing import (
     bring_up_to_date,
@@ -27,13 +27,12 @@ from landscape_ray.sweep.storing import (
     send_sweep,
     sweep_storage,
 )
-from landscape_ray.sweep.tuner import settle_stopped
 from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.driver_mirror import DriverMirror
 from landscape_ray.tracking.folder import SweepFolder
-from landscape_ray.tracking.mirror import SupersededError
 from landscape_ray.tracking.projector import SyncReport
 from landscape_ray.tracking.storage import Storage
+from landscape_ray.tracking.unit import SupersededError
 from tests.sweep.population.local import Local, history, make
 from tests.tracking.storages import faulty
 
@@ -117,10 +116,12 @@ class Scattered(Local):
 
 
 @pytest.mark.acceptance
-def test_a_population_needs_no_common_folder(sweep_text: Callable[..., str], tmp_path: Path, uri: str) -> None:
+def test_a_population_needs_no_common_folder(
+    sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path, uri: str
+) -> None:
     """Exploits across nodes, with one lost on the way, are those of one machine; old weights go."""
-    text = sweep_text("population", population={"num_members": 4, "interval_steps": 5, "quantile_fraction": 0.5})
-    text = text.replace('"num_steps" = 10', '"num_steps" = 15')
+    population = {"num_members": 3, "interval_steps": 5, "quantile_fraction": 0.4}
+    text = sweep_text("population", train={**tiny, "num_steps": 15, "probes": {}}, population=population)
     together = Local(make(tmp_path / "together" / "s", text)).run()
     assert any(decision.donor is not None for decision in together.decisions)
     apart = Scattered(make(tmp_path / "apart" / "s", text), uri, tmp_path / "nodes")
@@ -128,7 +129,7 @@ def test_a_population_needs_no_common_folder(sweep_text: Callable[..., str], tmp
 
     def after(count: int) -> None:
         nonlocal lost
-        if not lost and count == 7:
+        if not lost and count == 5:
             lost = True
             apart.move(1, "other")
 
@@ -140,7 +141,7 @@ def test_a_population_needs_no_common_folder(sweep_text: Callable[..., str], tmp
         member: len(path) for member, path in there["paths"].items()
     }
     assert here["orders"] == there["orders"]
-    for member in range(4):
+    for member in range(3):
         assert steps(apart.folder, trial_id_of(member)) == steps(together.folder, trial_id_of(member))
         left = list((tmp_path / "nodes" / str(member)).rglob("observed-*.pt"))
         assert len(left) <= 3, left

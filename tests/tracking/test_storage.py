@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -214,3 +215,14 @@ def test_a_place_that_loses_what_it_is_given_is_found_out(tmp_path: Path, monkey
     with pytest.raises(UserError, match="what was written is not what is read back; choose another --storage"):
         storage.check()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_arrow_is_one_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, switch = faulty(tmp_path / "behind")
+
+    def refuse(*_: object) -> None:
+        raise pa.ArrowInvalid("no such option")
+
+    monkeypatch.setattr(switch, "open_input_stream", refuse)
+    with pytest.raises(OSError, match="no such option"):
+        storage.get("x")

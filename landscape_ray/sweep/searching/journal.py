@@ -11,12 +11,12 @@ from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from landscape_ray.domains import Value
 from landscape_ray.errors import UserError
+from landscape_ray.sweep.searching.journal_file import JournalFile
 from landscape_ray.sweep.searching.measures import direction
 from landscape_ray.sweep.searching.proposer import STATES, Outcome
 from landscape_ray.sweep.searching.warm import PRIOR, warm_start
@@ -43,10 +43,8 @@ class Journal:
     def __init__(self, spec: SweepSpec, path: Path, tracking_uri: str = "") -> None:
         assert spec.search is not None
         self._name = spec.name
-        # The lock file of a killed driver is cleared here: the sweep's own lock allows one driver at a time.
-        path.with_name(path.name + ".lock").unlink(missing_ok=True)
-        mend_journal(path)
-        self._storage = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+        self._lines = JournalFile(path)
+        self._storage = JournalStorage(self._lines)
         names = [study.study_name for study in self._storage.get_all_studies()]
         if spec.name in names:
             self._study_id = self._storage.get_study_id_from_name(spec.name)
@@ -103,19 +101,28 @@ class Journal:
 
     def settle(self, number: int, outcome: Outcome) -> None:
         """Append what became of a trial."""
-        trial_id = self.write(number, outcome.intermediate)
-        for key, value in outcome.constraint_attributes().items():
-            self._storage.set_trial_system_attr(trial_id, key, value)
-        self._storage.set_trial_state_values(trial_id, STATES[outcome.state], outcome.told_values)
+        trial_id = self._identifier(number)
+        with self._lines.together():
+            self._append_losses(number, outcome.intermediate)
+            for key, value in outcome.constraint_attributes().items():
+                self._storage.set_trial_system_attr(trial_id, key, value)
+            self._storage.set_trial_state_values(trial_id, STATES[outcome.state], outcome.told_values)
 
-    def write(self, number: int, losses: Mapping[int, float]) -> int:
-        """Append losses of a trial that are not there yet; return Optuna's identifier of the trial."""
-        trial_id: int = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, self.num_priors + number)
-        written = self._written[number]
+    def write(self, number: int, losses: Mapping[int, float]) -> None:
+        """Append losses of a trial that are not there yet."""
+        with self._lines.together():
+            self._append_losses(number, losses)
+
+    def _identifier(self, number: int) -> int:
+        """Return how Optuna calls a trial of this sweep."""
+        found: int = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, self.num_priors + number)
+        return found
+
+    def _append_losses(self, number: int, losses: Mapping[int, float]) -> None:
+        trial_id, written = self._identifier(number), self._written[number]
         for step in [step for step in losses if step not in written]:
             self._storage.set_trial_intermediate_value(trial_id, step, losses[step])
             written.add(step)
-        return trial_id
 
 
 def outcome_of(trial: FrozenTrial) -> Outcome:
@@ -145,13 +152,3 @@ def _as_running(trial: FrozenTrial, user_attributes: dict[str, Any]) -> FrozenTr
         system_attrs={key: value for key, value in trial.system_attrs.items() if key not in told},
         intermediate_values={},
     )
-
-
-def mend_journal(path: Path) -> None:
-    """Cut off a last line that a killed driver has not finished; Optuna could never read past it again."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        with open(path, "rb+") as file:
-            file.truncate(content.rfind(b"\n") + 1)

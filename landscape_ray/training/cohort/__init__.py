@@ -1,17 +1,20 @@
 """K runs of one architecture trained as one program, each with its own hyperparameters, seed and order of the data.
 
     cohort.py     Cohort: members that advance, are observed, copied, replaced and saved
+    shared.py     what members have in common
     buffers.py    weights and optimizer states of all members as rows of matrices
     memory.py     where these are
     routes.py     gradients of several members: stacked, by vmap, or one by one
     recording.py  what a program does, to be done again at a lower price
     plan.py       which route on how many members at once, by measurement
+    workers.py    threads for programs side by side
     updates.py    clipping and optimizer by rows
 
 `Cohort` is the way in.
 """
 
-from landscape_ray.training.cohort.cohort import Cohort, check_shared
+from landscape_ray.training.cohort.cohort import Cohort
 from landscape_ray.training.cohort.plan import Choice
+from landscape_ray.training.cohort.shared import check_shared
 
 __all__ = ["Choice", "Cohort", "check_shared"]

@@ -25,9 +25,10 @@ from landscape_ray.schedules import Schedule
 from landscape_ray.training import loop, probing
 from landscape_ray.training.cohort.buffers import Buffers, why_not
 from landscape_ray.training.cohort.plan import Choice, Plan, choose, given
-from landscape_ray.training.cohort.routes import untrained
+from landscape_ray.training.cohort.routes import Program, untrained
 from landscape_ray.training.cohort.routes import why_not as no_route
-from landscape_ray.training.cohort.updates import clip
+from landscape_ray.training.cohort.shared import check_shared
+from landscape_ray.training.cohort.updates import Updater, clip
 from landscape_ray.training.config import TrainConfig
 from landscape_ray.training.manifest import read_manifest
 from landscape_ray.training.precision import autocast
@@ -36,23 +37,6 @@ from landscape_ray.training.state import TrainState, read_checkpoint
 COHORT_VERSION = 1
 
 MANIFEST = "cohort.json"
-
-SHARED_FIELDS = (
-    "data",
-    "model",
-    "loss",
-    "batch_size",
-    "accumulation_steps",
-    "optimizer.name",
-    "device",
-    "precision",
-    "simulated_precision",
-    "compile",
-)
-"""What all members have in common, but for the rate of dropout in the model. All else may be each member's own."""
-
-SHARED_BY_MUON = ("optimizer.nesterov", "optimizer.ns_steps")
-"""What members with Muon have in common too: they are orthogonalised together."""
 
 BLOCK = 256
 """Updates for which a schedule is evaluated at once."""
@@ -111,7 +95,7 @@ class Cohort:
         """Return K runs at step 0.
 
         Args:
-            configs: one for each member; `SHARED_FIELDS` are equal in all.
+            configs: one for each member; `shared.SHARED_FIELDS` are equal in all.
             data: what `configs[0].data` describes, where it is open already.
             route: recorded, stacked, vmap, single or alone; auto measures at the first update which is the fastest.
                 Different routes differ in the last bits of the weights, so that a run is repeated to the bit only where
@@ -175,7 +159,7 @@ class Cohort:
             return
         values = {k: self._values[k].apply() for k in active}
         before = {k: probing.weights_before(self._members[k]) for k in active}
-        losses, norms = self._apply(active, self._batch())
+        losses, norms = self._apply(active)
         cost = (time.perf_counter() - start) / len(active)
         for k in active:
             member, (lr, momentum) = self._members[k], values[k]
@@ -203,32 +187,33 @@ class Cohort:
                 ),
             )
 
-    def _apply(self, active: list[int], batch: Batch) -> tuple[list[float], list[float]]:
+    def _apply(self, active: list[int]) -> tuple[list[float], list[float]]:
         """Update the active members; return loss and gradient norm of each member, as they were for those."""
-        inputs, targets = batch
+        plan = self._programs()
+        inputs, targets = plan.aside(self._batch)
         is_active = torch.zeros(len(self), dtype=torch.bool)
         is_active[active] = True
         moving, is_active = is_active.tolist(), is_active.to(inputs.device, non_blocking=True)
-        seen: list[Tensor] = []
-        for program, update in self._programs():
+
+        def one(program: Program, update: Updater) -> Tensor:
             rows = program.rows
             if not any(moving[rows]):
-                seen.append(torch.zeros(2, len(program.members), device=inputs.device))
-                continue
+                return torch.zeros(2, len(program.members), device=inputs.device)
             losses = program.gradient(inputs[rows], targets[rows], [member.step for member in program.members])
             norms = clip(program.gradients, program.members, moving[rows])
             update(losses.isfinite() & norms.isfinite() & is_active[rows])
-            seen.append(torch.stack((losses.float(), norms)))
+            return torch.stack((losses.float(), norms))
+
         # one transfer: on a GPU each one waits for everything before it
-        losses_and_norms: list[list[float]] = torch.cat(seen, 1).tolist()
+        losses_and_norms: list[list[float]] = torch.cat(plan.each(one), 1).tolist()
         return losses_and_norms[0], losses_and_norms[1]
 
-    def _programs(self) -> list[tuple[Any, Any]]:
+    def _programs(self) -> Plan:
         assert self._buffers is not None
         assert self.choice is not None
         if self._plan is None:
             self._plan = Plan(self._buffers, self._members, self.choice.route, self.choice.chunk)
-        return self._plan.programs
+        return self._plan
 
     def _batch(self) -> Batch:
         """Return the batches of all members' next updates, stacked (K, B, ...)."""
@@ -261,7 +246,7 @@ class Cohort:
             return {}
         start = time.perf_counter()
         first, found = self._members[0], {}
-        for program, _ in self._programs():
+        for program in self._programs().programs:
             members = [k for k in range(program.rows.start, program.rows.stop) if k in due]
             if not members:
                 continue
@@ -475,26 +460,3 @@ class _Values:
 def _evaluation(member: TrainState) -> tuple[int | None, int]:
     """Return what the held-out batches depend on, besides the data."""
     return member.config.eval.limit, member.config.eval.batch_size
-
-
-def check_shared(first: TrainConfig, other: TrainConfig, index: int) -> None:
-    """Check that two configurations can be in one cohort.
-
-    Raises:
-        UserError: names the first field that differs, and both values.
-    """
-    for field in SHARED_FIELDS + (SHARED_BY_MUON if first.optimizer.name == other.optimizer.name == "muon" else ()):
-        here, there = _shared(first, field), _shared(other, field)
-        if here != there:
-            raise UserError(
-                f"{field} must be the same for all members of a cohort, got {here!r} and for member {index} {there!r}; "
-                "train such runs in another cohort"
-            )
-
-
-def _shared(config: Any, field: str) -> Any:
-    for name in field.split("."):
-        config = getattr(config, name)
-    if field == "model" and "dropout" in type(config).model_fields:
-        return config.model_copy(update={"dropout": 0.0})
-    return config

@@ -1,18 +1,23 @@
 """Which program computes which rows; the choice of the fastest by measurement.
 
 Candidates are every route that the members can take, on chunks of 2, 4, 8 ... members for the joint ones, and `single`,
-which is always among them. What is measured is the time of one gradient for each member, on the members' own weights
-and batches; nothing of the members changes. A joint route must also give the gradients of `single`, or it is out.
+which is always among them. Several threads share out the programs where these can run side by side, and each kernel
+elsewhere: the chunk of all members stands for that. What is measured is the time of one gradient for each member, on
+the members' own weights and batches; nothing of the members changes. A joint route must also give the gradients of
+`single`, or it is out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +27,7 @@ from landscape_ray.training.cohort.buffers import Buffers
 from landscape_ray.training.cohort.memory import zeros
 from landscape_ray.training.cohort.routes import ROUTES, Program, why_not
 from landscape_ray.training.cohort.updates import Updater
+from landscape_ray.training.cohort.workers import Workers
 from landscape_ray.training.state import TrainState
 
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 3, 20, 1.0
@@ -42,6 +48,9 @@ WINDOW = 0.05
 """Seconds that a measurement goes on for at least, where the members suffice: with shorter ones for small chunks than
 for large ones, the shortest of many would favour the small."""
 
+AFTER_KERNELS = 0.01
+"""Seconds after which the threads of a kernel have let go of their processors."""
+
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest distance of two routes' gradients of one member, relative to the norm."""
 
@@ -52,7 +61,7 @@ class Choice:
 
     Attributes:
         route: recorded, stacked, vmap or single; alone where members cannot share memory.
-        chunk: members that a program covers.
+        chunk: members that a program covers; recorded programs of some of the members run side by side on the threads.
         seconds: measured time of one update for each member, by `route` or `route/chunk`; empty where the route was
             given.
         excluded: reasons why routes were not measured, by route.
@@ -64,8 +73,19 @@ class Choice:
     excluded: dict[str, str] = field(default_factory=dict)
 
 
+Result = TypeVar("Result")
+
+Each = tuple[Program, Updater]
+
+
 class Plan:
-    """Programs that cover all rows, with what updates the rows from their gradients."""
+    """Programs that cover all rows, with what updates the rows from their gradients.
+
+    Several threads share the programs out, where these can run side by side; else they share each kernel.
+
+    Attributes:
+        lanes: for each share the programs that are computed one after the other, of neighbouring rows.
+    """
 
     def __init__(
         self,
@@ -75,25 +95,61 @@ class Plan:
         chunk: int,
         gradients: Tensor | None = None,
     ) -> None:
-        """Cut the rows into chunks, which use the same memory, one after the other.
+        """Cut the rows into chunks. Those of a lane use the same memory, one after the other.
 
         Args:
             buffers: of the cohort.
             members: all of them.
             route: a name in `ROUTES`.
             chunk: members in a program; the last one may have fewer.
-            gradients: at least (chunk, P), zero in the gaps; made here by default.
+            gradients: like the weights, zero in the gaps; by default made here, as large as needed.
         """
-        if gradients is None:
-            gradients = zeros(chunk, buffers.weights.shape[1], device=buffers.weights.device)
-        self.programs: list[tuple[Program, Updater]] = []
-        for start in range(0, len(members), chunk):
-            rows = slice(start, min(start + chunk, len(members)))
-            own = gradients[: rows.stop - rows.start]
-            program = ROUTES[route](buffers, members, rows, own)
-            if self.programs:
-                program.follow(self.programs[0][0])
-            self.programs.append((program, Updater(buffers, members, rows, own)))
+        starts = range(0, len(members), chunk)
+        count = min(torch.get_num_threads(), len(starts)) if ROUTES[route].side_by_side else 1
+        self._workers = Workers(count) if count > 1 else None
+        self.lanes: list[list[Each]] = []
+        for own in np.array_split(starts, count):
+            first, stop = int(own[0]), min(int(own[-1]) + chunk, len(members))
+            place = slice(first, min(first + chunk, stop))
+            if gradients is None:
+                memory = zeros(place.stop - first, buffers.weights.shape[1], device=buffers.weights.device)
+            else:
+                memory = gradients[place]
+            lane: list[Each] = []
+            for start in range(first, stop, chunk):
+                rows = slice(start, min(start + chunk, stop))
+                program = ROUTES[route](buffers, members, rows, memory[: rows.stop - start])
+                if lane:
+                    program.follow(lane[0][0])
+                lane.append((program, Updater(buffers, members, rows, program.gradients)))
+            self.lanes.append(lane)
+
+    @property
+    def programs(self) -> list[Program]:
+        """All of them, in the order of the rows."""
+        return [program for lane in self.lanes for program, _ in lane]
+
+    def each(self, function: Callable[[Program, Updater], Result], lanes: Sequence[list[Each]] = ()) -> list[Result]:
+        """Call a function on every program (or on those given, of each lane some) on the thread of its lane.
+
+        Returns:
+            What the calls returned, lane by lane, which is the order of the rows.
+        """
+
+        def of(lane: list[Each]) -> list[Result]:
+            return [function(program, update) for program, update in lane]
+
+        calls = [functools.partial(of, lane) for lane in lanes or self.lanes]
+        found = [call() for call in calls] if self._workers is None else self._workers.run(calls)
+        return [result for results in found for result in results]
+
+    def aside(self, function: Callable[[], Result]) -> Result:
+        """Call a function on the thread of the first lane.
+
+        What takes kernels and comes before `each` belongs here: threads that shared a kernel keep their processors for
+        some milliseconds, to be ready for the next one.
+        """
+        return function() if self._workers is None else self._workers.run([function])[0]
 
 
 def choose(buffers: Buffers, members: Sequence[TrainState], batch: Batch) -> Choice:
@@ -138,11 +194,12 @@ def _measured(buffers: Buffers, members: Sequence[TrainState], batch: Batch) -> 
     except RuntimeError as error:  # a parameter has no part in the loss, most likely
         return Choice(route="alone", excluded={"all": _line(error)})
     candidates = {"single": single}
-    reference = torch.cat([found.clone() for found in single.gradients()])
+    reference = single.gradients()
     for name in ROUTES:
         if name == "single" or name in excluded or len(members) == 1:
             continue
-        for chunk in _chunks(len(members)):
+        threads = torch.get_num_threads() if ROUTES[name].side_by_side else 1
+        for chunk in _chunks(len(members), threads):
             try:
                 candidate = _Candidate(Plan(buffers, members, name, chunk, gradients), batch)
                 distance = candidate.distance(reference)
@@ -193,48 +250,70 @@ def given(route: str, chunk: int | None, members: Sequence[TrainState]) -> Choic
     return Choice(route=route, chunk=1 if route == "single" else chunk or len(members))
 
 
-def _chunks(num_members: int) -> list[int]:
-    """Return 2, 4, 8 ... and the number of members itself."""
-    return [2**i for i in range(1, num_members.bit_length()) if 2**i < num_members] + [num_members]
+def _chunks(num_members: int, num_threads: int) -> list[int]:
+    """Return 2, 4, 8 ..., the members of each of so many threads, and the number of members itself."""
+    powers = [2**i for i in range(1, num_members.bit_length())]
+    shares = [-(-num_members // num_threads)] if num_threads > 1 else []
+    return sorted({*(size for size in powers + shares if size < num_members), num_members})
 
 
 class _Candidate:
     """A plan, a batch, and the shortest time that an update took so far, for each member."""
 
     def __init__(self, plan: Plan, batch: Batch) -> None:
-        self._pairs = plan.programs
-        self._programs = [program for program, _ in plan.programs]
+        self._plan = plan
         self._inputs, self._targets = batch
         self._next = 0
         self.seconds = math.inf
 
+    @property
+    def name(self) -> str:
+        """The route."""
+        return self._plan.programs[0].name
+
+    @property
+    def chunk(self) -> int:
+        """Members that a program covers."""
+        return len(self._plan.programs[0].members)
+
     def measure(self) -> None:
         """Time some programs, others each time as long as there are others; the first call is a warm-up."""
+        lanes = self._plan.lanes
         if self.seconds == math.inf:
-            self._update(*self._pairs[0])
+            self._plan.each(self._update, [lane[:1] for lane in lanes])
         # single programs are short: some of them, so that the weights do not all lie in the cache
-        size = len(self._programs[0].members)
+        longest = max(map(len, lanes))
         enough = max(LARGE, math.ceil(WINDOW / self.seconds))  # the first time, nothing is known: LARGE
-        count = max(1, min(len(self._pairs), enough // size))
-        chosen = [self._pairs[(self._next + i) % len(self._pairs)] for i in range(count)]
+        count = min(longest, max(1, enough // (self.chunk * len(lanes))))
+        chosen = [[lane[(self._next + i) % len(lane)] for i in range(min(count, len(lane)))] for lane in lanes]
         self._next += count
+        if len(lanes) > 1:
+            time.sleep(AFTER_KERNELS)
         clock = _clock(self._inputs.device)
         start = clock()
-        for program, update in chosen:
-            self._update(program, update)
-        seconds = (clock() - start) / sum(len(program.members) for program, _ in chosen)
+        self._plan.each(self._update, chosen)
+        seconds = (clock() - start) / sum(len(program.members) for lane in chosen for program, _ in lane)
+        if count < longest:  # what is left out takes longer by what the lanes differ in
+            seconds *= longest * len(lanes) / sum(map(len, lanes))
         self.seconds = min(self.seconds, seconds)
 
-    def gradients(self) -> Iterator[Tensor]:
-        """Yield the gradients of all members, (c, P) of each program; the next one uses the same memory."""
-        for program in self._programs:
+    def gradients(self) -> Tensor:
+        """Return the gradients of all members, (K, P)."""
+
+        def found(program: Program, _: Updater) -> Tensor:
             self._run(program)
-            yield program.gradients
+            return program.gradients.clone()  # the next one uses the same memory
+
+        return torch.cat(self._plan.each(found))
 
     def distance(self, reference: Tensor) -> float:
         """Return the largest distance of a member's gradient from its row of the reference, (K, P)."""
-        rows = [program.rows for program in self._programs]
-        found = [_distance(ours, reference[own]) for own, ours in zip(rows, self.gradients(), strict=True)]
+
+        def distance(program: Program, _: Updater) -> float:
+            self._run(program)
+            return _distance(program.gradients, reference[program.rows])
+
+        found = self._plan.each(distance)
         return math.nan if any(map(math.isnan, found)) else max(found)
 
     def _update(self, program: Program, update: Updater) -> None:

@@ -12,6 +12,7 @@ their memory stays in the cache of the processor.
 from __future__ import annotations
 
 import functools
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -36,6 +37,10 @@ CHANGING = {
     torch.Tag.dynamic_output_shape: "gives results whose shapes depend on values",
 }
 """What would not be the same again."""
+
+
+_RECORDING = threading.Lock()
+"""Held while a function is recorded: torch's modes keep something in common to all threads, as do its generators."""
 
 
 class NotRecordableError(RuntimeError):
@@ -108,7 +113,7 @@ def record(function: Callable[[], Result]) -> Recording[Result]:
     Raises:
         NotRecordableError: it draws random numbers, looks at values, or makes more than `LIMIT`.
     """
-    with _Recorder() as recorder:
+    with _RECORDING, _Recorder() as recorder:
         result = function()
     offsets, num_bytes = _packed(recorder.calls, _tensors(result))
     memory = zeros(-(-num_bytes // 4), device=torch.device("cpu")).untyped_storage()

@@ -41,6 +41,8 @@ class Program(ABC):
     """
 
     name: ClassVar[str]
+    side_by_side: ClassVar[bool] = False
+    """Whether threads gain from other programs at the same time: there is little to do besides kernels."""
 
     def __init__(self, buffers: Buffers, members: Sequence[TrainState], rows: slice, gradients: Tensor) -> None:
         """Take the rows of `members` (all of the cohort's), and c rows of memory, zero, for the gradients."""
@@ -210,10 +212,12 @@ class Recorded(Stacked):
     """
 
     name = "recorded"
+    side_by_side = True
 
     def __init__(self, buffers: Buffers, members: Sequence[TrainState], rows: slice, gradients: Tensor) -> None:
         super().__init__(buffers, members, rows, gradients)
         self._weights = buffers.weights
+        self._ones = torch.ones(len(self.members))  # made once, and not by the recording
         self._rates = [layer.rate for layer, _ in self._noisy]
         self._leader = self
         self._batches: dict[torch.Size, Batch] = {}
@@ -266,7 +270,7 @@ class Recorded(Stacked):
         # several threads share a batched product whose result is in one piece, and only that
         in_place = config.accumulation_steps == 1 and torch.get_num_threads() == 1
         with reserved(self._leaves, self._into) if in_place else contextlib.nullcontext():
-            found = torch.autograd.grad(losses, self._leaves, torch.ones_like(losses))
+            found = torch.autograd.grad(losses, self._leaves, self._ones)
         pairs = zip(self._into, found, strict=True)
         elsewhere = [(place, own) for place, own in pairs if place.data_ptr() != own.data_ptr()]
         return _Found(losses.detach(), [place for place, _ in elsewhere], [own for _, own in elsewhere])

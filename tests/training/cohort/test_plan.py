@@ -37,8 +37,7 @@ def test_the_measured_times_decide(
     configs: Configs, monkeypatch: pytest.MonkeyPatch, fastest: str, expected: tuple[str, int]
 ) -> None:
     def measure(candidate: Any) -> None:
-        program = candidate._programs[0]
-        candidate.seconds = (1.0 if program.name == fastest else 2.0) + 0.1 * len(program.members)
+        candidate.seconds = (1.0 if candidate.name == fastest else 2.0) + 0.1 * candidate.chunk
 
     monkeypatch.setattr(plan._Candidate, "measure", measure)
     _, choice = chosen(configs)
@@ -47,7 +46,7 @@ def test_the_measured_times_decide(
 
 def test_a_joint_route_must_be_clearly_faster(configs: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(candidate: Any) -> None:
-        candidate.seconds = 1.0 if candidate._programs[0].name == "single" else 0.98
+        candidate.seconds = 1.0 if candidate.name == "single" else 0.98
 
     monkeypatch.setattr(plan._Candidate, "measure", measure)
     assert chosen(configs)[1].route == "single"
@@ -57,7 +56,7 @@ def test_large_chunks_are_not_tried_where_small_ones_are_slow(
     configs: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measure(candidate: Any) -> None:
-        candidate.seconds = 1.0 if candidate._programs[0].name == "single" else 2.0
+        candidate.seconds = 1.0 if candidate.name == "single" else 2.0
 
     monkeypatch.setattr(plan._Candidate, "measure", measure)
     cohort = Cohort.create([config for _ in range(7) for config in configs()][:20])
