@@ -200,6 +200,9 @@ class TrainState:
             ) from None
 
     def _restore(self, payload: Mapping[str, Any]) -> None:
+        for name in ("counters", "module", "optimizer", "clipper", "scaler", "averager", "probes"):
+            if not isinstance(payload[name], dict):  # a tensor would take a name for an index
+                raise TypeError(f"{name} is a {type(payload[name]).__name__}")
         kind = self.config.averaging.name if self.config.averaging is not None else None
         if (saved := payload["averager"].get("name")) != kind:
             raise UserError(
@@ -279,9 +282,10 @@ def read_checkpoint(path: Path, content: bytes | None = None) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} cannot be read ({reason}); delete it to start this run anew") from None
     if not isinstance(payload, dict) or "version" not in payload:
         raise UserError(f"{path} is not a checkpoint of landscape_ray; give a file that TrainState.save wrote")
-    if payload["version"] != CHECKPOINT_VERSION:
+    version = payload["version"]
+    if not isinstance(version, int) or version != CHECKPOINT_VERSION:  # a tensor compares to a tensor
         raise UserError(
-            f"checkpoint {path} has version {payload['version']}, this program reads {CHECKPOINT_VERSION}; "
+            f"checkpoint {path} has version {version}, this program reads {CHECKPOINT_VERSION}; "
             "use the version of landscape_ray that wrote it"
         )
     try:
