@@ -40,8 +40,9 @@ def check_version(content: Mapping[str, Any], path: Path, version: int) -> None:
     Raises:
         UserError: it has another one.
     """
-    if content["version"] != version:
+    found = content["version"]
+    if not isinstance(found, int) or found != version:  # a tensor of a foreign file compares to a tensor
         raise UserError(
-            f"checkpoint {path} has version {content['version']}, this program reads {version}; "
+            f"checkpoint {path} has version {found}, this program reads {version}; "
             "use the version of landscape_ray that wrote it"
         )

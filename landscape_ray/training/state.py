@@ -201,6 +201,9 @@ class TrainState:
             ) from None
 
     def _restore(self, payload: Mapping[str, Any]) -> None:
+        for name in ("counters", "module", "optimizer", "clipper", "scaler", "averager", "probes"):
+            if not isinstance(payload[name], dict):  # a tensor would take a name for an index
+                raise TypeError(f"{name} is a {type(payload[name]).__name__}")
         kind = self.config.averaging.name if self.config.averaging is not None else None
         if (saved := payload["averager"].get("name")) != kind:
             raise UserError(
