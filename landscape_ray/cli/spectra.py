@@ -113,8 +113,9 @@ def _show_batch_sizes(effect: BatchSizeEffect, run_id: str, out: Path, console: 
         SizeRow(size, (high.value, high.standard_error), (low.value, low.standard_error), effect.predict(size))
         for size, high, low in zip(effect.batch_sizes, effect.largest, effect.smallest, strict=True)
     ]
-    ends = [(e.value, e.standard_error) for e in (effect.full_largest, effect.full_smallest)]
-    rows.append(SizeRow(effect.num_examples, *ends, effect.predict(effect.num_examples)))
+    high, low = effect.full_largest, effect.full_smallest
+    whole = effect.predict(effect.num_examples)
+    rows.append(SizeRow(effect.num_examples, (high.value, high.standard_error), (low.value, low.standard_error), whole))
     console.print(batch_size_table("extremal eigenvalues by batch size", rows), highlight=False)
     sizes = np.unique(np.geomspace(effect.batch_sizes[0], effect.num_examples, 60).round().astype(int))
     law = np.array([effect.predict(int(size)) for size in sizes])

@@ -112,7 +112,7 @@ def spectra(
     if by_target and (targets.is_floating_point() or bool((targets < 0).any())):
         unknown["class-wise spectra"] = "the targets are no classes"
     elif by_target:
-        bands = len(targets.unique()) > MAX_CLASSES
+        bands = int((torch.bincount(targets) > 0).sum()) > MAX_CLASSES
         groups = frequency_bands(targets, NUM_BANDS) if bands else None
         shares = {number: part.share for number, part in by_class(loss, batches, groups).items()}
         names = {number: _band(targets, groups, number) if groups is not None else str(number) for number in shares}
@@ -142,6 +142,6 @@ def spectra(
 
 def _band(targets: torch.Tensor, groups: torch.Tensor, number: int) -> str:
     """Return a band's name: its place, and how many values that occur are in it."""
-    present = targets.unique().cpu()
+    present = torch.bincount(targets.cpu()).nonzero().flatten()
     count = int((groups[present] == number).sum())
     return f"{number + 1} ({count} {'value' if count == 1 else 'values'})"

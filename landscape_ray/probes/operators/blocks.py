@@ -168,7 +168,7 @@ def frequency_bands(targets: Tensor, num_bands: int) -> Tensor:
     order = counts.argsort(descending=True, stable=True)
     before = counts[order].cumsum(0) - counts[order]
     band = (before * num_bands) // max(int(counts.sum()), 1)
-    _, dense = band.clamp(max=num_bands - 1).unique(return_inverse=True)  # values more frequent than a band skip some
+    steps = band.clamp(max=num_bands - 1).diff(prepend=band[:1]) > 0  # values more frequent than a band skip some
     bands = torch.empty_like(order)
-    bands[order] = dense
+    bands[order] = steps.long().cumsum(0)
     return bands
