@@ -166,10 +166,10 @@ class Mirror:
                 retried = bool(problem) and key not in self._waiting and self._units[key] is unit
                 if retried:
                     self._waiting[key] = files, ended
+                else:
+                    drop_links(files)
                 self._under_way = ""
                 self._news.notify_all()
-            if not retried:
-                drop_links(files)
 
     @property
     def behind(self) -> int:

@@ -43,6 +43,7 @@ class Unit:
         self._storage, self._folder, self._copied = storage, folder, copied
         self._generation, self._serial = 1, 0
         self._last: Manifest | None = None
+        self._kept: list[Manifest] = []
         self._objects: set[str] = set()
         """Names of objects that are there and whole."""
         self._tidy = False
@@ -134,15 +135,18 @@ class Unit:
                 if isinstance(content, bytes) or content.exists() or not content.name.startswith("observed-"):
                     raise
                 found.pop(relative, None)  # nobody needs these weights any more
-        if self._last is not None and found == self._last.files and self._last.generation == self._generation:
-            return
-        self._serial += 1
-        manifest = Manifest(self._generation, self._serial, found)
-        self._note(manifest, done=False)
-        self._storage.put(manifest.name, manifest.to_bytes())
-        self._note(manifest, done=True)
-        before, self._last = self._last, manifest
-        self._clear([manifest] if before is None or ended else [manifest, before])
+        last = self._last
+        if last is None or found != last.files or last.generation != self._generation:
+            self._serial += 1
+            manifest = Manifest(self._generation, self._serial, found)
+            self._note(manifest, done=False)
+            self._storage.put(manifest.name, manifest.to_bytes())
+            self._note(manifest, done=True)
+            self._kept = [manifest] if last is None or ended else [manifest, last]
+            self._last = manifest
+            self._clear(self._kept)
+        elif not self._tidy:  # the last time it was cut off
+            self._clear(self._kept)
 
     def _note(self, manifest: Manifest, *, done: bool) -> None:
         with held(self._folder):
@@ -152,11 +156,11 @@ class Unit:
     def _clear(self, kept: list[Manifest]) -> None:
         """Delete manifests and objects that are not kept; the first time also what others have left behind."""
         objects = set().union(*(manifest.objects() for manifest in kept))
-        there = self._objects
-        if not self._tidy:
+        there, self._objects = self._objects, self._objects & objects  # at once: what may be gone is not counted on
+        tidy, self._tidy = self._tidy, False
+        if not tidy:
             there = there | {f"objects/{name}" for name in self._storage.names("objects")}
         self._storage.delete(sorted(there - objects))
-        self._objects &= objects
         names = {manifest.name for manifest in kept}
         old = (Manifest(*version, {}).name for version in self._storage.versions() if version < kept[0].version)
         self._storage.delete(name for name in old if name not in names)

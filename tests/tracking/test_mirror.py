@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.driver_mirror import DriverMirror, send, storage_line
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
 from landscape_ray.tracking.mirror import Mirror
-from landscape_ray.tracking.storage import Manifest, Storage, digest_of, open_storage
+from landscape_ray.tracking.storage import Manifest, Storage, Stored, digest_of, open_storage
 from landscape_ray.tracking.unit import SupersededError, Unit, is_behind
 from tests.tracking.storages import Faults, faulty, s3
 
@@ -569,3 +569,40 @@ def test_a_damaged_file_of_another_trial_is_not_read(
     with pytest.raises(UserError, match=r"checkpoint/state.pt cannot be read \(its checksum differs\); restore it"):
         mirror.read(trial, "checkpoint/state.pt", patience_seconds=0.0)
     mirror.close()
+
+
+def test_deleting_that_is_cut_off_leaves_nothing_dangling_and_is_made_up_for(
+    store: Storage, folder: SweepFolder, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same content comes back after its object was deleted, by a deletion that then failed."""
+    trial = folder.trial("t0000")
+    unit = Unit(store.at("trials/t0000"), trial.path)
+    unit.take_over()
+
+    def files(text: bytes) -> dict[str, bytes | Path | Stored]:
+        return {"trial.json": text, "checkpoint/state.pt": b"state " + text}
+
+    unit.publish(files(b"1"))
+    unit.publish(files(b"2"))
+    delete = Storage.delete
+
+    def cut_off(self: Storage, names: Iterable[str]) -> None:
+        delete(self, list(names)[:1])
+        raise OSError("connection reset by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete", cut_off)
+        with pytest.raises(OSError, match="reset by peer"):
+            unit.publish(files(b"3"))  # one of the two objects of 1 is gone
+    unit.publish(files(b"1"))
+    there = elsewhere(folder.path.parent / "there").trial("t0000").path
+    there.mkdir(parents=True)
+    assert bring_unit(store.at("trials/t0000"), there) is not None
+    assert (there / "checkpoint/state.pt").read_bytes() == b"state 1"
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete", cut_off)
+        with pytest.raises(OSError, match="reset by peer"):
+            unit.publish(files(b"4"), ended=True)
+    unit.publish(files(b"4"), ended=True)  # nothing is new, but something is left to delete
+    assert len(store.names("trials/t0000/objects")) == 2
+    assert len(store.at("trials/t0000").versions()) == 1
