@@ -68,12 +68,14 @@ class DiesBetweenTrials(SweepTrainable):
 
 
 class SlowToStart(SweepTrainable):
-    """A trial's actor whose worker takes longer to load than several trials; it leaves its number in `orders`."""
+    """A trial's actor whose worker takes longer to load than several trials; it leaves its number in `workers`."""
 
     def __init__(self, *given: Any, **more: Any) -> None:
         time.sleep(4)
         super().__init__(*given, **more)
 
     def step(self) -> dict[str, Any]:
-        (Path(self._given["sweep_path"]).parents[1] / "orders" / f"worker.{os.getpid()}").touch()
+        workers = Path(self._given["sweep_path"]).parents[1] / "workers"
+        workers.mkdir(exist_ok=True)
+        (workers / str(os.getpid())).touch()
         return super().step()

@@ -99,7 +99,7 @@ def test_short_trials_have_all_the_workers_that_there_is_room_for(
     monkeypatch.setattr(tuner, "SweepTrainable", SlowToStart)
     folder, outcome, _ = sweep(sweep_text, tmp_path, [], num_trials=24)
     assert outcome.counts == {"finished": 24}
-    assert len(list((tmp_path / "orders").glob("worker.*"))) == 2
+    assert len(list((tmp_path / "workers").iterdir())) == 2
     check_steps(folder)
 
 
