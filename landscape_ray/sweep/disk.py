@@ -93,13 +93,22 @@ class DiskBound:
         self._spec, self._folder = spec, folder
         gib = spec.resources.max_disk_gib
         self._bound = math.inf if gib is None else gib * 2**30
-        self._next = 0.0
+        self._next, self._verdict = 0.0, ""
 
     def check(self) -> str:
-        """Delete what may go where there is too much; return what to do where that is not enough, else nothing."""
+        """Delete what may go where there is too much; return what to do where that is not enough, else nothing.
+
+        The disk is not looked at all the time; in between the last answer stands.
+        """
         begun = time.monotonic()
         if self._bound == math.inf or begun < self._next:
-            return ""
+            return self._verdict
+        self._verdict = self._look()
+        now = time.monotonic()
+        self._next = now + max(CHECK_SECONDS, (now - begun) / SHARE)
+        return self._verdict
+
+    def _look(self) -> str:
         used = usage_of(self._folder.path).total
         if used > self._bound:
             for path in expendable(self._spec, self._folder):
@@ -107,8 +116,6 @@ class DiskBound:
                 if used <= self._bound:
                     break
             used = usage_of(self._folder.path).total
-        now = time.monotonic()
-        self._next = now + max(CHECK_SECONDS, (now - begun) / SHARE)
         if used <= self._bound:
             return ""
         return (
