@@ -2,7 +2,8 @@
 # A sweep on the nodes of one Slurm allocation: a Ray head on the first node, one worker on each other node.
 #   sbatch --nodes=4 cluster/slurm.sh sweep search_spaces/quickstart.toml --name first --results /shared/runs
 #   sbatch --nodes=4 cluster/slurm.sh resume first --results /shared/runs
-# What follows the script's name are arguments of landscape-ray. The results folder must be seen by every node.
+# What follows the script's name are arguments of landscape-ray. The results folder must be seen by every node, or
+# --storage names a place that is.
 #SBATCH --job-name=landscape-ray
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -36,7 +36,7 @@ class Column(NamedTuple):
 
 COLUMNS: tuple[Column, ...] = (
     Column("run_id", "string", "", "identifier of the run inside its sweep"),
-    Column("kind", "string", "", "step | eval | variant | probe | event"),
+    Column("kind", "string", "", "step | eval | variant | probe | event | system"),
     Column("step", "int64", "updates", "optimizer updates completed"),
     Column("num_tokens", "int64", "tokens", "training tokens (images, examples) seen"),
     Column("flops", "float64", "FLOPs", "training FLOPs spent, probes and evaluations excluded"),
@@ -50,8 +50,8 @@ COLUMNS: tuple[Column, ...] = (
     Column("lr", "float64", "", "learning rate applied in this update (step)"),
     Column("weight_decay", "float64", "", "weight decay applied in this update (step)"),
     Column("momentum", "float64", "", "momentum or Adam's beta1 applied in this update (step)"),
-    Column("probe", "string", "", "name of the probe (probe)"),
-    Column("value", "float64", "probe's own", "estimate of the probe (probe)"),
+    Column("probe", "string", "", "name of the probe (probe) or of the quantity (system)"),
+    Column("value", "float64", "probe's own", "estimate of the probe (probe), or the quantity (system)"),
     Column("standard_error", "float64", "probe's own", "standard error or error bound of the value (probe)"),
     Column("num_matvecs", "int64", "products", "Hessian-vector products spent (probe)"),
     Column("price_gradients", "float64", "gradients", "cost in gradients on the probe batch (probe)"),
@@ -142,7 +142,17 @@ class EventRecord(Progress):
     detail: str = "{}"
 
 
-Record: TypeAlias = StepRecord | EvalRecord | VariantRecord | ProbeRecord | EventRecord
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SystemRecord(Progress):
+    """One quantity of a sample of what the run's process and its machine were doing."""
+
+    kind: ClassVar[str] = "system"
+    probe: str
+    """Name of the quantity, such as `process_memory_bytes`."""
+    value: float
+
+
+Record: TypeAlias = StepRecord | EvalRecord | VariantRecord | ProbeRecord | EventRecord | SystemRecord
 
 RunStatus: TypeAlias = Literal["pending", "running", "finished", "stopped", "diverged", "failed"]
 """What became of a run. `stopped`: ended early by a decision; `diverged`: a non-finite loss, which is a result."""
@@ -224,6 +234,8 @@ def metrics(row: Mapping[str, Any]) -> dict[str, float]:
         case "probe":
             probe = row["probe"]
             named = {f"probe/{probe}": row["value"], f"probe/{probe}_standard_error": row["standard_error"]}
+        case "system":
+            named = {f"system/{row['probe']}": row["value"]}
         case _:
             named = {}
     return {key: float(value) for key, value in named.items() if value is not None and math.isfinite(value)}

@@ -139,11 +139,13 @@ def value(item: Any) -> str:
 def plural(count: int, noun: str) -> str:
     """Return a count with its noun.
 
-    >>> plural(1, "run"), plural(3, "run"), plural(2, "copy")
-    ('1 run', '3 runs', '2 copies')
+    >>> plural(1, "run"), plural(3, "run"), plural(2, "copy"), plural(2, "class")
+    ('1 run', '3 runs', '2 copies', '2 classes')
     """
     if count == 1:
         return f"{count:,} {noun}"
+    if noun.endswith("ss"):
+        return f"{count:,} {noun}es"
     return f"{count:,} {noun[:-1]}ies" if noun.endswith("y") else f"{count:,} {noun}s"
 
 

@@ -19,6 +19,8 @@ Candidates, with the choice common to all sizes; centre of the shape: where the 
        1e-7 to 1e-4; the latter infinite too), alpha free or held near its mean over the sizes; w in .25, .5, .75, 1, 2.
     C  the authors' procedure, early stopping: the law of instant annealing first, then AdamW (rates .05 and .005) from
        the centre; 25 to 800 steps; the rises of the warm-up counted or not.
+    D  (added after look 2, to say in one sentence what C does) B held at its value under the law of instant annealing,
+       which C's rates leave all but unmoved; the shape near the centre, strengths 0 to 1e-5; w in 0, 1.
 
 Rule: the least score of all is the regularisation; its test errors are looked at once. Every further look is recorded
 here with its reason.
@@ -39,7 +41,7 @@ choose by the test. The default of `fit_multi_power` stays, whose centre was set
 .00126, .00196), as its module says.
 
 Usage:
-    python scripts/bench_multi_power.py [A] [B] [C] [--test] [--data FOLDER] [--quick]
+    python scripts/bench_multi_power.py [A] [B] [C] [D] [--test] [--data FOLDER] [--quick]
 """
 
 from __future__ import annotations
@@ -333,7 +335,35 @@ def family_c(runs: Runs, quick: bool) -> list[tuple[float, str, Any]]:
     return rows
 
 
-FAMILIES = {"A": family_a, "B": family_b, "C": family_c}
+# ------------------------------------------------------------------------------------ D: the gain of instant annealing
+
+
+def held_gain(
+    runs: Runs, size: str, names: tuple[str, ...], last: float, counted: bool, late: float, strength: float
+) -> Parameters:
+    """Return the fit whose B is that of the law of instant annealing."""
+    data, x = runs.points(size, names, counted, 0.0, last, late, NUM_POINTS)
+    count = len(data.response)
+    penalty = {name: (CENTRE[name], strength * count / WIDTH[name] ** 2) for name in SHAPE}
+    law = dataclasses.replace(LAW, prepare=lambda *_: x)
+    solution, _ = solve(law, data, fix={"B": float(instant(data, x, counted)[3])}, penalty=penalty)
+    return {name: float(value[0]) for name, value in solution.natural(solution.best).items()}
+
+
+def family_d(runs: Runs, quick: bool) -> list[tuple[float, str, Any]]:
+    rows = []
+    grid = itertools.product((True,) if quick else (False, True), (0.0,) if quick else (0.0, 1.0), (0.0, *STRENGTHS))
+    for counted, late, strength in grid:
+
+        def fitter(names: Any, last: float, choice: Any = (counted, late, strength)) -> dict[str, Parameters]:
+            return {size: held_gain(runs, size, names, last, *choice) for size in SIZES}
+
+        words = f"D warm-up {counted:d}, w {late}, {strength}"
+        rows.append((score(runs, counted, fitter), words, (counted, fitter)))
+    return rows
+
+
+FAMILIES = {"A": family_a, "B": family_b, "C": family_c, "D": family_d}
 
 
 def test_errors(runs: Runs, found: Mapping[str, Parameters], counted: bool) -> str:
@@ -364,7 +394,7 @@ def report(runs: Runs, families: Sequence[str], quick: bool, test: bool) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", nargs="*", choices=[[], *FAMILIES], help="of A, B and C; all if none is named")
+    parser.add_argument("family", nargs="*", choices=[[], *FAMILIES], help="of A to D; all if none is named")
     parser.add_argument("--test", action="store_true", help="also the errors on test schedules")
     parser.add_argument("--quick", action="store_true", help="a few candidates of each family")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with multi_power_law")

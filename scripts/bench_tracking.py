@@ -1,10 +1,11 @@
 """What tracking costs, beside Ray's MLflowLoggerCallback: requests and driver time a result, what a dead server does,
-a million points from four writers, and the three ways to read a thousand runs back.
+a million points from four writers, and the three ways to read a thousand runs back. `lengths` tells what a sweep
+costs from what a result does, by two sweeps of different lengths.
 
 The server is `mlflow server --workers 1` on SQLite, on 127.0.0.1, ended here. One table: ours, peer, ratio.
 
 Usage:
-    python scripts/bench_tracking.py [--part callback|rate|crash|million|collect|all] [--points 1000000] [--runs 1000]
+    python scripts/bench_tracking.py [--part callback|lengths|rate|crash|million|collect|all] [--points 1000000]
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import threading
 import time
 import urllib.request
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,9 @@ interval_steps = {interval}
 cpus_per_trial = 0.25
 max_failures = 0
 """
+
+
+_HISTORY_RUNS = 20
 
 
 class Table:
@@ -133,14 +138,20 @@ class Meter:
     """Requests of this process, and the time that its threads spend on tracking."""
 
     def __init__(self) -> None:
-        self.requests, self.results = 0, 0
+        self.results = 0
+        self.by_endpoint: Counter[str] = Counter()
         self.cpu_seconds, self.wall_seconds = 0.0, 0.0
         self._busy = threading.local()
 
+    @property
+    def requests(self) -> int:
+        return self.by_endpoint.total()
+
     def count(self, original: Any) -> Any:
-        def send(*arguments: Any, **keywords: Any) -> Any:
-            self.requests += 1
-            return original(*arguments, **keywords)
+        def send(adapter: Any, request: Any, *arguments: Any, **keywords: Any) -> Any:
+            path = request.path_url.partition("?")[0].partition("/mlflow")[2]
+            self.by_endpoint["artifact" if path.startswith("-artifacts") else path.strip("/")] += 1
+            return original(adapter, request, *arguments, **keywords)
 
         return send
 
@@ -257,6 +268,28 @@ def part_callback(table: Table, folder: Path, steps: int) -> None:
     table.add("wall time of the sweep", our_seconds, peer_seconds, "s")
 
 
+def part_lengths(table: Table, folder: Path, lengths: list[int]) -> None:
+    """What a sweep costs whatever its length, and what each result adds: a line through sweeps of two lengths."""
+    measured = []
+    with Server(folder) as mlflow:
+        for steps in lengths:
+            done, wait, seconds, ended = run_population(folder, f"steps{steps}", mlflow.uri, steps, None)
+            figures = (float(done.requests), 1e3 * done.cpu_seconds, 1e3 * wait.wall_seconds)
+            measured.append((done.results, figures))
+            where = ", ".join(f"{name} {count}" for name, count in done.by_endpoint.most_common())
+            table.add(f"{done.results:,} results in {seconds:.0f} s: how it ended", ended)
+            table.add("requests: where to", where)
+            per = [figure / done.results for figure in figures]
+            table.add("requests a result", per[0])
+            table.add("CPU of tracking, a result", per[1], "", "ms")
+            table.add("driver waits for it, a result (at the end)", per[2], "", "ms")
+    (short, before), (long, after) = measured[0], measured[-1]
+    names = (("requests", ""), ("CPU of tracking", "ms"), ("driver waits", "ms"))
+    for (name, unit), first, last in zip(names, before, after, strict=True):
+        slope = (last - first) / max(1, long - short)
+        table.add(f"{name}: a sweep, and each result", f"{first - slope * short:.4g} + {slope:.3g} {unit}".strip())
+
+
 def part_rate(table: Table, folder: Path, seconds: float) -> None:
     """Requests and driver time a result where many results come: four trials, two results a second each."""
     sweep = SweepFolder.create(folder / "rate", spec_text='name = "rate"\n', meta={"experiment": "rate"})
@@ -299,8 +332,7 @@ def part_crash(table: Table, folder: Path, steps: int) -> None:
     """What an exploit, and a server that dies after forty results, do to the sweep."""
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"  # its default would let the peer hang for four minutes first
     with Server(folder) as mlflow:
-        peer, _, _, ended = run_population(folder, "exploit", mlflow.uri, steps, {})
-        table.add("a member copies another one", "goes on", f"{peer.results} results, {ended}"[:120])
+        table.add("a member goes on under another learning rate", "a point and an event", exploited(mlflow.uri))
 
         def after(results: int) -> None:
             if results == 40:
@@ -320,15 +352,38 @@ def part_crash(table: Table, folder: Path, steps: int) -> None:
         sweep = SweepFolder.open(folder / "runs" / "ours-dead")
         report = Projector(sweep, mlflow.uri, sweep.meta["experiment"]).close(timeout_seconds=120)
         stored, distinct = _count(mlflow.database)
-    table.add("server back, empty: points sent by sync", f"{report.points:,} {report.error}".strip())
-    table.add("points stored, of them distinct", f"{stored:,}, {distinct:,}", "0")
+    table.add("server back, empty: points sent by sync", f"{report.points:,} {report.error}".strip(), "0")
+    table.add("points of trials stored, of them distinct", f"{stored:,}, {distinct:,}", "0")
+
+
+def exploited(uri: str) -> str:
+    """Return how Ray's callback takes what Ray's own population does to a member: a start with another value."""
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    class Member:
+        config = {"lr": 0.1}
+
+        def __str__(self) -> str:
+            return "t0"
+
+    callback, member = MLflowLoggerCallback(tracking_uri=uri, experiment_name="exploit"), Member()
+    callback.setup()
+    callback.log_trial_start(member)
+    member.config = {"lr": 0.02}
+    try:
+        callback.log_trial_start(member)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0][:60]
+    return "goes on"
 
 
 def _count(database: Path) -> tuple[int, int]:
+    """Return how many points the runs of trials hold, and how many different ones."""
+    trials = "metrics WHERE run_uuid IN (SELECT run_uuid FROM tags WHERE key = 'landscape_ray.trial_id')"
     with contextlib.closing(sqlite3.connect(database)) as connection:
-        (stored,) = connection.execute("SELECT COUNT(*) FROM metrics").fetchone()
+        (stored,) = connection.execute(f"SELECT COUNT(*) FROM {trials}").fetchone()
         (distinct,) = connection.execute(
-            "SELECT COUNT(*) FROM (SELECT DISTINCT run_uuid, key, step, timestamp, value FROM metrics)"
+            f"SELECT COUNT(*) FROM (SELECT DISTINCT run_uuid, key, step, timestamp, value FROM {trials})"
         ).fetchone()
     return stored, distinct
 
@@ -385,7 +440,10 @@ def part_million(table: Table, folder: Path, points: int) -> None:
 
 
 def part_collect(table: Table, folder: Path, runs: int, points: int) -> None:
-    """Read a thousand runs of a thousand points back: Parquet parts, the Parquet copy, the store, metric by metric."""
+    """Read a thousand runs of a thousand points back: Parquet parts, the store, metric by metric.
+
+    The last takes minutes: it is timed on a few runs, and extrapolated by their number.
+    """
     make_sweep(folder / "large", runs, points)
     begun = time.perf_counter()
     rows = len(collect(folder / "large").records)
@@ -393,22 +451,26 @@ def part_collect(table: Table, folder: Path, runs: int, points: int) -> None:
     table.add(f"collect {runs:,} runs x {points:,} points, {rows:,} rows: Parquet", parquet, "", "s")
     shutil.rmtree(folder / "large")
     with Server(folder) as mlflow:
-        fill_store(mlflow, runs, points)
-        for what, uri, route in (
-            ("the SQLite file", f"sqlite:///{mlflow.database}", "bulk"),
-            ("a server, bulk interface", mlflow.uri, "bulk"),
-            ("a server, metric by metric", mlflow.uri, "history"),
+        few = min(runs, _HISTORY_RUNS)
+        fill_store(mlflow, "large", runs, points)
+        fill_store(mlflow, "few", few, points)
+        for what, uri, route, experiment, times in (
+            ("the SQLite file", f"sqlite:///{mlflow.database}", "bulk", "large", 1.0),
+            ("a server, bulk interface", mlflow.uri, "bulk", "large", 1.0),
+            (f"a server, metric by metric ({few} runs)", mlflow.uri, "history", "few", runs / few),
         ):
             begun = time.perf_counter()
-            got = len(collect_mlflow(uri, "large", route=route).records)  # type: ignore[arg-type]
+            got = len(collect_mlflow(uri, experiment, route=route).records)  # type: ignore[arg-type]
             seconds = time.perf_counter() - begun
-            table.add(f"{got:,} rows of one metric: {what}", parquet, seconds, "s")
+            table.add(f"{got:,} rows of one metric: {what}", "", seconds, "s")
+            if times > 1:
+                table.add(f"extrapolated to {runs:,} runs", parquet, times * seconds, "s")
 
 
-def fill_store(mlflow: Server, runs: int, points: int) -> None:
+def fill_store(mlflow: Server, name: str, runs: int, points: int) -> None:
     """Put runs with the history of one metric into the store, behind MLflow's back: through it takes minutes."""
     client = server.open_client(mlflow.uri)
-    experiment = client.create_experiment("large")
+    experiment = client.create_experiment(name)
     template = client.create_run(experiment).info.run_id
     client.log_metric(template, "eval/loss_nats", 1.0, timestamp=1, step=0)
     with contextlib.closing(sqlite3.connect(mlflow.database)) as connection, connection:
@@ -420,7 +482,7 @@ def fill_store(mlflow: Server, runs: int, points: int) -> None:
             return f"INSERT INTO {table} ({','.join(row)}) VALUES ({marks})", list(row.values())
 
         for number in range(runs):
-            run_id = f"{number:032x}"
+            run_id = f"{name[:8]}{number:0{32 - len(name[:8])}x}"
             for table in ("runs", "latest_metrics"):
                 connection.execute(*copies(table, {"run_uuid": run_id} | ({"name": run_id} if table == "runs" else {})))
             changes = {"run_uuid": run_id, "step": 0, "timestamp": 0, "value": 0.0}
@@ -439,8 +501,11 @@ def fill_store(mlflow: Server, runs: int, points: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["callback", "rate", "crash", "million", "collect", "all"], default="all")
+    parser.add_argument(
+        "--part", choices=["callback", "lengths", "rate", "crash", "million", "collect", "all"], default="all"
+    )
     parser.add_argument("--steps", type=int, default=1000, help="updates of each of the four members; 10 a result")
+    parser.add_argument("--lengths", type=int, nargs=2, default=[500, 2500], help="updates, of the part `lengths`")
     parser.add_argument("--seconds", type=float, default=120.0, help="of the part `rate`")
     parser.add_argument("--points", type=int, default=1_000_000, help="of the part `million`")
     parser.add_argument("--runs", type=int, default=1000, help="of the part `collect`")
@@ -451,6 +516,7 @@ def main() -> None:
     table = Table()
     parts = {
         "callback": lambda folder: part_callback(table, folder, options.steps),
+        "lengths": lambda folder: part_lengths(table, folder, options.lengths),
         "rate": lambda folder: part_rate(table, folder, options.seconds),
         "crash": lambda folder: part_crash(table, folder, options.steps),
         "million": lambda folder: part_million(table, folder, options.points),

@@ -341,6 +341,45 @@ def test_sharpness_over_widths_is_drawn(here: Path, capsys: Any) -> None:
     assert (code, "add [train.probes.preconditioned_sharpness]" in errors) == (2, True)
 
 
+def test_spectra_of_a_checkpoint_by_layer_class_and_batch_size(here: Path, capsys: Any) -> None:
+    (here / "mlp.toml").write_text(MLP.replace("width = 16", "width = 4"))
+    run(capsys, "train", "mlp.toml", "--name", "m")
+    code, out, errors = run(
+        capsys,
+        *("probe", "m", "--probes", "sharpness, distance_from_init", "--batch-size", "64"),
+        *("--layers", "--classes", "--batch-sizes", "4, 16", "--num-eigenvalues", "2"),
+    )
+    assert code == 0, errors
+    said = " ".join(out.split())
+    assert "The sharpest block is that of layer" in said
+    assert "The loss is sharpest on class" in said
+    assert "times that on all 64 examples" in said
+    assert "64 (all)" in said
+    assert "distance_from_init: left out, the run had no such probe" in said
+    fits = here / "runs" / "m" / "fits"
+    for name in ("layers", "classes", "batch-sizes"):
+        assert (fits / f"spectrum-{name}-t0000.png").read_bytes()[:4] == b"\x89PNG"
+    found = json.loads((fits / "probes-t0000.json").read_text())["spectra"]
+    whole, *layers = found["layers"].values()
+    assert len(layers) == 3
+    assert all(len(layer["largest"]) == 2 for layer in layers)
+    # blocks interlace with the whole, up to the residuals
+    assert max(layer["largest"][0][0] for layer in layers) <= whole["largest"][0][0] + whole["largest"][0][1]
+    assert min(layer["smallest"][0][0] for layer in layers) >= whole["smallest"][0][0] - whole["smallest"][0][1]
+    assert next(iter(found["classes"])) == "all targets"
+    assert 2 <= len(found["classes"]) <= 11
+    assert found["batch_sizes"]["batch_sizes"] == [4, 16]
+    assert found["batch_sizes"]["largest"][0][0] > found["batch_sizes"]["largest"][-1][0]  # small batches are sharper
+    assert json.loads((fits / "spectrum-layers-t0000.json").read_text()) == found["layers"]
+
+    for given, message in (
+        ("4,x", "--batch-sizes must be numbers separated by commas, such as 8,32,128, got '4,x'"),
+        ("4", "batch_sizes must be two or more between 1 and 32, half of the examples, got [4]"),
+    ):
+        code, _, errors = run(capsys, "probe", "m", "--batch-size", "64", "--batch-sizes", given)
+        assert (code, message in errors) == (2, True)
+
+
 def test_a_checkpoint_is_measured(here: Path, capsys: Any) -> None:
     (here / "mlp.toml").write_text(MLP)
     run(capsys, "train", "mlp.toml", "--name", "m")
@@ -376,3 +415,44 @@ def test_a_checkpoint_is_measured(here: Path, capsys: Any) -> None:
     shutil.rmtree(here / "runs" / "m" / "trials" / "t0000" / "checkpoint")
     code, _, errors = run(capsys, "probe", "m")
     assert (code, "no run of m has a checkpoint yet" in errors) == (2, True)
+
+
+@pytest.mark.parametrize("verb", ["sweep", "train"])
+def test_a_storage_that_is_none_is_named_before_the_start(here: Path, capsys: Any, verb: str) -> None:
+    (here / "file").write_text("")
+    for uri, message in (
+        ("bucket/runs", "--storage must be an address such as s3://bucket/folder or file:///folder, got 'bucket/runs'"),
+        ("s4://ada:s3cret@bucket/runs", "that pyarrow opens, got 's4://***@bucket/runs'"),
+        (f"file://{here}/file/deep", "cannot be used"),
+    ):
+        code, out, err = run(capsys, verb, "search.toml", "--name", "x", "--storage", uri)
+        assert (code, message in err) == (2, True), err
+        assert "s3cret" not in out + err
+        assert not (here / "runs" / "x").exists()
+
+
+@pytest.mark.acceptance
+def test_a_run_is_read_and_gone_on_with_from_its_storage(here: Path, capsys: Any, store_template: Path) -> None:
+    uri = f"file://{here}/store"
+    for home in ("runs", "other"):
+        (here / home).mkdir()
+        shutil.copy(store_template, here / home / "mlflow.db")
+    assert run(capsys, "train", "train.toml", "--name", "one", "--storage", uri)[0] == 0
+    code, _, err = run(capsys, "train", "train.toml", "--name", "one", "--storage", uri, "--results", "other")
+    assert (code, f"{uri}/one exists; use another --name, or `landscape-ray resume {uri}/one`" in err) == (2, True)
+    shutil.rmtree(here / "runs" / "one")
+    code, out, _ = run(capsys, "status", f"{uri}/one", "--results", "other")
+    assert (code, "1/1 trials ended" in out, f"storage {uri}: up to date" in out) == (0, True, True), out
+    assert not (here / "other" / "one" / "trials" / "t0000" / "checkpoint").exists()
+    code, out, _ = run(capsys, "resume", f"{uri}/one", "--results", "other", "--num-steps", "15")
+    assert (code, "one finished" in out) == (0, True), out
+    folder = SweepFolder.open(here / "other" / "one")
+    assert folder.trial("t0000").summary().step == 15  # type: ignore[union-attr]
+    code, out, _ = run(capsys, "sync", "one", "--results", "other")
+    assert (code, "one: the storage is up to date" in out) == (0, True), out
+    code, _, err = run(capsys, "status", f"{uri}/two")
+    assert (code, f"no sweep at {uri}/two; give STORAGE/NAME as it was launched with --storage" in err) == (2, True)
+    # an address with credentials is noted without them, and has to be given again
+    folder.update_meta(storage="s3://***@bucket")
+    code, out, err = run(capsys, "sync", "one", "--results", "other")
+    assert (code, "was noted without its credentials; give it again with --storage" in err) == (2, True)

@@ -12,7 +12,7 @@ import typer
 
 from landscape_ray.cli import laws
 from landscape_ray.cli.checks import check
-from landscape_ray.cli.outliers import show_outliers
+from landscape_ray.cli.probing import probe
 from landscape_ray.cli.shared import (
     DEFAULT_RESULTS,
     Address,
@@ -20,12 +20,12 @@ from landscape_ray.cli.shared import (
     OneSweep,
     Results,
     Spec,
+    StorageUri,
     Sweeps,
     Tracking,
     new_console,
     open_all,
     open_sweep,
-    plain,
     save_study,
     shown,
     tracking_uri_of,
@@ -46,7 +46,7 @@ app = typer.Typer(
     help="Hyperparameter search and population training on Ray that understands the loss landscape it moves in.",
 )
 app.add_typer(check, name="check")
-for verb in (laws.fit, laws.predict, laws.recommend):
+for verb in (laws.fit, laws.predict, laws.recommend, probe):
     app.command()(verb)
 
 
@@ -57,6 +57,7 @@ def sweep(
     results: Results = DEFAULT_RESULTS,
     address: Address = None,
     tracking_uri: Tracking = None,
+    storage: StorageUri = None,
 ) -> None:
     """Run a sweep: every trial a training run, tracked in MLflow and as Parquet."""
     from landscape_ray.sweep.session import new_sweep
@@ -68,15 +69,16 @@ def sweep(
     if parsed.search is None and parsed.population is None:
         raise UserError(f"{spec} must have a [search] or a [population] table; for a single run: landscape-ray train")
     console = new_console()
-    folder = new_sweep(parsed, text, results, name, tracking_uri)
+    folder = new_sweep(parsed, text, results, name, tracking_uri, storage)
     console.print(f"sweep [bold]{folder.path.name}[/bold] in {shown(folder.path)}", soft_wrap=True)
-    _finish(drive(folder, console, address, tracking_uri), console)
+    _finish(drive(folder, console, address, tracking_uri, storage), console)
 
 
 @app.command()
 def resume(
     sweep: Annotated[
-        str | None, typer.Argument(metavar="[SWEEP]", help="Name or folder; default: the newest unfinished sweep.")
+        str | None,
+        typer.Argument(metavar="[SWEEP]", help="Name, folder or STORAGE/NAME; default: the newest unfinished sweep."),
     ] = None,
     num_trials: Annotated[
         int | None, typer.Option("--num-trials", min=1, help="Go on to so many trials; for a search.")
@@ -90,37 +92,45 @@ def resume(
     results: Results = DEFAULT_RESULTS,
     address: Address = None,
     tracking_uri: Tracking = None,
+    storage: StorageUri = None,
 ) -> None:
     """Go on with a sweep that was stopped, killed or left with failed trials, perhaps further than it was to go."""
     from landscape_ray.sweep.extension import extend
 
     folder = open_sweep(sweep, results, unfinished=num_trials is None and num_steps is None and spec is None)
     console = new_console()
+    storage = _storage_of(folder, sweep, storage, console)
     for name, value in extend(folder, spec, num_trials, num_steps).items():
         console.print(f"{name} is now {value}", highlight=False)
     console.print(f"resuming [bold]{folder.path.name}[/bold] in {shown(folder.path)}", soft_wrap=True)
     if folder.meta.get("single_run"):
         from landscape_ray.sweep.session import train_one
 
-        _finish(train_one(folder, console, tracking_uri), console)
+        _finish(train_one(folder, console, tracking_uri, storage), console)
     else:
         from landscape_ray.sweep.tuner import drive
 
-        _finish(drive(folder, console, address, tracking_uri), console)
+        _finish(drive(folder, console, address, tracking_uri, storage), console)
 
 
 @app.command()
-def train(spec: Spec, name: Name = None, results: Results = DEFAULT_RESULTS, tracking_uri: Tracking = None) -> None:
+def train(
+    spec: Spec,
+    name: Name = None,
+    results: Results = DEFAULT_RESULTS,
+    tracking_uri: Tracking = None,
+    storage: StorageUri = None,
+) -> None:
     """Train a file as one run in this process, without Ray; searched values take their low end."""
     from landscape_ray.sweep.session import new_sweep, train_one
     from landscape_ray.sweep.spec import read_spec
 
     parsed, text = read_spec(spec)
     console = new_console()
-    folder = new_sweep(parsed, text, results, name, tracking_uri)
+    folder = new_sweep(parsed, text, results, name, tracking_uri, storage)
     folder.update_meta(single_run=True)
     console.print(f"run [bold]{folder.path.name}[/bold] in {shown(folder.path)}", soft_wrap=True)
-    _finish(train_one(folder, console, tracking_uri), console)
+    _finish(train_one(folder, console, tracking_uri, storage), console)
 
 
 @app.command()
@@ -145,89 +155,6 @@ def rank(
     shown_for = None if given == "all" else given or main_setting(study)
     console.print(rank_tables(study, shown_for), highlight=False, crop=False)
     save_study(rank_figure(study), study.to_json(), out if out is not None else folders[0].fits_path, console)
-
-
-@app.command()
-def probe(
-    sweep: OneSweep = None,
-    run: Annotated[str | None, typer.Option("--run", help="Identifier of the run; default: the best one.")] = None,
-    probes: Annotated[
-        str, typer.Option("--probes", help="Names, separated by commas; default: those that the run had.")
-    ] = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in the probe batch.")] = 256,
-    num_batches: Annotated[
-        int | None, typer.Option(min=1, help="How many such batches; default: what each probe takes.")
-    ] = None,
-    double: Annotated[bool, typer.Option("--double", help="Measure in double precision.")] = False,
-    density: Annotated[bool, typer.Option("--density", help="Draw the spectral density of the Hessian.")] = False,
-    outliers: Annotated[
-        bool, typer.Option("--outliers", help="Show the examples that the next update helps and harms most.")
-    ] = False,
-    results: Results = DEFAULT_RESULTS,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for numbers and figure; default: fits/ of the sweep.")
-    ] = None,
-) -> None:
-    """Measure the last checkpoint of a run: sharpness, trace, noise scale ... or the whole spectrum."""
-    import json
-
-    from landscape_ray.files import write_atomic
-    from landscape_ray.reports.inspection import density_figure, probe_table
-    from landscape_ray.sweep.run import checkpoint_of
-    from landscape_ray.training.inspection import inspect
-
-    console = new_console()
-    folder = open_sweep(sweep, results)
-    run_id, path = checkpoint_of(folder, run)
-    with console.status("measuring ...") as status:
-        found = inspect(
-            path,
-            [name.strip() for name in probes.split(",") if name.strip()],
-            batch_size=batch_size,
-            num_batches=num_batches,
-            density=density,
-            outliers=outliers,
-            double=double,
-            progress=lambda name: status.update(f"measuring {name} ..."),
-        )
-    rows = {
-        name: (
-            e.value,
-            e.standard_error,
-            e.converged,
-            e.price_gradients,
-            e.cost_seconds,
-            found.num_examples.get(name, 0),
-        )
-        for name, e in found.estimates.items()
-    }
-    title = f"{run_id} after {found.step} updates, on its training data"
-    console.print(probe_table(title, rows))
-    for name, reason in found.unknown.items():
-        console.print(f"[yellow]{name}: left out, {reason}[/yellow]", highlight=False)
-    numbers: dict[str, object] = {"run_id": run_id, "step": found.step}
-    fields = ("value", "standard_error", "converged", "price_gradients", "cost_seconds", "num_examples")
-    numbers["estimates"] = {name: dict(zip(fields, row, strict=True)) for name, row in rows.items()}
-    target = out if out is not None else folder.fits_path
-    if found.density is not None:
-        spectrum = found.density
-        error = spectrum.density_error
-        figure = density_figure(
-            run_id,
-            spectrum.grid.numpy(),
-            spectrum.density.numpy(),
-            None if error is None else error.numpy(),
-            outliers=spectrum.outliers.numpy(),
-            bulk=(spectrum.bulk_lower.value, spectrum.bulk_upper.value),
-            trace=spectrum.trace.value,
-            num_params=found.num_params,
-        )
-        points = {"grid": spectrum.grid.tolist(), "density": spectrum.density.tolist()}
-        save_study(figure, {**points, "outliers": spectrum.outliers.tolist()}, target, console)
-    if found.outliers is not None:
-        numbers["outliers"] = show_outliers(found.outliers, run_id, target, console)
-    write_atomic(target / f"probes-{run_id}.json", json.dumps(plain(numbers), indent=1) + "\n")
-    console.print(f"saved in {shown(target)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -299,13 +226,22 @@ def export(
 
 
 @app.command()
-def sync(sweeps: Sweeps = None, results: Results = DEFAULT_RESULTS, tracking_uri: Tracking = None) -> None:
-    """Send to the tracking server what it has not received yet; sending twice changes nothing."""
+def sync(
+    sweeps: Sweeps = None,
+    results: Results = DEFAULT_RESULTS,
+    tracking_uri: Tracking = None,
+    storage: StorageUri = None,
+) -> None:
+    """Send to the storage and the tracking server what they have not received yet; twice changes nothing."""
+    from landscape_ray.sweep.storing import send_sweep
     from landscape_ray.tracking.projector import Projector
 
     console = new_console()
     for folder in open_all(sweeps, results):
         with folder.lock():
+            if (place := storage or folder.meta.get("storage")) is not None:
+                send_sweep(folder, place)
+                console.print(f"{folder.path.name}: the storage is up to date", soft_wrap=True)
             uri = tracking_uri_of(folder, tracking_uri)
             Projector.check(uri)
             outcome = Projector(folder, uri, folder.meta["experiment"]).close(timeout_seconds=600.0)
@@ -340,6 +276,7 @@ def doctor(
     results: Results = DEFAULT_RESULTS,
     address: Address = None,
     tracking_uri: Tracking = None,
+    storage: StorageUri = None,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Also start Ray here, or ask the cluster.")] = True,
 ) -> None:
     """Check versions, GPU, storage, disk, tracking server and Ray, and say what to do; status 2 where a sweep fails."""
@@ -350,7 +287,7 @@ def doctor(
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     findings = []
     uri = resolve_tracking_uri(tracking_uri, results)
-    for finding in examine(results, address, uri, ray=ray):
+    for finding in examine(results, address, uri, ray=ray, storage_uri=storage):
         findings.append(finding)
         status = f"[{colours[finding.status]}]{finding.status:>7}[/{colours[finding.status]}]"
         console.print(f"{status}  {finding.name}: ", end="", highlight=False)
@@ -401,6 +338,22 @@ def refine(
     console = new_console()
     console.print(f"# refined to {found.run_id}: put this into the sweep file", highlight=False, markup=False)
     console.print(found.toml, highlight=False, markup=False, soft_wrap=True)
+
+
+def _storage_of(folder: SweepFolder, sweep: str | None, given: str | None, console: Console) -> str | None:
+    """Return the address of a sweep's storage, after bringing the folder up to what another machine left there."""
+    from landscape_ray.sweep.storing import bring_up_to_date
+    from landscape_ray.tracking.storage import split_address
+    from landscape_ray.tracking.uris import mask_secrets
+
+    uri: str | None = split_address(sweep)[0] if sweep is not None and "://" in sweep else given
+    uri = uri or folder.meta.get("storage")
+    if uri is not None:
+        if problem := bring_up_to_date(folder, uri):
+            console.print(f"[yellow]going on with what is here: {problem}[/yellow]", highlight=False, soft_wrap=True)
+        if (shown_uri := mask_secrets(uri)) != folder.meta.get("storage"):
+            folder.update_meta(storage=shown_uri)
+    return uri
 
 
 def _attach(folder: SweepFolder, paths: list[Path], console: Console) -> None:

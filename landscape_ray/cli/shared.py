@@ -35,11 +35,20 @@ Tracking = Annotated[
         "--tracking-uri", help="MLflow store or server; default: $MLFLOW_TRACKING_URI, else RESULTS/mlflow.db."
     ),
 ]
+StorageUri = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        envvar="LANDSCAPE_RAY_STORAGE",
+        help="Place that every machine reaches, to keep the sweep in as well: s3://bucket/folder, gs://, file:// ...",
+    ),
+]
 Sweeps = Annotated[
-    list[str] | None, typer.Argument(metavar="[SWEEP]...", help="Names or folders of sweeps; default: the newest.")
+    list[str] | None,
+    typer.Argument(metavar="[SWEEP]...", help="Names, folders or STORAGE/NAME of sweeps; default: the newest."),
 ]
 OneSweep = Annotated[
-    str | None, typer.Argument(metavar="[SWEEP]", help="Name or folder of a sweep; default: the newest.")
+    str | None, typer.Argument(metavar="[SWEEP]", help="Name, folder or STORAGE/NAME of a sweep; default: the newest.")
 ]
 
 
@@ -78,10 +87,25 @@ def shown(path: Path) -> str:
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
 
 
-def open_sweep(name: str | None, results: Path, *, unfinished: bool = False) -> SweepFolder:
-    """Return the sweep with this name or at this path; without one, the newest (unfinished) sweep."""
+def open_sweep(name: str | None, results: Path, *, unfinished: bool = False, checkpoints: bool = False) -> SweepFolder:
+    """Return the sweep with this name or at this path; without one, the newest (unfinished) sweep.
+
+    Args:
+        name: a name, a folder, or an address in a storage, from which the sweep is brought into `results` first.
+        results: folder of the sweeps.
+        unfinished: whether the newest must be one that has not ended.
+        checkpoints: whether checkpoints are brought as well.
+    """
     from landscape_ray.tracking.folder import SweepFolder, find_sweeps
 
+    if name is not None and "://" in name:
+        from landscape_ray.tracking.cache import bring_sweep
+        from landscape_ray.tracking.storage import open_storage, split_address
+
+        uri, plain_name = split_address(name)
+        sweep, target = open_storage(uri).at(plain_name), results / plain_name
+        with new_console().status(f"bringing {sweep.shown} to {shown(target)} ..."):
+            return bring_sweep(sweep, target, checkpoints=checkpoints)
     if name is None:
         found = [f for f in find_sweeps(results) if not (unfinished and f.meta.get("status") == "finished")]
         if not found:

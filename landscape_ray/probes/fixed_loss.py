@@ -208,19 +208,18 @@ class FixedLoss:
     def moved_by(self, displacement: Tensor) -> Iterator[None]:
         """Return a context in which the weights are displaced; afterwards they are back to the bit."""
         with torch.inference_mode(False):
-            originals = [p.detach().clone() for p in self.parameters]
+            originals = self.weights
         try:
-            with torch.inference_mode(False):
-                for parameter, original, delta in zip(
-                    self.parameters, originals, self.unflatten(displacement), strict=True
-                ):
-                    # `.data`: version counters stay, so graphs that the host holds are usable once the bits are back.
-                    parameter.data.copy_(original + delta)
+            self._put(originals + displacement)
             yield
         finally:
-            with torch.inference_mode(False):
-                for parameter, original in zip(self.parameters, originals, strict=True):
-                    parameter.data.copy_(original)
+            self._put(originals)
+
+    def _put(self, weights: Tensor) -> None:
+        with torch.inference_mode(False):
+            for parameter, part in zip(self.parameters, self.unflatten(weights), strict=True):
+                # `.data`: version counters stay, so graphs that the host holds are usable once the bits are back.
+                parameter.data.copy_(part)
 
     # for operators and probes that work on one micro-batch: inside `surroundings`
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -31,6 +32,15 @@ def head(title: str, facts: Sequence[str], anchors: Iterable[tuple[str, str]], s
         f'<button type="button" id="theme">light / dark</button></header>{said}'
         f'<nav aria-label="Sections">{links}</nav>'
     )
+
+
+def prose(said: str) -> str:
+    """Return sentences with what stands between backquotes as code.
+
+    >>> prose("fits by `landscape-ray fit` & more")
+    'fits by <code>landscape-ray fit</code> &amp; more'
+    """
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(said))
 
 
 def definitions(pairs: Iterable[tuple[str, str]]) -> str:

@@ -28,6 +28,7 @@ from landscape_ray.reports import (
 from landscape_ray.reports.figures import Figure, palette
 from landscape_ray.reports.importance_figure import importance
 from landscape_ray.reports.interactive import legend, plotly_js, specification
+from landscape_ray.reports.markup import prose
 from landscape_ray.reports.ranking import RankStudy, rank_figure
 from landscape_ray.reports.template import PAGE, POLICY, SCRIPT, STYLE
 from landscape_ray.reports.views import Sweep, open_sweep
@@ -214,14 +215,14 @@ def _scaling(sweeps: Sequence[Sweep]) -> list[Figure]:
 def block(item: Figure | str) -> str:
     """Return a figure's place in the page, or the reason that there is none."""
     if isinstance(item, str):
-        return f'<p class="empty">{html.escape(item)}</p>'
-    note = f'<p class="note">{html.escape(item.note)}</p>' if item.note else ""
+        return f'<p class="empty">{prose(item)}</p>'
+    note = f'<p class="note">{prose(item.note)}</p>' if item.note else ""
     save = "".join(
         f'<button type="button" class="save" data-figure="{item.key}" data-kind="{kind}" '
         f'title="Save this figure as {kind.upper()}">{kind.upper()}</button>'
         for kind in ("png", "svg")
     )
-    caption = f'<h3>{html.escape(item.title)}{save}</h3><p class="takeaway">{html.escape(item.takeaway)}</p>'
+    caption = f'<h3>{html.escape(item.title)}{save}</h3><p class="takeaway">{prose(item.takeaway)}</p>'
     said = html.escape(f"{item.title}. {item.takeaway}")
     return (
         f'<figure id="figure-{item.key}"><figcaption>{caption}</figcaption>'

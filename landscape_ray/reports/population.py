@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 import numpy as np
+from numpy.typing import NDArray
 
 from landscape_ray import text
 from landscape_ray.analysis.runs import Run, setting
@@ -22,6 +23,9 @@ WINNER, SURVIVOR, GIVEN_UP, BASELINE = "c1", "c0", "muted", "c2"
 
 COOLDOWN_FRACTION = 0.2
 """Of a WSD baseline that nobody trained."""
+
+LEAN = 0.012
+"""Share of the updates by which an arrow leans: those of one moment then part at their donors."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -108,8 +112,8 @@ def lineage(sweeps: Sequence[Sweep], sweep: Sweep) -> Figure | str:
     measured = beside is not None and beside.run is not None
     note = (
         "Each row is a member, each arrow a copy: the member at the tip takes over the weights of the one at the foot "
-        "and changes its values. Below, every curve follows weights, not members: what those that are alive at the end "
-        "saw since they were drawn."
+        "at that step and changes its values. Below, every curve follows weights, not members: what those that are "
+        "alive at the end saw since they were drawn."
     )
     if beside is not None and not measured:
         note += (
@@ -154,6 +158,7 @@ def _tree(sweep: Sweep, alive: Sequence[Survivor], winner: Survivor | None) -> l
         ]
     inherited = {(s.run_id, s.start) for one in alive for s in one.path if s.life}
     won = {(s.run_id, s.start) for s in winner.path if s.life} if winner is not None else set()
+    lean = LEAN * max(one.run.summary.num_steps for one in alive)
     by_color: dict[str, list[Exploit]] = {GIVEN_UP: [], SURVIVOR: [], WINNER: []}
     for copy in sweep.copies:
         if copy.run_id in rows and copy.donor in rows:
@@ -162,11 +167,12 @@ def _tree(sweep: Sweep, alive: Sequence[Survivor], winner: Survivor | None) -> l
     for color, copies in by_color.items():
         for copy in copies:
             ends = [rows[copy.donor], rows[copy.run_id]]
-            drawn.append(series("arrow", [copy.step] * 2, ends, name="copy", color=color, size=10))
+            at = [max(copy.step - lean, 0.0), float(copy.step)]
+            drawn.append(series("arrow", at, ends, name="copy", color=color, size=10))
         if copies:
-            at, levels = [copy.step for copy in copies], [rows[copy.run_id] for copy in copies]
+            steps, levels = [copy.step for copy in copies], [rows[copy.run_id] for copy in copies]
             told = tuple(_told(copy) for copy in copies)
-            drawn.append(series("points", at, levels, name="copy", color=color, size=7, hover=told))
+            drawn.append(series("points", steps, levels, name="copy", color=color, size=7, hover=told))
     return drawn
 
 
@@ -189,14 +195,31 @@ def _curves(
         style = {"color": SURVIVOR, "weight": "muted", "name": "alive at the end", "hover": said}
         if one is winner:
             style |= {"color": WINNER, "weight": "main", "name": "weights of the winner"}
-        rates.append(series("step", *thin(one.steps, one.lr), **style))
+        rates.append(series("line", *_bent(one.steps, one.lr), **style))
         losses.append(series("line", *thin(one.eval_steps, one.losses), **style))
     if beside is not None:
         style = {"color": BASELINE, "dash": "dash", "name": beside.name, "hover": beside.name}
-        rates.append(series("line", *thin(beside.steps, beside.lr), **style))
+        rates.append(series("line", *_bent(beside.steps, beside.lr), **style))
         if beside.run is not None:
             losses.append(series("line", beside.run.evals["step"], beside.run.evals["loss_nats"], **style))
     return rates, losses
+
+
+def _bent(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
+    """Return the points of a curve between which it is straight, or where that are many a selection of its points.
+
+    A warm-up is drawn as the line that it is, and a change from one update to the next as upright.
+    """
+    kept = _bends(values)
+    return thin(steps[kept], values[kept])
+
+
+def _bends(values: Floats, tolerance: float = 1e-6) -> NDArray[np.intp]:
+    """Return the indices of a curve's ends, and of the updates where it bends by more than a share of its peak."""
+    if len(values) < 3:
+        return np.arange(len(values))
+    inner = np.flatnonzero(np.abs(np.diff(values, n=2)) > tolerance * float(values.max())) + 1
+    return np.concatenate([[0], inner, [len(values) - 1]])
 
 
 def _takeaway(sweep: Sweep, winner: Survivor | None, beside: Baseline | None) -> str:
@@ -269,9 +292,7 @@ def corners_of(values: Floats, tolerance: float = 1e-6) -> Points:
         tolerance: bends below this share of the peak count as straight.
     """
     peak, count = float(values.max()), len(values)
-    bent = np.flatnonzero(np.abs(np.diff(values, n=2)) > tolerance * peak) + 1
-    kept = np.unique(np.concatenate([[0], bent, [count - 1]])) if count > 1 else np.array([0])
-    corners = [(float(k) / count, float(values[k]) / peak) for k in kept]
+    corners = [(float(k) / count, float(values[k]) / peak) for k in _bends(values, tolerance)]
     if len(corners) > 1 and corners[-1][1] == corners[-2][1]:
         del corners[-1]  # level since the corner before: the end below says the same
     return (*corners, (1.0, corners[-1][1]))

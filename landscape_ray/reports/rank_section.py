@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
 from landscape_ray import text
 from landscape_ray.errors import UserError
 from landscape_ray.laws.ranking import Association
-from landscape_ray.reports.markup import table
+from landscape_ray.reports.markup import prose, table
 from landscape_ray.reports.ranking import SIGNIFICANT, Found, RankStudy, Row, rank_study
 from landscape_ray.reports.views import Sweep, varied_names
 
@@ -59,7 +58,7 @@ def rank_table(study: RankStudy) -> str:
     )
     rows = {k: row for k, row in enumerate(study.overall) if "/" not in row.measure} or dict(enumerate(study.overall))
     rest = {k: row for k, row in enumerate(study.overall) if k not in rows}
-    out = f'<p class="note">{escape(head)}</p>{_table(study, rows, marked)}'
+    out = f'<p class="note">{prose(head)}</p>{_table(study, rows, marked)}'
     if rest:
         name = text.plural(len(rest), "part")
         out += f"<details><summary>{name} of these measures</summary>{_table(study, rest, marked)}</details>"

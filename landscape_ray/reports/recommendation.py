@@ -15,6 +15,7 @@ from landscape_ray.analysis.importance import importances
 from landscape_ray.analysis.runs import Run
 from landscape_ray.errors import UserError
 from landscape_ray.laws import BestSchedule
+from landscape_ray.reports.markup import prose
 from landscape_ray.reports.population import baseline, schedule_toml, survivors
 from landscape_ray.reports.views import Sweep, best_overall, edge_of_search, label, loss_unit, no_best
 
@@ -63,7 +64,7 @@ def recommendation(sweeps: Sequence[Sweep]) -> str:
     parts = [f"<p>{escape(found.use)}</p>", f'<pre class="wrap">{escape(found.toml)}</pre>']
     for head, sentences in (("How sure that is", found.caution), ("What to try next", found.further)):
         if sentences:
-            items = "".join(f"<li>{escape(one)}</li>" for one in sentences)
+            items = "".join(f"<li>{prose(one)}</li>" for one in sentences)
             parts.append(f'<h3>{head}</h3><ul class="prose">{items}</ul>')
     sentence, toml = found.schedule
     if sentence:

@@ -19,7 +19,10 @@ import landscape_ray
 from landscape_ray.errors import UserError
 from landscape_ray.sweep.session import versions
 from landscape_ray.sweep.spec import SweepSpec
+from landscape_ray.tracking.cache import META
 from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.tracking.storage import open_storage
+from landscape_ray.tracking.uris import mask_secrets
 
 CHECK_SECONDS = 120.0
 """How long nodes have to answer; each starts an interpreter for it."""
@@ -92,10 +95,13 @@ def private_token() -> Iterator[None]:
                 path.chmod(0o600)
 
 
-def _look(path: str) -> dict[str, str]:
-    """Return what a node has: its versions, and what it reads at a path."""
+def _look(path: str, stored: tuple[str, str] | None = None) -> dict[str, str]:
+    """Return what a node has: its versions, and what it reads at a path or, for lack of it, in a storage."""
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        if stored is not None and not Path(path).exists():
+            content = open_storage(stored[0]).get(stored[1]).decode()
+        else:
+            content = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         content = str(error)
     return {**versions(), "content": content}
@@ -106,12 +112,17 @@ def nodes_alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def ask_nodes(path: str) -> dict[str, dict[str, str] | str]:
-    """Return by node address its versions and what it reads at `path`; a sentence where it cannot tell."""
+def ask_nodes(path: str, stored: tuple[str, str] | None = None) -> dict[str, dict[str, str] | str]:
+    """Return by node address its versions and what it reads at `path`; a sentence where it cannot tell.
+
+    Args:
+        path: of a file.
+        stored: address of a storage, and the name of an object with the same content in it.
+    """
     asked, look = {}, ray.remote(num_cpus=0, max_retries=0)(_look)
     for node in nodes_alive():
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[node["NodeManagerAddress"]] = look.options(scheduling_strategy=here).remote(path)
+        asked[node["NodeManagerAddress"]] = look.options(scheduling_strategy=here).remote(path, stored)
     found: dict[str, dict[str, str] | str] = {}
     for address, answer in asked.items():
         try:
@@ -124,22 +135,27 @@ def ask_nodes(path: str) -> dict[str, dict[str, str] | str]:
     return found
 
 
-def check_nodes(folder: SweepFolder) -> list[str]:
+def check_nodes(folder: SweepFolder, storage_uri: str | None = None) -> list[str]:
     """Return what is odd about the cluster's nodes, one sentence each; a single node is not asked.
 
+    Args:
+        folder: of the sweep.
+        storage_uri: of its storage, through which nodes may take part that do not see the folder.
+
     Raises:
-        UserError: a node does not see the sweep's folder, or cannot run this package.
+        UserError: a node does not see the sweep, or cannot run this package.
     """
     if len(nodes_alive()) < 2:
         return []
     here, warnings = versions(), []
-    for address, there in ask_nodes(str(folder.meta_path)).items():
+    stored = None if storage_uri is None else _stored_meta(storage_uri, folder.path.name)
+    for address, there in ask_nodes(str(folder.meta_path), stored).items():
         if isinstance(there, str):
             raise UserError(f"node {address} cannot take trials ({there}); install landscape_ray's dependencies there")
         if str(folder.meta["sweep_id"]) not in there["content"]:
             raise UserError(
-                f"node {address} does not see the sweep in {folder.path} ({there['content'][:200]}); "
-                "give a --results folder that all nodes share"
+                f"node {address} does not see the sweep in {folder.path} "
+                f"({mask_secrets(there['content'])[:200]}); give a --results folder that all nodes share, or --storage"
             )
         warnings += [
             f"node {address} has {name} {there.get(name, 'not at all')}, this machine {here.get(name)}; "
@@ -148,6 +164,14 @@ def check_nodes(folder: SweepFolder) -> list[str]:
             if there.get(name) != here.get(name)
         ]
     return warnings
+
+
+def _stored_meta(storage_uri: str, name: str) -> tuple[str, str] | None:
+    """Return where a sweep's sweep.json is stored; None where the storage does not answer."""
+    with contextlib.suppress(OSError, UserError):
+        if (manifest := open_storage(storage_uri).at(name).latest()) is not None:
+            return storage_uri, f"{name}/{manifest.files[META].object_name(META)}"
+    return None
 
 
 def check_resources(spec: SweepSpec) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 from landscape_ray.errors import UserError
 from landscape_ray.sweep.run import TrialRun, index_of
 from landscape_ray.sweep.spec import SweepSpec
+from landscape_ray.sweep.system import SystemSampler
 from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.tracking.mirror import Mirror
 from landscape_ray.training.cohort import Cohort
 
 
@@ -22,22 +24,32 @@ class CohortRun:
         folder: of the sweep.
         members: for each trial its `trial_id` and its searched `values`.
         attempt: counts the drivers that this sweep has had.
+        mirror: as for `TrialRun`.
     """
 
-    def __init__(self, spec: SweepSpec, folder: SweepFolder, members: Sequence[dict[str, Any]], attempt: int) -> None:
+    def __init__(
+        self,
+        spec: SweepSpec,
+        folder: SweepFolder,
+        members: Sequence[dict[str, Any]],
+        attempt: int,
+        mirror: Mirror | None = None,
+    ) -> None:
         self.runs: list[TrialRun] = []
         for each in members:
             name = each["trial_id"]
             data = self.runs[0].state.data if self.runs else None
             try:
                 values, note = dict(each["values"]), each.get("note")
-                run = TrialRun(spec, folder.trial(name), index_of(name), values, attempt, data, note)
+                run = TrialRun(spec, folder.trial(name), index_of(name), values, attempt, data, note, mirror)
             except UserError as error:
                 raise UserError(f"trial {name}: {error}") from None
             self.runs.append(run)
         route = spec.cohort.route if spec.cohort is not None else "auto"
         self._cohort = Cohort([run.state for run in self.runs], route)
         for k, run in enumerate(self.runs):
+            if k:  # one process: its samples are among the rows of the first member
+                run.system = SystemSampler(0)
             # the weights of a member are a row of a matrix; it is saved without the others
             run.write_state = functools.partial(self._cohort.leave, k)
 
@@ -58,4 +70,6 @@ class CohortRun:
         """Return what the driver needs to know of each trial; at the top what Ray wants of any."""
         results = {run.folder.trial_id: run.result() for run in self.runs}
         losses = [result["loss_nats"] for result in results.values() if math.isfinite(result["loss_nats"])]
-        return {"loss_nats": min(losses, default=math.nan), "done": self.finished, "members": results}
+        full = next((result["disk_full"] for result in results.values() if result["disk_full"]), "")
+        best = min(losses, default=math.nan)
+        return {"loss_nats": best, "done": self.finished, "members": results, "disk_full": full}

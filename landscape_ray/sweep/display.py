@@ -23,7 +23,9 @@ STYLES |= {"paused": "yellow", "stopped": "dim"}
 ENDED = ("finished", "diverged", "stopped", "failed")
 MAX_ROWS = 24
 PLAIN_SECONDS = 30.0
-"""Without a terminal, a line at most this often."""
+"""Without a terminal, a line at most this often while nothing ends ..."""
+NEWS_SECONDS = 1.0
+"""... and this often while trials do, beside a line for each of them: it counts all of them."""
 
 
 @dataclass
@@ -65,6 +67,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+class Halt(KeyboardInterrupt):
+    """The sweep pauses as if the user had stopped it: everything up to the last commits is safe."""
+
+
 class Dashboard:
     """Rows of trials as a rich table; also estimates the end of the sweep.
 
@@ -73,16 +79,19 @@ class Dashboard:
         name: of the sweep.
         num_trials: how many trials it has in all.
         num_steps: updates of a trial, for those not yet started.
+
+    Attributes:
+        halt: why the sweep pauses; empty while it does not.
     """
 
     def __init__(self, console: Console, name: str, num_trials: int, num_steps: int) -> None:
         self.console, self.name, self.num_trials, self.num_steps = console, name, num_trials, num_steps
         self.rows: dict[str, Row] = {}
-        self.note = ""
+        self.note = self.halt = ""
         self.loss_unit = "nats/token"
         self._started = time.monotonic()
         self._first_news: float | None = None
-        self._last_plain = 0.0
+        self._last_plain = self._last_news = -math.inf
         self._live = Live(self, console=console, refresh_per_second=2, transient=False)
 
     def __enter__(self) -> Dashboard:
@@ -118,13 +127,41 @@ class Dashboard:
         if not self.console.is_terminal:
             now = time.monotonic()
             if news:
-                self.console.print(
-                    f"{trial_id} {status}: {_number(row.loss_nats)} {self.loss_unit}  {short_values(values)}",
-                    soft_wrap=True,
-                )
-            if news or now - self._last_plain > PLAIN_SECONDS:
+                self._say(f"{trial_id} {status}: {_number(row.loss_nats)} {self.loss_unit}  {short_values(values)}")
+            if (news and now - self._last_news > NEWS_SECONDS) or now - self._last_plain > PLAIN_SECONDS:
                 self._last_plain = now
-                self.console.print(self.headline(), soft_wrap=True)
+                self._last_news = now if news else self._last_news
+                self._say(self.headline())
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    def heed(self, result: Mapping[str, Any], mirror: Any = None) -> None:
+        """Show what a trial, or the storage, says is wrong; stop for what cannot go on.
+
+        Args:
+            result: of a trial.
+            mirror: of the sweep's storage, with its `problem` and whether it is `superseded`; None without one.
+
+        Raises:
+            Halt: the disk is as full as it may be, or another driver has taken the sweep over.
+        """
+        if mirror is not None:
+            self.warn(f"the storage is behind: {mirror.problem}" if mirror.problem else "")
+            if mirror.superseded:
+                raise self._halting("another driver has taken the sweep over")
+        if full := result.get("disk_full"):
+            raise self._halting(str(full))
+
+    def _halting(self, reason: str) -> Halt:
+        self.halt = reason
+        return Halt(reason)
+
+    def warn(self, note: str) -> None:
+        """Show a note until there is another one; without a terminal once."""
+        if note and note != self.note and not self.console.is_terminal:
+            self.console.print(note, highlight=False, soft_wrap=True)
+        self.note = note
 
     def counts(self) -> dict[str, int]:
         """Return how many trials have each status."""

@@ -20,6 +20,7 @@ import torch
 from landscape_ray.errors import UserError
 from landscape_ray.sweep.session import FREE_BYTES_FLOOR
 from landscape_ray.tracking.projector import Projector
+from landscape_ray.tracking.storage import open_storage
 from landscape_ray.tracking.uris import mask_secrets
 
 Status: TypeAlias = Literal["ok", "warning", "error"]
@@ -40,7 +41,9 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-def examine(results: Path, address: str | None, tracking_uri: str, *, ray: bool = True) -> Iterator[Finding]:
+def examine(
+    results: Path, address: str | None, tracking_uri: str, *, ray: bool = True, storage_uri: str | None = None
+) -> Iterator[Finding]:
     """Yield one finding after the other, the quick ones first.
 
     Args:
@@ -48,11 +51,14 @@ def examine(results: Path, address: str | None, tracking_uri: str, *, ray: bool 
         address: of a Ray cluster, None for one that is started here.
         tracking_uri: store or server that runs are to be tracked in.
         ray: whether to start Ray or to ask the cluster, which takes some seconds.
+        storage_uri: of a storage beside the results folder; None for none.
     """
     yield check_python()
     yield check_packages()
     yield check_gpu()
     yield check_storage(results)
+    if storage_uri is not None:
+        yield check_object_storage(storage_uri)
     yield check_disk(results)
     yield check_shared_memory()
     yield check_tracking(tracking_uri)
@@ -60,7 +66,7 @@ def examine(results: Path, address: str | None, tracking_uri: str, *, ray: bool 
     if ray:
         from landscape_ray.sweep.doctor_ray import check_ray  # here: importing Ray takes a while
 
-        yield from check_ray(results, address)
+        yield from check_ray(results, address, storage_uri)
 
 
 def worst(findings: list[Finding]) -> Status:
@@ -162,6 +168,18 @@ def check_storage(results: Path) -> Finding:
         remedy = "it is slow; raise commit_steps, so that trials save less often"
         return Finding("storage", "warning", f"{shown}: a write takes {milliseconds:.0f} ms", remedy)
     return Finding("storage", "ok", f"{shown}, a write takes {milliseconds:.0f} ms")
+
+
+def check_object_storage(uri: str) -> Finding:
+    """Check that a storage can be written, listed, read and deleted from."""
+    begun = time.monotonic()
+    try:
+        storage = open_storage(uri)
+        storage.check()
+    except UserError as error:
+        return Finding("--storage", "error", str(error), "correct --storage or its credentials, or leave it out")
+    milliseconds = 1000 * (time.monotonic() - begun)
+    return Finding("--storage", "ok", f"{storage.shown}, an object comes and goes in {milliseconds:.0f} ms")
 
 
 _STORAGE_REMEDY = "choose a --results folder on a POSIX file system (local, NFS 4, Lustre, EFS ...)"

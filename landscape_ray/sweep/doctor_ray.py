@@ -17,9 +17,10 @@ from landscape_ray.sweep.cluster import ALIKE, ask_nodes, code_env, nodes_alive,
 from landscape_ray.sweep.doctor import Finding
 from landscape_ray.sweep.session import versions
 from landscape_ray.sweep.tuner import check_address
+from landscape_ray.tracking.storage import open_storage
 
 
-def check_ray(results: Path, address: str | None) -> Iterator[Finding]:
+def check_ray(results: Path, address: str | None, storage_uri: str | None = None) -> Iterator[Finding]:
     """Yield whether Ray runs a task, and for a cluster what its nodes are; a session that is up already is used."""
     remedy = "start the cluster, correct --address, or leave it out to run here"
     started = False
@@ -32,8 +33,8 @@ def check_ray(results: Path, address: str | None) -> Iterator[Finding]:
                 ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
             started = True
         yield _nodes()
-        yield from _each_node(results)
-    except (UserError, RayError, ConnectionError, RuntimeError, ValueError) as error:
+        yield from _each_node(results, storage_uri)
+    except (UserError, RayError, OSError, RuntimeError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         yield Finding("Ray", "error", first, remedy)
     finally:
@@ -50,26 +51,33 @@ def _nodes() -> Finding:
     return Finding("Ray", "ok", found)
 
 
-def _each_node(results: Path) -> Iterator[Finding]:
-    """Let every node read a file of the results folder, and say which versions it has."""
+def _each_node(results: Path, storage_uri: str | None) -> Iterator[Finding]:
+    """Let every node read a file of the results folder, or of the storage, and say which versions it has."""
     mark, secret = results.absolute() / f".doctor-{uuid.uuid4().hex[:8]}", uuid.uuid4().hex
     results.mkdir(parents=True, exist_ok=True)
     mark.write_text(secret)
     here = versions()
+    storage = None if storage_uri is None else open_storage(storage_uri)
     try:
-        for address, there in ask_nodes(str(mark)).items():
+        if storage is not None:
+            storage.put(mark.name, secret.encode())
+        stored = None if storage_uri is None else (storage_uri, mark.name)
+        for address, there in ask_nodes(str(mark), stored).items():
             name = f"node {address}"
             if isinstance(there, str):
                 yield Finding(name, "error", there, "install the dependencies of landscape_ray there; see README")
             elif there["content"] != secret:
                 found = f"does not see {results.absolute()} ({there['content'][:120]})"
-                yield Finding(name, "error", found, "give a --results folder that all nodes share")
+                yield Finding(name, "error", found, "give a --results folder that all nodes share, or --storage")
             elif odd := [
                 f"{p} {there.get(p, 'missing')}, not {here.get(p)}" for p in ALIKE if there.get(p) != here.get(p)
             ]:
                 yield Finding(name, "warning", "; ".join(odd), "install the versions of scripts/constraints.txt there")
             else:
-                yield Finding(name, "ok", "runs tasks, sees the results folder, has the same versions")
+                seen = "the results folder" if storage is None else "the results folder or the storage"
+                yield Finding(name, "ok", f"runs tasks, sees {seen}, has the same versions")
     finally:
         with contextlib.suppress(OSError):
             mark.unlink()
+            if storage is not None:
+                storage.delete([mark.name])

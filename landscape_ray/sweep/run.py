@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -17,16 +18,21 @@ from landscape_ray.records import (
     EvalRecord,
     EventRecord,
     ProbeRecord,
+    Progress,
     Record,
     RunStatus,
     RunSummary,
     StepRecord,
+    SystemRecord,
 )
+from landscape_ray.sweep.disk import DiskBound
 from landscape_ray.sweep.memory import peak_bytes, reset_peak
 from landscape_ray.sweep.searching.measures import measures
 from landscape_ray.sweep.spec import SweepSpec
+from landscape_ray.sweep.system import SystemSampler
 from landscape_ray.sweep.trunk import Trunk
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
+from landscape_ray.tracking.mirror import Mirror
 from landscape_ray.tracking.parts import PartWriter
 from landscape_ray.training import TrainState, read_checkpoint, train
 
@@ -73,8 +79,8 @@ def checkpoint_of(folder: SweepFolder, run_id: str | None = None) -> tuple[str, 
     return run_id, there[run_id].checkpoint_path / CHECKPOINT
 
 
-def _set_aside(checkpoint: Path, previous: Path) -> None:
-    """Keep the checkpoint that is about to be replaced under another name; there is one under its own all the time."""
+def set_aside(checkpoint: Path, previous: Path) -> None:
+    """Give a checkpoint another name too, in place of what had it; there is one under its own all the time."""
     temporary = previous.with_name(f".{previous.name}.tmp")
     temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # the first commit, or a file system without hard links, which keeps one only
@@ -93,11 +99,13 @@ class TrialRun:
         attempt: counts the drivers that this sweep has had; a trial continued by another one is noted as resumed.
         data: what the trial is trained on, where it is open already.
         note: what was changed about the searched values before they came here; each entry becomes an event.
+        mirror: uploads what is committed, and has brought here what was stored of the trial; None without a storage.
 
     Attributes:
         evals: step and held-out loss of the evaluations since the last result.
         probes: last value of each probe, since this object was made.
         first_probes: first finite value of each.
+        system: says when what the process does is sampled, and how.
         write_state: saves the state to a path with a few extra values; a cohort puts its own in here.
     """
 
@@ -110,18 +118,25 @@ class TrialRun:
         attempt: int = 0,
         data: Data | None = None,
         note: Mapping[str, Any] | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
+        self.mirror = mirror
+        if mirror is not None:
+            mirror.take_over(folder)  # first: what is there of the trial may have been made elsewhere
         self.spec, self.folder, self.values, self.attempt = spec, folder, values, attempt
         self.config = spec.train_config(values, index)
         self.lr = math.nan
         self.evals: list[tuple[int, float]] = []
         self.probes: dict[str, float] = {}
         self.first_probes: dict[str, float] = {}
+        self.disk = DiskBound(spec, SweepFolder(folder.path.parents[1]))
+        self._disk_full = ""
         self.trunk = Trunk(spec, folder.path.parents[1], self.config)
         before = folder.summary()
         self._tracking_seconds = before.tracking_seconds if before is not None else 0.0
         self._peak_bytes = before.peak_memory_bytes if before is not None else math.nan
         reset_peak()
+        self.system = SystemSampler(spec.system_seconds)
         self.write_state: Callable[..., None] = lambda path, **extra: self.state.save(path, **extra)
         checkpoint, previous = folder.checkpoint_path / CHECKPOINT, folder.checkpoint_path / PREVIOUS
         if checkpoint.exists() or previous.exists():
@@ -131,12 +146,16 @@ class TrialRun:
             if damage:
                 self._event("fallback", {"reason": damage})
         else:
-            self.state = TrainState.create(self.config, data)
-            self.writer = PartWriter(folder)
-            for event, detail in (note or {}).items():
-                self._event(event, detail)
-            self._branch_off()
-            self.commit()
+            self._begin_anew(data, note or {})
+
+    def _begin_anew(self, data: Data | None, note: Mapping[str, Any]) -> None:
+        """Begin where nothing is to be continued."""
+        self.state = TrainState.create(self.config, data)
+        self.writer = PartWriter(self.folder)
+        for event, detail in note.items():
+            self._event(event, detail)
+        self._branch_off()
+        self.commit()
 
     def _reopened(self, extra: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, with the extra values that were saved in it."""
@@ -177,12 +196,22 @@ class TrialRun:
         self.writer.append(record)
         if isinstance(record, StepRecord):
             self.lr = record.lr
+            if self.system.due:
+                self._sample(record)
         elif isinstance(record, EvalRecord):
             self.evals.append((record.step, record.loss_nats))
         elif isinstance(record, ProbeRecord):
             self.probes[record.probe] = record.value
             if math.isfinite(record.value):
                 self.first_probes.setdefault(record.probe, record.value)
+
+    def _sample(self, record: StepRecord) -> None:
+        """Keep what the process and the machine are doing, at the place of an update."""
+        started = time.perf_counter()
+        place = {field.name: getattr(record, field.name) for field in dataclasses.fields(Progress)}
+        for name, value in self.system.sample().items():
+            self.writer.append(SystemRecord(**place, probe=name, value=value))
+        self._tracking_seconds += time.perf_counter() - started
 
     def next_stop(self) -> int:
         """Return the step of the next commit.
@@ -198,15 +227,30 @@ class TrialRun:
     def commit(self) -> None:
         """Make everything so far durable: rows, then the checkpoint that counts them, then the summary.
 
-        A crash in between leaves rows that no checkpoint counts; they are dropped on resume and made again.
+        A crash in between leaves rows that no checkpoint counts; they are dropped on resume and made again. Where there
+        is a storage, the upload follows in the background; away from the driver it is waited for before a decision.
         """
         self._check_driver()
+        self._make_durable()
+        self._disk_full = self.disk.check()
+        if self.mirror is not None:
+            self.mirror.committed(self.folder, ended=self.state.finished)
+            if self.decisive and not self.mirror.home:
+                self.mirror.flush()
+
+    @property
+    def decisive(self) -> bool:
+        """Whether the driver decides on the present state, and not only shows it."""
+        return self.state.finished or self.state.step in self.spec.milestones
+
+    def _make_durable(self) -> None:
+        """Write rows, checkpoint and summary, in this order."""
         started = time.perf_counter()
         num_parts = self.writer.flush()
         self._tracking_seconds += time.perf_counter() - started
         checkpoint = self.folder.checkpoint_path / CHECKPOINT
         previous = checkpoint.with_name(PREVIOUS)
-        _set_aside(checkpoint, previous)
+        set_aside(checkpoint, previous)
         self.save(checkpoint, num_parts)
         started = time.perf_counter()
         self.folder.commit(self.summary(), num_parts)
@@ -222,7 +266,12 @@ class TrialRun:
         checkpoint = self.trunk.find()
         if checkpoint is None:
             return
-        payload = read_checkpoint(checkpoint)
+        try:
+            payload = read_checkpoint(checkpoint)
+        except UserError:
+            if checkpoint.exists():
+                raise
+            return  # it went for lack of space just now: these updates are made again
         self._take_over(payload)
         donor, step = str(payload["extra"]["run_id"]), self.state.step
         self._event("branch", {"stable_steps": self.trunk.stable_steps}, donor=donor, donor_step=step)
@@ -239,6 +288,8 @@ class TrialRun:
         latest = SweepFolder(self.folder.path.parents[1]).meta.get("attempts", 0)
         if latest > self.attempt:
             raise RuntimeError(f"driver {self.attempt} of this sweep was superseded by driver {latest}")
+        if self.mirror is not None:
+            self.mirror.check(self.folder)
 
     def save(self, path: Path, num_parts: int = 0) -> None:
         """Write the state with what a continuation or a copy needs to know about its origin."""
@@ -313,4 +364,5 @@ class TrialRun:
             "evals": evals,
             "measures": list(measures(self.summary(), self.probes).items()),
             "first_probes": list(self.first_probes.items()),
+            "disk_full": self._disk_full,
         }

@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,11 @@ from landscape_ray.sweep.notes import description_of, tags_of
 from landscape_ray.sweep.provenance import git_state, packages
 from landscape_ray.sweep.run import TrialRun, trial_id_of
 from landscape_ray.sweep.spec import NAME, SweepSpec, spec_of
+from landscape_ray.sweep.storing import check_new, driver_mirror, stopping, sweep_storage
+from landscape_ray.sweep.trunk import thin_trunks
+from landscape_ray.tracking.driver_mirror import DriverMirror
 from landscape_ray.tracking.folder import SweepFolder, exists_message
+from landscape_ray.tracking.mirror import Mirror
 from landscape_ray.tracking.projector import Projector, SyncReport
 from landscape_ray.tracking.uris import default_tracking_uri, mask_secrets, resolve_tracking_uri
 from landscape_ray.training import Objective, TrainConfig, build_optimizer
@@ -60,6 +64,9 @@ class Outcome:
         best: the run with the lowest final held-out loss, None if none has one.
         sync: what the tracking server has received.
         seconds: wall-clock time of this driver.
+        halt: why the sweep was paused, empty for one that was not.
+        num_not_stored: trials that the storage does not have up to their last commit.
+        storage_problem: why; empty where all is stored, or there is no storage.
     """
 
     folder: SweepFolder
@@ -69,13 +76,24 @@ class Outcome:
     best: RunSummary | None
     sync: SyncReport
     seconds: float
+    halt: str = ""
+    num_not_stored: int = 0
+    storage_problem: str = ""
 
 
-def new_sweep(spec: SweepSpec, text: str, results: Path, name: str | None, tracking_uri: str | None) -> SweepFolder:
+def new_sweep(
+    spec: SweepSpec,
+    text: str,
+    results: Path,
+    name: str | None,
+    tracking_uri: str | None,
+    storage_uri: str | None = None,
+) -> SweepFolder:
     """Return the folder of a new sweep, after checking everything that can be checked beforehand.
 
     Raises:
-        UserError: the data can't be opened, no space, the tracking server doesn't answer, the folder exists.
+        UserError: the data can't be opened, no space, the tracking server doesn't answer, the folder exists, the
+            storage can't be written or has a sweep of this name.
     """
     name = name or f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not NAME.fullmatch(name):
@@ -87,12 +105,15 @@ def new_sweep(spec: SweepSpec, text: str, results: Path, name: str | None, track
     uri = resolve_tracking_uri(tracking_uri, results)
     results.mkdir(parents=True, exist_ok=True)
     Projector.check(uri)
+    if storage_uri is not None:
+        check_new(storage_uri, name)
     corpus_id = check_data(spec, progress=sys.stderr.isatty())
     meta = {
         "name": name,
         "seed": spec.seed,
         # the default store is found beside the sweeps, so that a results folder can be moved
         "tracking_uri": None if uri == default_tracking_uri(results) else uri,
+        "storage": None if storage_uri is None else mask_secrets(storage_uri),
         "experiment": spec.experiment,
         "launched_in": str(Path.cwd()),
         "spec_id": config_id(spec),
@@ -180,26 +201,37 @@ def hardware() -> dict[str, Any]:
     return {"cpus": os.cpu_count(), "gpus": gpus, "machine": platform.machine(), "system": platform.system()}
 
 
-def train_one(folder: SweepFolder, console: Console, tracking_uri: str | None = None) -> Outcome:
+def train_one(
+    folder: SweepFolder, console: Console, tracking_uri: str | None = None, storage_uri: str | None = None
+) -> Outcome:
     """Run the [train] table as a single run in this process, without Ray; continues where a checkpoint is."""
     spec = spec_of(folder)
+    mirror = driver_mirror(folder, storage_uri)
     started = time.monotonic()
-    with projected(folder, spec, tracking_uri) as projector, termination_as_interrupt():
+    with stopping(mirror), projected(folder, spec, tracking_uri) as projector, termination_as_interrupt():
         values = spec.first_values() if spec.space else {}
         trial_id = trial_id_of(0)
         torch.set_num_threads(spec.resources.num_threads)
         with Dashboard(console, folder.path.name, 1, first_config(spec).num_steps) as dashboard:
             attempt = next_attempt(folder)
-            run = TrialRun(spec, folder.trial(trial_id), 0, values, attempt)
+            if mirror is not None:
+                mirror.publish()
+                mirror.start()
+            uploads = None if storage_uri is None else Mirror(sweep_storage(storage_uri, folder.path.name))
+            run = TrialRun(spec, folder.trial(trial_id), 0, values, attempt, mirror=uploads)
             dashboard.known(run.summary())
             try:
                 while not run.state.finished:
-                    dashboard.update(trial_id, values, "running", run.result())
+                    result = run.result()
+                    dashboard.update(trial_id, values, "running", result)
+                    dashboard.heed(result, mirror)
                     run.advance()
                 dashboard.update(trial_id, values, run.summary().status, run.result())
             except KeyboardInterrupt:
                 pass  # everything up to the last commit is durable; the outcome says how to go on
-        return conclude(folder, spec, projector, {}, started, 1)
+            if uploads is not None:
+                uploads.close()
+        return conclude(folder, spec, projector, {}, started, 1, mirror=mirror, halt=dashboard.halt)
 
 
 def next_attempt(folder: SweepFolder) -> int:
@@ -207,6 +239,14 @@ def next_attempt(folder: SweepFolder) -> int:
     attempt = int(folder.meta.get("attempts", 0)) + 1
     folder.update_meta(status="running", attempts=attempt)
     return attempt
+
+
+def settle_stopped(folder: SweepFolder, standing: Mapping[str, str]) -> None:
+    """Write into folders of trials which of them a rule has stopped: what came from another node may not know it."""
+    for trial_id, stand in standing.items():
+        summary = folder.trial(trial_id).summary()
+        if stand == "stopped" and summary is not None and summary.status not in ENDED:
+            folder.trial(trial_id).set_status("stopped", f"stopped at step {summary.step}")
 
 
 def conclude(
@@ -217,6 +257,8 @@ def conclude(
     started: float,
     num_trials: int,
     num_left: int = 0,
+    mirror: DriverMirror | None = None,
+    halt: str = "",
 ) -> Outcome:
     """Settle statuses on disk, bring the tracking server up to date, and sum up. No trial may be running any more.
 
@@ -228,6 +270,8 @@ def conclude(
         started: when the driver was, by the monotonic clock.
         num_trials: how many must have ended for the sweep to be finished.
         num_left: proposals of a search that are not settled, though that many runs may have ended.
+        mirror: of the sweep's storage, where it has one; everything that is stored is here by now.
+        halt: why the sweep was paused; empty for one that was not.
     """
     for trial_id, error in failures.items():
         summary = folder.trial(trial_id).summary()
@@ -243,6 +287,8 @@ def conclude(
     ended = sum(counts.get(status, 0) for status in ENDED)
     status = "finished" if ended >= num_trials and num_left == 0 else "incomplete" if failures else "interrupted"
     folder.update_meta(status=status, ended_unix=time.time())
+    if status == "finished":
+        thin_trunks(folder.path)
     finished = [s for s in summaries if s.status == "finished" and _counts(spec, s)]
     best = min(finished, key=lambda s: s.final_loss_nats, default=None)
     projector.set_parent(
@@ -253,9 +299,14 @@ def conclude(
     if best is not None and status == "finished":
         # The sweep is done, and its checkpoint is there: a network that cannot be pickled undoes nothing.
         with contextlib.suppress(Exception):
+            if mirror is not None:
+                mirror.fetch_checkpoint(folder.trial(best.run_id))
             keep_best_model(folder, best.run_id)
     sync = projector.close(timeout_seconds=30.0)
-    return Outcome(folder, status, counts, failures, best, sync, time.monotonic() - started)
+    behind = mirror.settle() if mirror is not None else 0
+    problem = mirror.problem if mirror is not None else ""
+    seconds = time.monotonic() - started
+    return Outcome(folder, status, counts, failures, best, sync, seconds, halt, behind, problem)
 
 
 def _counts(spec: SweepSpec, summary: RunSummary) -> bool:
@@ -322,6 +373,11 @@ def outcome_text(outcome: Outcome) -> str:
     lines += [f"{trial_id} failed: {reason(error)}" for trial_id, error in sorted(outcome.failures.items())]
     if outcome.sync.error:
         lines.append(f"tracking server is behind ({outcome.sync.error}); `landscape-ray sync {name}` sends the rest")
+    if outcome.num_not_stored or outcome.storage_problem:
+        why = outcome.storage_problem or f"{outcome.num_not_stored} trials"
+        lines.append(f"the storage is behind ({why}); `landscape-ray sync {name}` sends the rest")
+    if outcome.halt:
+        lines.append(f"paused: {outcome.halt}")
     if outcome.status == "finished":
         lines.append(f"next: landscape-ray report {name}")
     else:

@@ -61,6 +61,10 @@ class ResourcesConfig(Model):
     """Longest time between two commits of a trial, its start included. A trial that takes longer hangs: its process is
     ended, which counts as a failure. Default: no limit."""
 
+    max_disk_gib: float | None = Field(default=None, gt=0)
+    """Most that the sweep may take of a machine's disk. Over it, checkpoints go that nothing needs any more; where that
+    is not enough, the sweep pauses. Default: no limit."""
+
     @property
     def num_threads(self) -> int:
         """Torch threads of a trial."""
@@ -80,6 +84,9 @@ class SweepSpec(Model):
     schedules are compared on the same draws."""
     commit_steps: int = Field(default=50, ge=1)
     """Updates between two checkpoints of a trial; at most this much work is lost when a machine dies."""
+    system_seconds: float = Field(default=10.0, ge=0)
+    """Least time between two samples of what a trial's process and its machine are doing (processors, memory, device),
+    which MLflow shows among its system metrics; 0 for none."""
     train: dict[str, Any]
     """The fixed values of every run, as a TrainConfig without `seed`."""
     space: dict[str, Domain] = {}

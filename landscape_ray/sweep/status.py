@@ -10,9 +10,12 @@ import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from landscape_ray.config import read_toml, with_values
 from landscape_ray.errors import UserError
 from landscape_ray.records import RunSummary
+from landscape_ray.sweep.disk import usage_of, usage_text
 from landscape_ray.sweep.display import Row, duration, headline, to_do_seconds, trial_table
+from landscape_ray.tracking.driver_mirror import storage_line
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
 from landscape_ray.tracking.parts import read_part
 
@@ -50,6 +53,9 @@ def status_of(folder: SweepFolder) -> tuple[str, RenderableType]:
     quiet = time.time() - latest if latest else math.nan
     news = f", last commit {duration(quiet)} ago" if running and math.isfinite(quiet) else ""
     said.append(Text(f"{status}{news}", style="dim"))
+    said.append(Text(f"{usage_text(usage_of(folder.path))}{_limit(folder)}", style="dim"))
+    if stored := storage_line(folder):
+        said.append(Text(stored, style="dim"))
     if running and quiet > QUIET_SECONDS:
         hint = f"if its driver was killed: landscape-ray resume {folder.path.name}"
         said.append(Text(hint, style="yellow"))
@@ -69,6 +75,15 @@ def watch(folder: SweepFolder, console: Console, every_seconds: float) -> None:
             time.sleep(every_seconds)
             status, shown = status_of(folder)
             live.update(shown, refresh=True)
+
+
+def _limit(folder: SweepFolder) -> str:
+    """Return the bound on what the sweep may take of the disk, as it was extended since; empty for none."""
+    with contextlib.suppress(UserError, AttributeError):
+        resources = with_values(read_toml(folder.spec_path), folder.meta.get("changes", {})).get("resources", {})
+        if (bound := resources.get("max_disk_gib")) is not None:
+            return f", of at most {bound:g} GiB"
+    return ""
 
 
 def _row(trial: TrialFolder, summary: RunSummary) -> Row:

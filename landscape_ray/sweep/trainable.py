@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from ray import tune
 from landscape_ray.sweep.cohort import CohortRun
 from landscape_ray.sweep.limits import hang_path, limit_gpu_memory, time_limit
 from landscape_ray.sweep.run import TrialRun, index_of
-from landscape_ray.sweep.spec import spec_of
+from landscape_ray.sweep.spec import SweepSpec, spec_of
+from landscape_ray.sweep.storing import open_for_trial
 from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.tracking.mirror import Mirror
 
 
 class SweepTrainable(tune.Trainable):
@@ -22,43 +26,73 @@ class SweepTrainable(tune.Trainable):
     The trial's folder is opened by the first step, not by the constructor: Ray starts actors for a trial
     and then lets another one, which became free, run it. An actor that is never asked to work must touch nothing.
 
-    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `max_report_seconds` (may be absent), `trial`
-    (`trial_id`, `values` and `note`; for a cohort its `members`, each with these).
+    Configuration keys: `sweep_path`, `num_threads`, `attempt`, `max_report_seconds` and `storage` (may be absent),
+    `trial` (`trial_id`, `values` and `note`; for a cohort its `members`, each with these).
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take note of the trial."""
         self._given = config
         self._opened: TrialRun | CohortRun | None = None
+        self._mirror: Mirror | None = getattr(self, "_mirror", None)
 
     @property
     def _run(self) -> TrialRun | CohortRun:
         """The trial, or the trials of a cohort, continued where their folders stand."""
         if self._opened is None:
-            torch.set_num_threads(self._given["num_threads"])
-            folder = SweepFolder.open(Path(self._given["sweep_path"]))
-            spec = spec_of(folder)
-            if spec.resources.gpus_per_trial == 0:
-                os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to trials that asked for none
-            limit_gpu_memory(spec.resources.gpus_per_trial)
+            folder, spec, self._mirror = open_sweep(self._given, self._mirror)
             trial, attempt = self._given["trial"], self._given["attempt"]
             if "members" in trial:
-                self._opened = CohortRun(spec, folder, trial["members"], attempt)
+                self._opened = CohortRun(spec, folder, trial["members"], attempt, self._mirror)
             else:
                 name = self.trial_name
                 values, note = dict(trial["values"]), trial.get("note")
-                self._opened = TrialRun(spec, folder.trial(name), index_of(name), values, attempt, note=note)
+                self._opened = TrialRun(
+                    spec, folder.trial(name), index_of(name), values, attempt, note=note, mirror=self._mirror
+                )
         return self._opened
 
     def step(self) -> dict[str, Any]:
         """Train to the next commit."""
-        report = hang_path(Path(self._given["sweep_path"]), self.trial_name)
-        with time_limit(self._given.get("max_report_seconds"), report):
+        with watched(self._given, self.trial_name):
             if not self._run.finished:
                 self._run.advance()
             return self._run.result()
 
+    def cleanup(self) -> None:
+        """Upload what is left, where there is a storage; Ray calls this before it ends the actor."""
+        if self._mirror is not None:
+            self._mirror.close()
+
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Become another trial."""
+        if self._mirror is not None and not self._mirror.home:
+            self._mirror.flush()
         self.setup(new_config)
         return True
+
+
+def open_sweep(given: Mapping[str, Any], mirror: Mirror | None) -> tuple[SweepFolder, SweepSpec, Mirror | None]:
+    """Return the sweep that an actor of Ray works for, with this process held to what a trial of it may use.
+
+    Args:
+        given: configuration of the actor: `sweep_path`, `num_threads`, `attempt`, and `storage` where there is one.
+        mirror: of the actor's trial before this one.
+    """
+    torch.set_num_threads(given["num_threads"])
+    folder, mirror = open_for_trial(Path(given["sweep_path"]), given.get("storage"), given["attempt"], mirror)
+    spec = spec_of(folder)
+    if spec.resources.gpus_per_trial == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to trials that asked for none
+    limit_gpu_memory(spec.resources.gpus_per_trial)
+    return folder, spec, mirror
+
+
+def watched(given: Mapping[str, Any], trial_name: str) -> AbstractContextManager[None]:
+    """Return a block that ends this process where one report takes too long.
+
+    Args:
+        given: configuration of the actor: `sweep_path`, and `max_report_seconds` where there is a limit.
+        trial_name: whose report it is.
+    """
+    return time_limit(given.get("max_report_seconds"), hang_path(Path(given["sweep_path"]), trial_name))

@@ -34,6 +34,18 @@ def stable_steps(schedule: Schedule) -> int:
     return schedule.cooldown_start if schedule.name == "wsd" else 0
 
 
+def thin_trunks(folder: Path) -> None:
+    """Keep the last checkpoint of each trunk: a search that has finished needs none, one that is extended may use it.
+
+    Args:
+        folder: of the sweep.
+    """
+    for trunk in (folder / "trunks").glob("*"):
+        steps = sorted(int(path.stem) for path in trunk.glob("*.pt") if path.stem.isdigit())
+        for step in steps[:-1]:
+            (trunk / f"{step}.pt").unlink(missing_ok=True)
+
+
 class Trunk:
     """The checkpoints that one trial may take from or leave to others.
 

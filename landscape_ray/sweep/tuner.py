@@ -34,12 +34,15 @@ from landscape_ray.sweep.population.book import PopulationBook
 from landscape_ray.sweep.population.exchange import open_exchange, weights_limit
 from landscape_ray.sweep.population.scheduler import PopulationScheduler
 from landscape_ray.sweep.population.trainable import MemberTrainable
+from landscape_ray.sweep.reuse import careful_reuse
 from landscape_ray.sweep.run import trial_id_of
 from landscape_ray.sweep.searching.book import Book
 from landscape_ray.sweep.searching.searcher import OBJECTIVE, OptunaSearcher, StoppingScheduler
-from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected
+from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected, settle_stopped
 from landscape_ray.sweep.spec import SweepSpec, spec_of
+from landscape_ray.sweep.storing import driver_mirror, stopping
 from landscape_ray.sweep.trainable import SweepTrainable
+from landscape_ray.tracking.driver_mirror import DriverMirror
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.uris import resolve_tracking_uri
 
@@ -47,7 +50,11 @@ CONNECT_SECONDS = 5.0
 
 
 def drive(
-    folder: SweepFolder, console: Console, address: str | None = None, tracking_uri: str | None = None
+    folder: SweepFolder,
+    console: Console,
+    address: str | None = None,
+    tracking_uri: str | None = None,
+    storage_uri: str | None = None,
 ) -> Outcome:
     """Run what is left of a sweep on Ray.
 
@@ -56,6 +63,7 @@ def drive(
         console: where progress is shown.
         address: of a Ray cluster; None starts Ray on this machine.
         tracking_uri: overrides the one that the sweep was made with.
+        storage_uri: of the sweep's storage, None for none.
 
     Raises:
         UserError: another driver runs the sweep, the cluster can't be reached or is too small, or the tracking server
@@ -63,24 +71,39 @@ def drive(
     """
     check_address(address)
     spec = spec_of(folder)
+    mirror = driver_mirror(folder, storage_uri)
     started = time.monotonic()
-    with projected(folder, spec, tracking_uri) as projector, termination_as_interrupt():
+    with stopping(mirror), projected(folder, spec, tracking_uri) as projector, termination_as_interrupt():
         console.print(
             f"[dim]starting Ray {'at ' + address if address else 'on this machine'} ...[/dim]", highlight=False
         )
         with _ray(address, spec), termination_as_interrupt():  # once more: Ray sets handlers of its own
-            for warning in check_nodes(folder):
-                console.print(f"[yellow]{warning}[/yellow]", highlight=False, soft_wrap=True)
             attempt = next_attempt(folder)
+            if mirror is not None:
+                mirror.publish()
+            for warning in check_nodes(folder, storage_uri):
+                console.print(f"[yellow]{warning}[/yellow]", highlight=False, soft_wrap=True)
+            if mirror is not None:
+                mirror.start()
             uri = resolve_tracking_uri(tracking_uri, folder.path.parent, folder.meta.get("tracking_uri"))
-            failures, num_left = _fit(folder, spec, console, attempt, uri)
-        return conclude(folder, spec, projector, failures, started, spec.num_trials, num_left)
+            failures, num_left, halt = _fit(folder, spec, console, attempt, uri, storage_uri, mirror)
+        return conclude(folder, spec, projector, failures, started, spec.num_trials, num_left, mirror, halt)
 
 
 def _fit(
-    folder: SweepFolder, spec: SweepSpec, console: Console, attempt: int, tracking_uri: str
-) -> tuple[dict[str, BaseException], int]:
-    """Run Ray Tune on the trials that are left; return why trials failed, and how many of a search are still left."""
+    folder: SweepFolder,
+    spec: SweepSpec,
+    console: Console,
+    attempt: int,
+    tracking_uri: str,
+    storage_uri: str | None,
+    mirror: DriverMirror | None,
+) -> tuple[dict[str, BaseException], int, str]:
+    """Run Ray Tune on the trials that are left.
+
+    Returns:
+        Why trials failed, how many of a search are still left, and why the sweep was paused, if it was.
+    """
     known = {trial.trial_id: s for trial in folder.trials() if (s := trial.summary()) is not None}
     shutil.rmtree(folder.ray_path, ignore_errors=True)  # Ray's scratch of an earlier driver; nothing is read from it
     fixed = {
@@ -88,6 +111,7 @@ def _fit(
         "num_threads": spec.resources.num_threads,
         "attempt": attempt,
         "max_report_seconds": spec.resources.max_report_seconds,
+        "storage": storage_uri,
     }
     tune_config: dict[str, Any] = {
         "metric": OBJECTIVE,
@@ -104,17 +128,17 @@ def _fit(
     scheduler: PopulationScheduler | None = None
     if spec.search is not None:
         book = Book(spec, folder, tracking_uri)
-        searcher = OptunaSearcher(book, fixed)
+        searcher = OptunaSearcher(book, fixed, lambda: _num_places(spec))
         tune_config |= {"search_alg": searcher, "num_samples": -1}
         if spec.search.stopping is not None:
             tune_config |= {"scheduler": StoppingScheduler(searcher)}
         if book.num_left() == 0:
-            return {}, 0
+            return {}, 0, ""
     else:
         population = PopulationBook(spec, folder)
         population.reopen()
         if not population.open:
-            return {}, 0
+            return {}, 0, ""
         name = f"population-{folder.meta['sweep_id']}-{attempt}"
         exchange, trainable = open_exchange(name), MemberTrainable
         members = [
@@ -134,7 +158,7 @@ def _fit(
             dashboard.known(summary)
         standing = book.standing if book is not None else {}
         _show(standing, dashboard)
-        callback = DashboardCallback(dashboard, standing)
+        callback = DashboardCallback(dashboard, standing, mirror)
         tuner = Tuner(
             tune.with_resources(trainable, resources),
             param_space=param_space,
@@ -150,9 +174,11 @@ def _fit(
             ),
         )
         try:
-            tuner.fit()
+            with careful_reuse():
+                tuner.fit()
         except KeyboardInterrupt:
-            dashboard.note = "stopping; work up to the last checkpoint of each trial is safe"
+            why = f"{dashboard.halt}; " if dashboard.halt else ""
+            dashboard.note = f"{why}stopping; work up to the last checkpoint of each trial is safe"
         finally:
             if scheduler is not None:
                 try:
@@ -161,10 +187,13 @@ def _fit(
                     ray.kill(exchange)
         _show(standing, dashboard)  # those that waited to the end are stopped by now
     shutil.rmtree(folder.ray_path, ignore_errors=True)
+    if mirror is not None:
+        mirror.gather()
+        settle_stopped(folder, standing)
     if book is not None:
         book.close()
     num_left = len(population.open) if population is not None else book.num_left() if book is not None else 0
-    return callback.failures, num_left
+    return callback.failures, num_left, dashboard.halt
 
 
 def _show(standing: Mapping[str, str], dashboard: Dashboard) -> None:
@@ -187,9 +216,16 @@ class DashboardCallback(Callback):
     Args:
         dashboard: where trials are shown.
         standing: what trials are that a search has taken off before their end.
+        mirror: of the sweep's storage.
     """
 
-    def __init__(self, dashboard: Dashboard, standing: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        dashboard: Dashboard,
+        standing: Mapping[str, str] | None = None,
+        mirror: DriverMirror | None = None,
+    ) -> None:
+        self._mirror = mirror
         self._dashboard, self._standing = dashboard, standing if standing is not None else {}
         self.failures: dict[str, BaseException] = {}
 
@@ -213,14 +249,18 @@ class DashboardCallback(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Show progress."""
+        """Show progress, and stop the sweep where it cannot go on."""
         self._update(trial, "running", result)
+        self._dashboard.heed(result, self._mirror)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the end of a trial."""
         result = trial.last_result or {}
         ended = "diverged" if result.get("diverged") else "finished" if result.get("ended") else "waiting"
         self._update(trial, self._standing.get(str(trial), ended), result)
+        # Ray keeps running statistics of every number that a trial reports, 25 kB a trial, for a summary of its own
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the failure; called once, when no attempt is left."""
@@ -301,6 +341,7 @@ def _ray(address: str | None, spec: SweepSpec) -> Iterator[None]:
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: state is durable, nothing needs to be saved first
         "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's experiment state is never read
         "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_MAX_PENDING_TRIALS_PG": "200",  # as without a searcher; ours bounds them by the room that there is
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -1,7 +1,9 @@
 """Where results live and how they get out: sweep folders, Parquet parts, the MLflow projection, collecting tables.
 
 The sweep folder is the truth, Parquet parts are its spool, MLflow is a projection of both: workers only write files,
-and one thread of the driver copies committed rows to MLflow. This is the only package that imports mlflow.
+and one thread of the driver copies committed rows to MLflow. Beside it there may be a storage that every machine
+reaches: `storage.py` says what is in it, `mirror.py` and `driver_mirror.py` how a sweep gets there, `cache.py` how it
+comes back. This is the only package that imports mlflow.
 """
 
 import os

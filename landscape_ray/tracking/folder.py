@@ -9,6 +9,7 @@
       study.journal, population.json        what a search, or a population, has decided
       model/                                the best model, as MLflow loads it
       fits/*.json, report.html
+      stored.json, trials/<trial_id>/stored.json   what a storage has of it, where it has one
 
 Commit protocol of a worker: rows are buffered, `PartWriter.flush()` writes part k, the trainable saves a checkpoint
 that says `num_parts = k + 1`, then `TrialFolder.commit(summary, num_parts)` writes trial.json. Only parts below the
@@ -53,6 +54,11 @@ _KINDS: dict[str, tuple[type, ...]] = {
 _SUMMARY_KINDS = {
     field.name: _KINDS[str(field.type)] for field in dataclasses.fields(RunSummary) if str(field.type) in _KINDS
 }
+
+
+def is_trial_id(name: str) -> bool:
+    """Return whether a name can be that of a trial: letters, digits, `_`, `.` and `-`, no dot in front."""
+    return _TRIAL_ID.fullmatch(name) is not None
 
 
 class Commit(NamedTuple):
@@ -301,7 +307,7 @@ class SweepFolder:
         Raises:
             UserError: the identifier is not a plain name.
         """
-        if not _TRIAL_ID.fullmatch(trial_id):
+        if not is_trial_id(trial_id):
             raise UserError(f"trial_id must be made of A-Z a-z 0-9 _ . - and not begin with a dot, got {trial_id!r}")
         return TrialFolder(self.trials_path / trial_id)
 
@@ -310,7 +316,7 @@ class SweepFolder:
         if not self.trials_path.is_dir():
             return []
         names = sorted(entry.name for entry in os.scandir(self.trials_path) if entry.is_dir())
-        return [TrialFolder(self.trials_path / name) for name in names if _TRIAL_ID.fullmatch(name)]
+        return [TrialFolder(self.trials_path / name) for name in names if is_trial_id(name)]
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

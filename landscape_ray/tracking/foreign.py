@@ -18,7 +18,7 @@ from landscape_ray.tracking.collected import Collected, summarize
 from landscape_ray.tracking.parts import ARROW_SCHEMA, conform
 
 _RUN_FIELDS = ("num_params", "num_params_non_embedding", "num_steps")
-_KINDS = ("step", "eval", "variant", "probe", "event")
+_KINDS = ("step", "eval", "variant", "probe", "event", "system")
 _STEP_ONLY = ("lr", "grad_norm", "weight_decay", "momentum")
 
 

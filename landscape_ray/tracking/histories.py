@@ -6,17 +6,19 @@ import contextlib
 import json
 import sqlite3
 import urllib.parse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
-from landscape_ray.tracking.uris import sqlite_path
+from landscape_ray.tracking.uris import is_postgres, sqlite_path
 
 POINTS: Final = pa.schema(
     [
@@ -33,6 +35,7 @@ _BULK_PATH = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
 _BULK_RUNS = 25  # a thousand points each fill one answer
 _BULK_RESULTS = 25_000
 _SQL_RUNS = 500
+_SQL = "SELECT run_uuid, key, step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END FROM metrics WHERE run_uuid IN"
 _SQL_ROWS = 200_000
 
 
@@ -43,13 +46,17 @@ def read_points(client: MlflowClient, tracking_uri: str, runs: Sequence[Run], *,
         client: of the store.
         tracking_uri: its address.
         runs: as the store's search returned them.
-        bulk: ask for many runs at once where the store can: an SQLite file is read directly, a server is asked as its
+        bulk: ask for many runs at once where the store can: a database is read directly, a server is asked as its
             own pages ask it. Otherwise, and where that fails, one request for each run and metric.
     """
     if bulk:
         database = sqlite_path(tracking_uri)
-        with contextlib.suppress(sqlite3.Error, MlflowException, ValueError, KeyError, TypeError):
-            return _concat(_from_sqlite(database, runs) if database else _from_server(client, runs))
+        with contextlib.suppress(sqlite3.Error, SQLAlchemyError, MlflowException, ValueError, KeyError, TypeError):
+            if database is not None:
+                return _concat(_from_sqlite(database, runs))
+            if is_postgres(tracking_uri):
+                return _concat(_from_database(client, runs))
+            return _concat(_from_server(client, runs))
     return _concat(_one_by_one(client, runs))
 
 
@@ -70,18 +77,31 @@ def _from_sqlite(database: Path, runs: Sequence[Run]) -> Iterator[pa.Table]:
     with contextlib.closing(sqlite3.connect(address, uri=True)) as connection:
         for start in range(0, len(runs), _SQL_RUNS):
             chosen = [run.info.run_id for run in runs[start : start + _SQL_RUNS]]
-            cursor = connection.execute(
-                "SELECT run_uuid, key, step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END FROM metrics"
-                f" WHERE run_uuid IN ({','.join('?' * len(chosen))})",
-                chosen,
-            )
+            cursor = connection.execute(f"{_SQL} ({','.join('?' * len(chosen))})", chosen)
             while rows := cursor.fetchmany(_SQL_ROWS):
-                names, *columns = zip(*rows, strict=True)
-                values = np.asarray(columns[-1], dtype=np.float64)  # None becomes nan
-                arrays = [[number[name] for name in names], *columns[:-1], values]
-                yield pa.Table.from_arrays(
-                    [pa.array(array, field.type) for array, field in zip(arrays, POINTS, strict=True)], schema=POINTS
-                )
+                yield _numbered(rows, number)
+
+
+def _from_database(client: MlflowClient, runs: Sequence[Run]) -> Iterator[pa.Table]:
+    """Read the table of metrics through the connections of MLflow's own store."""
+    number = {run.info.run_id: index for index, run in enumerate(runs)}
+    query = sqlalchemy.text(f"{_SQL} :chosen").bindparams(sqlalchemy.bindparam("chosen", expanding=True))
+    with client._tracking_client.store.engine.connect() as connection:
+        for start in range(0, len(runs), _SQL_RUNS):
+            chosen = [run.info.run_id for run in runs[start : start + _SQL_RUNS]]
+            streaming = connection.execution_options(stream_results=True, max_row_buffer=_SQL_ROWS)
+            for rows in streaming.execute(query, {"chosen": chosen}).partitions(_SQL_ROWS):
+                yield _numbered([tuple(row) for row in rows], number)
+
+
+def _numbered(rows: Sequence[tuple[Any, ...]], number: Mapping[str, int]) -> pa.Table:
+    """Return rows of the table of metrics under :data:`POINTS`."""
+    names, *columns = zip(*rows, strict=True)
+    values = np.asarray(columns[-1], dtype=np.float64)  # None becomes nan
+    arrays = [[number[name] for name in names], *columns[:-1], values]
+    return pa.Table.from_arrays(
+        [pa.array(array, field.type) for array, field in zip(arrays, POINTS, strict=True)], schema=POINTS
+    )
 
 
 def _from_server(client: MlflowClient, runs: Sequence[Run]) -> Iterator[pa.Table]:

@@ -21,7 +21,7 @@ from landscape_ray.records import TERMINAL_STATUSES, RunSummary
 from landscape_ray.tracking import server
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.parts import ARROW_SCHEMA, WRITE_OPTIONS, read_part
-from landscape_ray.tracking.points import to_event
+from landscape_ray.tracking.points import EVENT_COLUMNS, to_event
 from landscape_ray.tracking.uris import mask_secrets, masked
 
 RECORDS = "records.parquet"
@@ -33,6 +33,7 @@ MAX_RECORDS_BYTES = 2**30
 _SUMMARIES_KEY = b"landscape_ray.summaries"
 _PARTS_KEY = b"landscape_ray.num_parts"
 _ROW_GROUP = 100_000
+_EVENT_COLUMNS = ["run_id", "kind", *EVENT_COLUMNS]
 _SETTLED = ("finished", "incomplete")
 """Statuses of a sweep whose driver has ended by itself."""
 
@@ -110,11 +111,12 @@ def artifacts(folder: SweepFolder, closing: bool) -> Iterator[Artifact]:
             if (commit := trial.read()) is not None:
                 commits[trial.trial_id] = commit
     state = _hash(json.dumps([(name, commit.num_parts, commit.num_rewinds) for name, commit in commits.items()]))
-    yield Artifact("events.json", state, lambda path: _write_json(path, list(_events(folder))))
-    yield Artifact("checkpoints.json", state, lambda path: _write_json(path, checkpoints(folder)))
     sizes = [path.stat().st_size for path in folder.trials_path.glob("*/records/part-*.parquet")]
     if sizes and folder.meta.get("status") in _SETTLED and sum(sizes) <= MAX_RECORDS_BYTES:
         yield Artifact(RECORDS, state, lambda path: write_records(folder, path))
+    # all rows in one file are read in a fraction of the time that the parts take
+    yield Artifact("events.json", state, lambda path: _write_json(path, list(_events(folder, path.parent / RECORDS))))
+    yield Artifact("checkpoints.json", state, lambda path: _write_json(path, checkpoints(folder)))
 
 
 def checkpoints(folder: SweepFolder) -> list[dict[str, Any]]:
@@ -178,15 +180,29 @@ def _parts(folder: SweepFolder, counts: Mapping[str, int]) -> Iterator[pa.Table]
                 yield read_part(folder.trial(name).part_path(index))
 
 
-def _events(folder: SweepFolder) -> Iterator[dict[str, Any]]:
-    """Yield every event of every trial: who copied whom, when, and what changed - the lineage of the sweep."""
+def _events(folder: SweepFolder, records: Path) -> Iterator[dict[str, Any]]:
+    """Yield every event of every trial: who copied whom, when, and what changed - the lineage of the sweep.
+
+    Args:
+        folder: the sweep.
+        records: the file with all rows; where there is none, the parts are read.
+    """
+    if records.exists():
+        with pq.ParquetFile(records) as file:
+            for batch in file.iter_batches(columns=_EVENT_COLUMNS, use_threads=False):
+                yield from _events_in(pa.Table.from_batches([batch]))
+        return
     counts = {}
     for trial in folder.trials():
         with contextlib.suppress(UserError):
             counts[trial.trial_id] = trial.num_parts()
     for table in _parts(folder, counts):
-        for row in table.filter(pc.equal(table["kind"], "event")).to_pylist():
-            yield {"run_id": row["run_id"], **to_event(row)}
+        yield from _events_in(table)
+
+
+def _events_in(table: pa.Table) -> Iterator[dict[str, Any]]:
+    for row in table.filter(pc.equal(table["kind"], "event")).to_pylist():
+        yield {"run_id": row["run_id"], **to_event(row)}
 
 
 def _copy(path: Path, mask: bool = False) -> Artifact:

@@ -36,6 +36,8 @@ class ParentRun:
         """What could not be sent by the last projection, one sentence each."""
         self.refused = False
         """Whether the server refused any of it: the run may be gone."""
+        self._done: tuple[SweepRuns, list[str]] | None = None
+        """The runs and the files of the last projection, if it had no problems."""
 
     def keep(self, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """Keep metrics and tags in the sweep folder, from where each projection takes them."""
@@ -53,7 +55,10 @@ class ParentRun:
             closing: whether this is the last time, when what sums the sweep up is sent.
             pause: called before each request; raises when the time is up.
         """
-        self.problems, self.refused = [], False
+        now = (runs, self._stamps())  # a new object stands for runs that were looked up anew
+        if now == self._done and not self._given and not closing:
+            return
+        self.problems, self.refused, self._done = [], False, None
         kept = self._folder.meta.get("parent_run", {})
         version = str(kept.get("time_unix"))
         self._attempt("tags and metrics of the sweep", version, closing, lambda: self._log(runs, kept, closing, pause))
@@ -62,6 +67,13 @@ class ParentRun:
         if closing and (self._folder.model_path / "MLmodel").is_file():
             pause()
             self._attempt("the best model", "", closing, lambda: log_model(runs, self._folder))
+        if not self.problems:
+            self._done = now
+
+    def _stamps(self) -> list[str]:
+        """Return what changes whenever a file does that the run is made of while the sweep goes on."""
+        paths = (self._folder.meta_path, self._folder.spec_path, self._folder.report_path)
+        return [parent.stamp(path) if path.exists() else "" for path in paths]
 
     def _attempt(self, what: str, which: str, closing: bool, action: Callable[[], None]) -> bool:
         """Do something and return whether it succeeded; after a few failures it is left out until the end."""

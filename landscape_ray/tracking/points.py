@@ -21,26 +21,11 @@ HYPERPARAMETER = "hyperparameter/"
 """Group of the metrics that hold searched values; each change during training is a point."""
 
 _SLICE_ROWS = 2000
-_COLUMNS = (
-    "kind",
-    "step",
-    "num_tokens",
-    "flops",
-    "elapsed_seconds",
-    "time_unix",
-    "loss_nats",
-    "accuracy",
-    "variant",
-    "grad_norm",
-    "lr",
-    "probe",
-    "value",
-    "standard_error",
-    "event",
-    "donor",
-    "donor_step",
-    "detail",
-)
+_PROGRESS = ("step", "num_tokens", "flops", "elapsed_seconds", "time_unix")
+EVENT_COLUMNS = (*_PROGRESS, "event", "donor", "donor_step", "detail")
+"""What :func:`to_event` reads."""
+_VALUES = ("loss_nats", "accuracy", "variant", "grad_norm", "lr", "probe", "value", "standard_error")
+_COLUMNS = ("kind", *EVENT_COLUMNS, *_VALUES)
 
 
 def train_stride(num_steps: int) -> int:
@@ -120,7 +105,7 @@ def to_event(row: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(values, dict):  # the searched values stand in the detail itself
         changes = row["event"] in ("exploit", "mutate", "restart", "explore")
         values = {key: value for key, value in detail.items() if key != "reason"} if changes else {}
-    event = {name: row[name] for name in ("step", "num_tokens", "flops", "elapsed_seconds", "time_unix", "event")}
+    event = {name: row[name] for name in (*_PROGRESS, "event")}
     known = {"donor": row["donor"], "donor_step": row["donor_step"], "reason": detail.get("reason")}
     event |= {key: value for key, value in known.items() if value is not None}
     return event | {"values": values} | ({"detail": detail} if detail and not values else {})

@@ -20,9 +20,10 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pyarrow as pa
 from mlflow.entities import Metric, Param
 
 from landscape_ray.errors import UserError
@@ -52,7 +53,13 @@ _BATCH_SHARE = 10.0
 _BATCH_AGE = 0.1
 """The pause between two requests to a run grows by this share of how long it is followed ..."""
 _LONGEST_BATCH = 3.0
-"""... up to so many times of what it is at first: by default 30 seconds, after which MLflow's pages ask for news."""
+"""... up to so many times of what it is at first."""
+_BATCH_COMMITS = 10
+"""A request waits for so many commits of its trial: what it costs is shared between them ..."""
+_LONGEST_WAIT = 10.0
+"""... but by the same growth up to so many pauses at most, by default five minutes."""
+_GROUP_ROWS = 2000
+"""Parts are put together until they have so many rows: what is done for a table is done once for many small parts."""
 _MAX_TAGS = 20
 """More than a request to a trial's run carries."""
 
@@ -82,7 +89,8 @@ class Projector:
         experiment: name of the MLflow experiment.
         interval_seconds: pause between two syncs of the thread; doubled after each failure, up to a minute.
         batch_seconds: the thread sends to the run of a trial that is training at most so often: what comes in
-            between goes in one request. First and last rows don't wait.
+            between goes in one request. First and last rows don't wait. By default as often as MLflow's pages ask for
+            news.
     """
 
     def __init__(
@@ -92,7 +100,7 @@ class Projector:
         experiment: str,
         *,
         interval_seconds: float = 2.0,
-        batch_seconds: float = 10.0,
+        batch_seconds: float = 30.0,
     ):
         self._folder = folder
         self._uri = resolve_tracking_uri(tracking_uri, folder.path.parent)
@@ -241,9 +249,9 @@ class Projector:
 
     def _project_trial(self, runs: SweepRuns, trial: TrialFolder, closing: bool) -> None:
         """Bring one trial's run up to its trial.json."""
-        seen = (_stamp(trial), closing)
+        stamp = _stamp(trial)
         run = runs.trials.get(trial.trial_id)
-        if seen[0] is None or (run and run.seen == seen):
+        if stamp is None or (run and run.seen in ((stamp, closing), (stamp, True))):
             return
         commit = trial.read()
         if commit is None or (run and not closing and self._may_wait(run, commit)):
@@ -255,15 +263,20 @@ class Projector:
         tags = runs.log_dataset(run, commit.initial_config.get("data", {}), corpus_id)
         self._send_rows(runs, run, trial, commit, tags, closing)
         runs.set_status(run, mlflow_status(commit.summary.status, closing))
-        run.seen = seen
+        # a run that has ended is the same whether this is the last time or not
+        run.seen = stamp, closing or commit.summary.status in TERMINAL_STATUSES
 
     def _may_wait(self, run: TrackedRun, commit: Commit) -> bool:
         """Return whether what a trial has committed can go with what it will have committed a little later."""
-        ended = commit.summary.status in TERMINAL_STATUSES or run.num_rewinds != commit.num_rewinds
+        if not self._patient or commit.summary.status in TERMINAL_STATUSES or run.num_rewinds != commit.num_rewinds:
+            return False
         now = time.monotonic()
-        by_age = min(_LONGEST_BATCH * self._batch_seconds, _BATCH_AGE * (now - run.found_at))
+        few = commit.num_parts - run.parts < _BATCH_COMMITS
+        by_age = min(
+            (_LONGEST_WAIT if few else _LONGEST_BATCH) * self._batch_seconds, _BATCH_AGE * (now - run.found_at)
+        )
         pause = max(self._batch_seconds, by_age, _BATCH_SHARE * self._pass_seconds)
-        return self._patient and not ended and now - run.sent_at < pause
+        return now - run.sent_at < pause
 
     def _send_rows(
         self,
@@ -280,24 +293,19 @@ class Projector:
         limit = server.MAX_METRICS - server.MAX_PARAMS - _MAX_TAGS  # the limit of a request counts all of them
         pending: list[Metric] = []
         events = list(run.events)
-        for index in range(run.parts, commit.num_parts):
-            try:
-                table = read_part(trial.part_path(index))
-            except UserError as error:  # damaged for good: go on without its rows, as `collect` does
-                self._problems.append(str(error))
-                continue
+        for first, table in self._groups(trial, run.parts, commit.num_parts):
             times = table["time_unix"]
-            if index == 0:
+            if first == 0:
                 begun_ms = round(times[0].as_py() * 1000)
                 began_with = value_metrics(commit.initial_varied)
                 pending += [Metric(server.clean_key(key), value, begun_ms, 0) for key, value in began_with.items()]
             run.end_ms = round(times[-1].as_py() * 1000)
-            so_far = {server.NUM_PARTS: str(index)} | ({server.EVENTS: events_text(events)} if events else {})
+            so_far = {server.NUM_PARTS: str(first)} | ({server.EVENTS: events_text(events)} if events else {})
             for rows in charted_rows(table, summary.num_steps):
                 pending += to_points(rows, summary.num_steps)
                 events += [to_event(row) for row in rows if row["kind"] == "event"]
                 while len(pending) > limit:
-                    # with this request, all rows of earlier parts are there
+                    # with this request, all rows of earlier groups are there
                     self._send(runs, run, closing, params, pending[:limit], so_far)
                     pending = pending[limit:]
         costs: list[Metric] = []
@@ -314,6 +322,21 @@ class Projector:
         self._send(runs, run, closing, params, pending, tags)
         run.parts, run.events = commit.num_parts, events
         run.metrics |= {point.key: point.value for point in costs}
+
+    def _groups(self, trial: TrialFolder, first: int, stop: int) -> Iterator[tuple[int, pa.Table]]:
+        """Yield the rows of these parts, small parts together, each group with the number of its first part."""
+        waiting: list[pa.Table] = []
+        begun = first
+        for index in range(first, stop):
+            try:
+                waiting.append(read_part(trial.part_path(index)))
+            except UserError as error:  # damaged for good: go on without its rows, as `collect` does
+                self._problems.append(str(error))
+            if sum(map(len, waiting)) >= _GROUP_ROWS:
+                yield begun, pa.concat_tables(waiting)
+                waiting, begun = [], index + 1
+        if waiting:
+            yield begun, pa.concat_tables(waiting)
 
     def _closing_points(self, run: TrackedRun, trial: TrialFolder, commit: Commit) -> list[Metric]:
         """Return what a trial cost in the end, at its last row."""

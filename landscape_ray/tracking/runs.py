@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -42,7 +43,7 @@ class TrackedRun:
     """The newest events among the rows that were sent."""
     end_ms: int | None = None
     seen: tuple[object, bool] | None = None
-    """The state of trial.json that was sent completely."""
+    """The state of trial.json that was sent completely, and whether there is nothing left to do at closing time."""
     sent_at: float = -math.inf
     """When a request went to this run, by the monotonic clock."""
     found_at: float = dataclasses.field(default_factory=time.monotonic)
@@ -67,7 +68,7 @@ class SweepRuns:
         meta = folder.meta
         self.client: MlflowClient = server.open_client(tracking_uri)
         self._sweep_id = str(meta["sweep_id"])
-        self.experiment_id = server.experiment_id(self.client, tracking_uri, experiment)
+        self.experiment_id = server.experiment_id(self.client, tracking_uri, experiment, folder.path.parent)
         runs = server.find_runs(self.client, self.experiment_id, self._sweep_id)
         parents = [run for run in runs if run.data.tags.get(server.KIND) == "sweep"]
         if not parents:
@@ -89,7 +90,11 @@ class SweepRuns:
                 run.data.tags[server.PARENT] = self.parent.run_id
             found = self.trials[trial_id] = _tracked(run)
             same = known.get(found.run_id)
-            if same is not None and same.parts == found.parts and same.tags.items() <= found.tags.items():
+            if (
+                same is not None
+                and (same.parts, same.status) == (found.parts, found.status)
+                and (same.tags.items() <= found.tags.items())
+            ):
                 found.seen, found.sent_at, found.found_at = same.seen, same.sent_at, same.found_at
 
     def for_trial(self, trial: TrialFolder, commit: Commit) -> TrackedRun:
@@ -128,7 +133,7 @@ class SweepRuns:
         if not (given or params or metrics):
             return
         self.client.log_batch(run.run_id, metrics=metrics, params=params, tags=given, synchronous=True)
-        run.params.update(param.key for param in params)
+        run.params.update(sys.intern(param.key) for param in params)  # the same names for every run of a sweep
         run.tags.update((tag.key, tag.value) for tag in given)
         run.sent_at = time.monotonic()
 
@@ -180,7 +185,7 @@ def _tracked(run: Run) -> TrackedRun:
     return TrackedRun(
         run.info.run_id,
         run.info.status,
-        set(run.data.params),
+        {sys.intern(name) for name in run.data.params},
         tags,
         dict(run.data.metrics),
         _num_rewinds(run),

@@ -8,17 +8,21 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import sqlalchemy
 from mlflow import MlflowClient
-from mlflow.entities import Param, Run, ViewType
+from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.protos.service_pb2 import LogBatch
+from mlflow.store.tracking.rest_store import RestStore
+from sqlalchemy.exc import SQLAlchemyError
 
 from landscape_ray.config import flatten
 from landscape_ray.errors import UserError
-from landscape_ray.tracking.uris import MASK, mask_secrets, masked, sqlite_path
+from landscape_ray.tracking.uris import MASK, is_postgres, mask_secrets, masked, sqlite_path
 
 SWEEP_ID: Final = "landscape_ray.sweep_id"
 TRIAL_ID: Final = "landscape_ray.trial_id"
@@ -52,7 +56,7 @@ MAX_TAG_CHARACTERS = 8000
 _MAX_PARAM_BYTES = 400_000  # of the 1 MB that a request may have; 1,000 points of the longest names take 400 kB
 
 _CHECK_SECONDS = 5.0
-_CHECK_FILE_SECONDS = 60.0  # nothing can hang there, but on a machine that is busy training MLflow loads slowly
+_CHECK_DATABASE_SECONDS = 60.0  # on a machine that is busy training MLflow loads slowly, and may have to make tables
 _BAD_KEY_CHARACTERS = re.compile(r"[^\w.\-/ :]")
 
 # MLflow reads these at every request, from the environment only; hence one user of them at a time.
@@ -83,15 +87,55 @@ def bounded_http(timeout_seconds: float, max_retries: int = 0) -> Iterator[None]
                     os.environ[name] = value
 
 
-def open_client(tracking_uri: str) -> MlflowClient:
+class Client(MlflowClient):  # type: ignore[misc]
+    """MLflow's client, with the one request that carries nearly everything written ten times as fast.
+
+    MLflow makes a protocol buffer of each point and takes it apart again for the JSON text that it sends: two thirds
+    of the processor time of a full request.
+    """
+
+    def log_batch(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric] = (),
+        params: Sequence[Param] = (),
+        tags: Sequence[RunTag] = (),
+        synchronous: bool | None = None,
+    ) -> None:
+        """Send one request; the points must be finite numbers, and all of it within MLflow's limits."""
+        store = self._tracking_client.store
+        if not isinstance(store, RestStore):
+            super().log_batch(run_id, metrics, params, tags, synchronous=True)
+            return
+        content = {
+            "run_id": run_id,
+            "metrics": [{"key": m.key, "value": m.value, "timestamp": m.timestamp, "step": m.step} for m in metrics],
+            "params": [{"key": param.key, "value": param.value} for param in params],
+            "tags": [{"key": tag.key, "value": tag.value} for tag in tags],
+        }
+        store._call_endpoint(LogBatch, json.dumps(content, allow_nan=False))
+
+
+def open_client(tracking_uri: str) -> Client:
     """Return a client for exactly this address; MLflow's global address is neither read nor set."""
     # Otherwise the making of a new store's tables is announced in the middle of a live display.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=tracking_uri)
+    if is_postgres(tracking_uri):
+        _connect(tracking_uri)
+    return Client(tracking_uri=tracking_uri)
+
+
+def _connect(tracking_uri: str) -> None:
+    """Raise unless the database answers; MLflow itself would try again and again, for an hour and more."""
+    engine = sqlalchemy.create_engine(
+        tracking_uri, connect_args={"connect_timeout": round(_CHECK_SECONDS)}, poolclass=sqlalchemy.NullPool
+    )
+    with engine.connect():
+        pass
 
 
 def check_server(tracking_uri: str) -> None:
-    """Raise unless runs can be written to this address; bounded to about six seconds, a minute for a local file.
+    """Raise unless runs can be written to this address; bounded to about six seconds, a minute for a database.
 
     Raises:
         UserError: unsupported or masked address, no answer, no MLflow server, no access, or no folder to write to.
@@ -109,17 +153,29 @@ def check_server(tracking_uri: str) -> None:
         _check_writable(database.parent)
         if not database.exists():
             return  # made at the first sync
+    elif is_postgres(tracking_uri):
+        _check_driver(tracking_uri)
     elif not tracking_uri.startswith(("http://", "https://")):
         raise UserError(
-            f"tracking_uri must begin with http://, https:// or sqlite:///, got {shown}; for another store run "
-            "`mlflow server --backend-store-uri ...` and give its http address"
+            f"tracking_uri must begin with http://, https://, postgresql:// or sqlite:///, got {shown}; for another "
+            "store run `mlflow server --backend-store-uri ...` and give its http address"
         )
-    problem = _ask(tracking_uri, _CHECK_SECONDS if database is None else _CHECK_FILE_SECONDS)
+    problem = _ask(tracking_uri, _CHECK_SECONDS if tracking_uri.startswith("http") else _CHECK_DATABASE_SECONDS)
     if problem:
         raise UserError(
             f"the MLflow store {shown} does not answer: {problem}; start it, correct the tracking URI (credentials "
             "belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), or leave it out to use a local file"
         )
+
+
+def _check_driver(tracking_uri: str) -> None:
+    try:
+        sqlalchemy.make_url(tracking_uri).get_dialect().import_dbapi()
+    except (ImportError, SQLAlchemyError) as error:
+        raise UserError(
+            f"tracking_uri must name a database whose driver is installed, got {mask_secrets(tracking_uri)} "
+            f"({describe(error)}); `pip install landscape_ray[postgres]`, or give the http address of an MLflow server"
+        ) from None
 
 
 def _check_writable(folder: Path) -> None:
@@ -163,13 +219,21 @@ def is_refusal(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.error_code in refused
 
 
-def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
-    """Return the identifier of the experiment, made when there is none."""
+def experiment_id(client: MlflowClient, tracking_uri: str, name: str, results: Path) -> str:
+    """Return the identifier of the experiment, made when there is none.
+
+    Args:
+        client: of the store.
+        tracking_uri: its address.
+        name: of the experiment.
+        results: folder of the sweeps, beside which artifacts go where the store is a database on a server.
+    """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         database = sqlite_path(tracking_uri)
-        # Without a server the default place of artifacts depends on the working folder.
-        location = (database.absolute().parent / "mlartifacts").as_uri() if database else None
+        # Without MLflow's server the default place of artifacts depends on the working folder.
+        place = database.parent if database else None if tracking_uri.startswith("http") else results
+        location = (place.absolute() / "mlartifacts").as_uri() if place is not None else None
         try:
             return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_KIND))
         except MlflowException as error:

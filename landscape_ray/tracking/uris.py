@@ -71,6 +71,15 @@ def masked(value: Any, name: str = "") -> Any:
     return value
 
 
+def is_postgres(tracking_uri: str) -> bool:
+    """Return whether an address is one of a PostgreSQL database, with or without the name of a driver.
+
+    >>> is_postgres("postgresql://host/db"), is_postgres("postgresql+psycopg2://host/db"), is_postgres("http://host")
+    (True, True, False)
+    """
+    return tracking_uri.partition("://")[0].partition("+")[0] == "postgresql"
+
+
 def sqlite_path(tracking_uri: str) -> Path | None:
     """Return the file behind a `sqlite:///...` address, None for any other address.
 

@@ -16,6 +16,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes import PROBES, Estimate, Host, Probe
 from landscape_ray.probes.gradients.opposing import OpposingGroups, OpposingSignalsProbe, opposing_groups
 from landscape_ray.probes.gradients.per_example import examples_at
+from landscape_ray.probes.spectrum.batch_size import check_batch_sizes
 from landscape_ray.probes.spectrum.density import spectral_density
 from landscape_ray.probes.spectrum.quadrature import SpectralDensity
 from landscape_ray.training.loop import update
@@ -27,6 +28,7 @@ from landscape_ray.training.probing import (
     probed_weights,
     remember_update,
 )
+from landscape_ray.training.spectra import Spectra, spectra
 from landscape_ray.training.state import TrainState
 
 
@@ -42,6 +44,7 @@ class Inspection:
         unknown: probes that do not apply to the run, with the reason.
         density: of the Hessian's spectrum, where it was asked for.
         outliers: the examples with opposing signals, where they were asked for.
+        spectra: of layers, classes and batch sizes, where they were asked for.
     """
 
     step: int
@@ -51,6 +54,7 @@ class Inspection:
     unknown: dict[str, str]
     density: SpectralDensity | None = None
     outliers: OutlyingExamples | None = None
+    spectra: Spectra | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,10 @@ def inspect(
     num_batches: int | None = None,
     density: bool = False,
     outliers: bool = False,
+    by_layer: bool = False,
+    by_target: bool = False,
+    batch_sizes: Sequence[int] = (),
+    num_eigenvalues: int = 3,
     double: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Inspection:
@@ -100,12 +108,18 @@ def inspect(
         num_batches: see `ProbeTable`; None keeps each probe's own.
         density: whether to measure the spectral density of the Hessian, about 160 Hessian-vector products.
         outliers: whether to search the probe batch for groups of examples with opposing signals.
-        double: whether to measure copies of the weights in float64.
+        by_layer: whether to measure the spectrum of each layer; see :func:`landscape_ray.training.spectra.spectra`.
+        by_target: likewise, of the loss on each class.
+        batch_sizes: likewise; batches against the whole probe batch.
+        num_eigenvalues: likewise.
+        double: whether probes measure copies of the weights in float64.
         progress: called with the name of each probe before it runs.
 
     Raises:
         UserError: no such file or probe, or less data than asked for.
     """
+    if batch_sizes:
+        check_batch_sizes(batch_sizes, batch_size * (num_batches or 1))  # before anything is measured
     state, _ = TrainState.load(checkpoint)
     tables = state.config.probes.tables
     names = list(probes) or list(tables) or ["sharpness"]
@@ -130,8 +144,11 @@ def inspect(
     for name, probe in monitor.probes.items():
         if progress is not None:
             progress(name)
-        if name == "distance_from_init" and name in state.monitor.probes:
-            probe = state.monitor.probes[name]  # which remembers where the run began
+        if name == "distance_from_init":
+            if name not in state.monitor.probes:
+                unknown[name] = "the run had no such probe, so that nothing tells where it began"
+                continue
+            probe = state.monitor.probes[name]
         looked_at, host = state, host_of(state)
         if "update" in probe.needs:
             moved = moved or _one_more(checkpoint)
@@ -163,6 +180,19 @@ def inspect(
             searched = probe_batches(state.data, state.device, state.config.seed, batch_size, num_batches or 1)
             after.optimizer.eval()
             groups = _outliers(after, searched, host.update)
+    parts: Spectra | None = None
+    if by_layer or by_target or batch_sizes:
+        state.optimizer.eval()
+        parts = spectra(
+            state,
+            probe_batches(state.data, state.device, state.config.seed, batch_size, num_batches or 1),
+            by_layer=by_layer,
+            by_target=by_target,
+            batch_sizes=batch_sizes,
+            num_eigenvalues=num_eigenvalues,
+            progress=progress,
+        )
+        unknown |= parts.unknown
     return Inspection(
         step=state.step,
         num_params=sum(parameter.numel() for parameter in state.optimizer.parameters),
@@ -171,6 +201,7 @@ def inspect(
         unknown=unknown,
         density=found,
         outliers=groups,
+        spectra=parts,
     )
 
 

@@ -30,6 +30,7 @@ from landscape_ray.populations.decisions import decision_from_json, decision_to_
 from landscape_ray.records import Record, StepRecord
 from landscape_ray.training.cohort import Cohort
 from landscape_ray.training.config import TrainConfig
+from landscape_ray.training.manifest import read_manifest
 from landscape_ray.training.points import PointCollector
 from landscape_ray.training.state import TrainState
 
@@ -165,7 +166,9 @@ class CohortPopulation:
         Raises:
             UserError: missing, damaged or foreign files, an unknown version, or another strategy.
         """
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(
+            folder / MANIFEST, POPULATION_VERSION, of="a population", writer="a folder that was saved to"
+        )
         part = folder / manifest["part"]
         strategy.load_state_dict(manifest["strategy"])
         self = cls.__new__(cls)
@@ -276,23 +279,6 @@ def _copied(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return type(content)(_copied(value) for value in content)
     return copy.deepcopy(content)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint of a population in {folder}; give a folder that was saved to") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {folder / MANIFEST} cannot be read ({error}); delete it to start anew") from None
-    if not isinstance(manifest, dict) or "version" not in manifest:
-        raise UserError(f"{folder / MANIFEST} is not of a population; give a folder that was saved to")
-    if manifest["version"] != POPULATION_VERSION:
-        raise UserError(
-            f"checkpoint {folder} has version {manifest['version']}, this program reads {POPULATION_VERSION}; "
-            "use the version of landscape_ray that wrote it"
-        )
-    return manifest
 
 
 def _read_snapshots(path: Path) -> dict[int, dict[str, Any]]:

@@ -65,6 +65,8 @@ class SharpnessConfig(ProbeTable):
     max_matvecs: int = Field(default=30, ge=1, le=1000)
     route: Literal["exact", "finite_difference", "auto"] = "auto"
     """How Hessian-vector products are computed; auto: finite differences where a check with an exact one agrees."""
+    extrapolate: bool = False
+    """Whether to add what a further product is expected to: about as good as a third of the tolerance, for less."""
 
 
 class PreconditionedSharpnessConfig(ProbeTable):

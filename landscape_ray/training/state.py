@@ -23,6 +23,7 @@ from landscape_ray.training.averaging import Averager
 from landscape_ray.training.clipping import Clipper
 from landscape_ray.training.config import TrainConfig
 from landscape_ray.training.loss import Objective
+from landscape_ray.training.manifest import check_version
 from landscape_ray.training.optimizers import build_optimizer
 from landscape_ray.training.precision import LossScaler
 from landscape_ray.training.probing import build_monitor
@@ -200,6 +201,9 @@ class TrainState:
             ) from None
 
     def _restore(self, payload: Mapping[str, Any]) -> None:
+        for name in ("counters", "module", "optimizer", "clipper", "scaler", "averager", "probes"):
+            if not isinstance(payload[name], dict):  # a tensor would take a name for an index
+                raise TypeError(f"{name} is a {type(payload[name]).__name__}")
         kind = self.config.averaging.name if self.config.averaging is not None else None
         if (saved := payload["averager"].get("name")) != kind:
             raise UserError(
@@ -279,11 +283,7 @@ def read_checkpoint(path: Path, content: bytes | None = None) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} cannot be read ({reason}); delete it to start this run anew") from None
     if not isinstance(payload, dict) or "version" not in payload:
         raise UserError(f"{path} is not a checkpoint of landscape_ray; give a file that TrainState.save wrote")
-    if payload["version"] != CHECKPOINT_VERSION:
-        raise UserError(
-            f"checkpoint {path} has version {payload['version']}, this program reads {CHECKPOINT_VERSION}; "
-            "use the version of landscape_ray that wrote it"
-        )
+    check_version(payload, path, CHECKPOINT_VERSION)
     try:
         sound = payload["checksum"] == checksum(payload)
     except Exception:  # a foreign file may hold anything under these names

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-
-def _devtools() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("devtools", Path(__file__).with_name("devtools.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.browser import devtools
 
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A headless Chromium; see `devtools.Browser`. Tests are skipped where there is none."""
-    devtools = _devtools()
     if devtools.BROWSER is None:
         pytest.skip(devtools.MISSING)
     with devtools.Browser(tmp_path_factory.mktemp("chromium")) as opened:

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from landscape_ray.records import SystemRecord
 from landscape_ray.reports.page import write_report
 from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.tracking.parts import PartWriter
 from landscape_ray.tracking.projector import Projector
 from landscape_ray.tracking.server import find_runs, open_client
 from landscape_ray.tracking.ui import address, start_page, start_server, stop_server, wait_until_up
@@ -64,6 +66,18 @@ class Site:
         return f"{self.url}/#/experiments/{self.experiment}/runs/{run_id}{tab}?workflowType=machine_learning"
 
 
+def add_samples(folder: SweepFolder) -> None:
+    """Give the trials of a sweep two samples of what their processes did."""
+    for trial in folder.trials():
+        summary, writer = trial.summary(), PartWriter(trial, trial.num_parts())
+        assert summary is not None
+        for k, step in enumerate((summary.step // 2, summary.step)):
+            place = {"step": step, "num_tokens": step, "flops": 1.0, "elapsed_seconds": 0.1 * step}
+            for name, value in {"process_cpu_percentage": 97.0 + k, "process_memory_bytes": 5e8 * (1 + k)}.items():
+                writer.append(SystemRecord(**place, time_unix=1.7e9 + 10 * k, probe=name, value=value))
+        trial.commit(summary, writer.flush())
+
+
 @pytest.fixture(scope="module")
 def site(browser: Any, search_folder: Any, population_folder: Any, tmp_path_factory: Any) -> Iterator[Site]:
     results = tmp_path_factory.mktemp("results")
@@ -72,6 +86,8 @@ def site(browser: Any, search_folder: Any, population_folder: Any, tmp_path_fact
         for folder in (search_folder, population_folder)
     ]
     report = write_report(folders)
+    for folder in folders:
+        add_samples(folder)
     uri = f"sqlite:///{results / 'mlflow.db'}"
     for number, folder in enumerate(folders):
         folder.update_meta(sweep_id=f"{number:032x}")  # fabricated sweeps share one
@@ -138,6 +154,18 @@ def test_a_metric_chart_is_drawn(browser, site, picture):
         page.wait_for("document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length > 1", SECONDS)
         assert page.evaluate(f"{TEXT}.includes('loss_nats')")
         page.screenshot(picture("mlflow-metrics"))
+        assert quiet(page) == []
+
+
+@pytest.mark.acceptance
+def test_samples_of_processor_and_memory_are_under_system_metrics(browser, site, picture):
+    with browser.page() as page:
+        without_assistant(page, site.run("t003", "/system-metrics"))
+        page.wait_for(f"{TEXT}.includes('process_cpu_percentage')", SECONDS)
+        page.wait_for("document.querySelectorAll('.js-plotly-plot').length > 1", SECONDS)
+        assert page.evaluate(f"{TEXT}.includes('process_memory_bytes')")
+        assert not page.evaluate(f"{TEXT}.includes('loss_nats')")
+        page.screenshot(picture("mlflow-system"))
         assert quiet(page) == []
 
 

@@ -3,6 +3,7 @@
 A few dozen examples each by default; many more under the mark `slow`.
 """
 
+import copy
 import json
 import os
 import pickle
@@ -302,7 +303,7 @@ def test_hostile_values_in_specs(data: st.DataObject, sweep_text: Callable[..., 
         for key in place[:-1]:
             inner = inner.get(key) if isinstance(inner, dict) else None
         if isinstance(inner, dict):
-            inner[place[-1]] = data.draw(HOSTILE)
+            inner[place[-1]] = copy.deepcopy(data.draw(HOSTILE))  # else a value drawn twice may come to hold itself
     try:
         spec = parse(SweepSpec, table, "fuzz")
     except UserError:

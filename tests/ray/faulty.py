@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from landscape_ray.signature import Signature
+from landscape_ray.sweep.trainable import SweepTrainable
 
 
 class Network(nn.Module):
@@ -51,3 +52,30 @@ class Network(nn.Module):
             time.sleep(3600)
         error: Any = torch.OutOfMemoryError("CUDA out of memory") if how == "memory" else RuntimeError("a faulty batch")
         raise error
+
+
+class DiesBetweenTrials(SweepTrainable):
+    """A trial's actor whose process dies when it is to become the next trial, once for each file die.N of `orders`."""
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        for order in sorted((Path(new_config["sweep_path"]).parents[1] / "orders").glob("die.*")):
+            try:
+                order.unlink()
+            except FileNotFoundError:
+                continue
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().reset_config(new_config)
+
+
+class SlowToStart(SweepTrainable):
+    """A trial's actor whose worker takes longer to load than several trials; it leaves its number in `workers`."""
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        time.sleep(4)
+        super().__init__(*given, **more)
+
+    def step(self) -> dict[str, Any]:
+        workers = Path(self._given["sweep_path"]).parents[1] / "workers"
+        workers.mkdir(exist_ok=True)
+        (workers / str(os.getpid())).touch()
+        return super().step()

@@ -29,9 +29,11 @@ class Hosts:
 
     Args:
         num_hosts: how many; Ray is started on each by `start_node`.
+        private: a folder that is another one on each host, see `disk`; None where they share everything but /tmp/ray.
     """
 
-    def __init__(self, num_hosts: int) -> None:
+    def __init__(self, num_hosts: int, private: Path | None = None) -> None:
+        self.private = private
         tag = uuid.uuid4().hex[:6]
         self.net = f"10.231.{int(tag[:2], 16)}"
         self.bridge = f"lr{tag}"
@@ -69,10 +71,17 @@ class Hosts:
             run("ip", "-n", name, "link", "set", "eth0", "up")
             run("ip", "-n", name, "link", "set", "lo", "up")
             (self.folder / name).mkdir()
+            self.disk(index).mkdir(parents=True)
+
+    def disk(self, index: int) -> Path:
+        """Return what a host sees under the private path."""
+        return self.folder / "disks" / self.names[index]
 
     def command(self, index: int, *words: str, bare: bool = False) -> list[str]:
         """Return a command that runs on a host, with that host's own /tmp/ray; a bare one has no code of ours."""
         inside = f'mkdir -p /tmp/ray && mount --bind "{self.folder / self.names[index]}" /tmp/ray && '
+        if self.private is not None:
+            inside += f'mount --bind "{self.disk(index)}" "{self.private}" && '
         inside += f'mount --bind "{self.folder / "empty"}" "{PACKAGE}" && exec "$@"' if bare else 'exec "$@"'
         return ["ip", "netns", "exec", self.names[index], "unshare", "--mount", "bash", "-c", inside, "bash", *words]
 
@@ -138,9 +147,9 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def hosts(number: int) -> Iterator[Hosts]:
+def hosts(number: int, private: Path | None = None) -> Iterator[Hosts]:
     """Make hosts, or skip the test where this machine does not allow it; they do not outlive the test."""
-    made = Hosts(number)
+    made = Hosts(number, private)
     try:
         try:
             made.build()

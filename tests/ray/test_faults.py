@@ -20,8 +20,10 @@ STEPS = 12
 pytestmark = [pytest.mark.usefixtures("ray_session", "ready_store")]
 
 
-def sweep(write: SweepText, path: Path, orders: list[str], **resources: Any) -> tuple[SweepFolder, Outcome, str]:
-    """Run two trials of a model that obeys the orders."""
+def sweep(
+    write: SweepText, path: Path, orders: list[str], num_trials: int = 2, **resources: Any
+) -> tuple[SweepFolder, Outcome, str]:
+    """Run trials of a model that obeys the orders."""
     (path / "orders").mkdir()
     for order in orders:
         (path / "orders" / order).touch()
@@ -36,7 +38,7 @@ def sweep(write: SweepText, path: Path, orders: list[str], **resources: Any) -> 
     text = write(
         train=train,
         space={"schedule.peak_lr": {"log_uniform": [1e-3, 1e-1]}},
-        search={"num_trials": 2, "sampler": "random"},
+        search={"num_trials": num_trials, "sampler": "random"},
         commit_steps=2,
         resources={"cpus_per_trial": 1, **resources},
     )
@@ -67,6 +69,37 @@ def test_trials_that_raise_or_die_go_on(orders: list[str], sweep_text: SweepText
     folder, outcome, _ = sweep(sweep_text, tmp_path, orders, max_failures=5)
     assert outcome.counts == {"finished": 2}
     assert list((tmp_path / "orders").iterdir()) == [], "all faults have happened"
+    check_steps(folder)
+
+
+@pytest.mark.acceptance
+def test_workers_that_die_between_two_trials_cost_an_attempt(
+    sweep_text: SweepText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Tune alone gives the trial up that an actor is reset for, however many attempts are left."""
+    from landscape_ray.sweep import tuner
+    from tests.ray.faulty import DiesBetweenTrials
+
+    monkeypatch.setattr(tuner, "SweepTrainable", DiesBetweenTrials)
+    folder, outcome, _ = sweep(sweep_text, tmp_path, ["die.1"], num_trials=4, max_failures=5)
+    assert outcome.counts == {"finished": 4}
+    assert list((tmp_path / "orders").iterdir()) == [], "the fault has happened"
+    check_steps(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+def test_short_trials_have_all_the_workers_that_there_is_room_for(
+    sweep_text: SweepText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Tune alone sends the second worker away as long as trials end before it has loaded."""
+    from landscape_ray.sweep import tuner
+    from tests.ray.faulty import SlowToStart
+
+    monkeypatch.setattr(tuner, "SweepTrainable", SlowToStart)
+    folder, outcome, _ = sweep(sweep_text, tmp_path, [], num_trials=24)
+    assert outcome.counts == {"finished": 24}
+    assert len(list((tmp_path / "workers").iterdir())) == 2
     check_steps(folder)
 
 
@@ -180,7 +213,7 @@ def test_nodes_that_see_another_folder_are_refused(
     sound = {**cluster.versions(), "content": folder.meta_path.read_text()}
 
     def answer(content: object) -> None:
-        monkeypatch.setattr(cluster, "ask_nodes", lambda _: {"10.0.0.1": content})
+        monkeypatch.setattr(cluster, "ask_nodes", lambda *_: {"10.0.0.1": content})
 
     answer(sound)
     assert cluster.check_nodes(folder) == []

@@ -56,7 +56,8 @@ def test_the_soak_sees_what_is_lost_or_doubled(
     folder.trial("t0000").commit(summary, writer.flush())
     assert Projector(folder, f"sqlite:///{tmp_path}/runs/mlflow.db", "e").close().error == ""
     sweep = object.__new__(soak.Sweep)
-    sweep.name, sweep.place, sweep.path, sweep.trials = "soak-0", tmp_path, folder.path, 1
+    sweep.name, sweep.place, sweep.path, sweep.trials, sweep.population = "soak-0", tmp_path, folder.path, 1, False
+    sweep.wrong = []
     found = sweep.problems()
     assert len(found) == len(said)
     assert all(part in problem for part, problem in zip(said, found, strict=True))
@@ -75,12 +76,13 @@ def test_a_short_soak() -> None:
 @pytest.mark.slow
 @pytest.mark.acceptance
 @pytest.mark.timeout(470)
-def test_a_driver_costs_no_more_than_half_a_trial_of_a_second(tmp_path: Path) -> None:
-    """The yardstick of Ray's own release test allows 28 % of a trial of one second; few trials are noisy."""
+def test_what_a_driver_costs_a_trial(tmp_path: Path) -> None:
+    """Ray's own release test allows 10,000 trials of 1 s on 16 CPUs 800 s: 80 ms of one driver's time a trial."""
     out = tmp_path / "scale.json"
-    command = [sys.executable, str(SCRIPTS / "bench_scale.py"), "--trials", "100", "--only", "class,ours"]
+    command = [sys.executable, str(SCRIPTS / "bench_scale.py"), "--trials", "150", "--only", "class,ours"]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=460)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     raw, ours = json.loads(out.read_text())
-    assert raw["results"] == ours["results"] == 300
-    assert ours["driver_cpu_ms_per_trial"] < 500
+    assert raw["results"] == ours["results"] == 450
+    assert ours["marginal_cpu_ms_per_trial"] < 160  # twice as much where the test shares the processors
+    assert ours["marginal_kib_per_trial"] < 100  # of few trials, in pages of the allocator

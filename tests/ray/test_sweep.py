@@ -235,3 +235,41 @@ def test_one_ray_trial_holds_a_cohort(sweep_text: SweepText, tmp_path: Path) -> 
     study = optuna.load_study(study_name="tiny", storage=JournalStorage(backend))
     told = {trial.number: trial.value for trial in study.trials}
     assert told == {int(run.run_id[1:]): run.final_loss_nats for run in collect(folder.path).runs}
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.usefixtures("ready_store")
+def test_a_search_pauses_at_its_bound_and_ends_in_its_storage(sweep_text: SweepText, tmp_path: Path) -> None:
+    """The disk is full to its bound at once: the sweep pauses; with a higher one it ends, here and in the storage."""
+    from landscape_ray.sweep.extension import extend
+    from landscape_ray.sweep.tuner import drive as drive_sweep
+    from landscape_ray.tracking.cache import bring_sweep
+    from landscape_ray.tracking.storage import open_storage
+
+    def text(gib: float) -> str:
+        return sweep_text(search={"num_trials": 3}, resources={"cpus_per_trial": 0.5, "max_disk_gib": gib})
+
+    uri, out = f"file://{tmp_path}/store", io.StringIO()
+    spec = parse(SweepSpec, tomllib.loads(text(1e-6)), "file")
+    folder = new_sweep(spec, text(1e-6), tmp_path / "runs", "sweep", None, uri)
+    paused = drive_sweep(folder, Console(file=out, width=200), storage_uri=uri)
+    assert paused.status == "interrupted"
+    assert exit_status(paused) == 130
+    assert "paused: " in outcome_text(paused)
+    assert "over resources.max_disk_gib = 1e-06" in outcome_text(paused)
+    assert paused.num_not_stored == 0
+    (tmp_path / "more.toml").write_text(text(1.0))
+    assert extend(folder, tmp_path / "more.toml") == {"resources.max_disk_gib": 1.0}
+    ended = drive_sweep(folder, Console(file=out, width=200), storage_uri=uri)
+    assert (ended.status, ended.num_not_stored, ended.storage_problem) == ("finished", 0, "")
+    check_records(folder, 3, 10)
+    back = bring_sweep(open_storage(uri).at("sweep"), tmp_path / "back", checkpoints=True)
+    assert str(collect(back).records.to_pylist()) == str(collect(folder).records.to_pylist())  # a nan is unequal
+    assert back.meta["status"] == "finished"
+    assert (back.path / "study.journal").read_bytes() == folder.study_path.read_bytes()
+    for trial in back.trials():
+        original = folder.trial(trial.trial_id).checkpoint_path / "state.pt"
+        assert (trial.checkpoint_path / "state.pt").read_bytes() == original.read_bytes()
+    store = open_storage(uri).at("sweep/trials/t0000")
+    assert len(store.versions()) == 1

@@ -34,8 +34,9 @@ def test_arrows_go_from_donor_to_member(population):
     rows = [name.split()[0] for name in figure.panels[0].y.categories]
     assert rows == [run.run_id for run in population.finished]
     arrows = [one for one in figure.panels[0].series if one.role == "arrow"]
-    found = {(rows[int(one.y[0])], rows[int(one.y[1])], one.x[0], one.x[1]) for one in arrows}
-    assert found == {("t000", "t001", 100, 100), ("t001", "t003", 200, 200)}
+    found = {(rows[int(one.y[0])], rows[int(one.y[1])], one.x[1]) for one in arrows}
+    assert found == {("t000", "t001", 100), ("t001", "t003", 200)}
+    assert all(one.x[1] - one.x[0] == pytest.approx(page.LEAN * 300) for one in arrows)
 
 
 def test_winner_is_followed_through_the_members_that_trained_its_weights(population):
@@ -60,6 +61,17 @@ def test_every_survivor_shows_what_its_weights_saw(population):
     np.testing.assert_array_equal(alive["t003"].lr, np.repeat([0.004, 0.0031, 0.00155], 100))
     figure = page.lineage([population], population)
     assert len(named(figure, "alive at the end", panel=1)) == len(alive) - 1
+
+
+def test_schedules_are_drawn_by_their_bends():
+    """A warm-up is one line, not a staircase, and a copy changes the rate from one update to the next."""
+    steps = np.arange(1, 1001.0)
+    lr = np.minimum(steps / 100, 1.0) * np.where(steps <= 500, 0.004, 0.002)
+    x, y = page._bent(steps, lr)
+    assert x.tolist() == [1, 100, 500, 501, 1000]
+    np.testing.assert_allclose(np.interp(steps, x, y), lr, rtol=1e-12)
+    x, _ = page._bent(steps, np.cos(steps / 700))  # bent everywhere
+    assert len(x) <= 500
 
 
 def test_what_was_given_up_is_a_line_below_the_living(population):

@@ -12,8 +12,12 @@ import pytest
 
 import landscape_ray
 from landscape_ray.config import parse
+from landscape_ray.sweep import cluster
 from landscape_ray.sweep.cluster import code_env, named_modules, private_token, runtime_env
 from landscape_ray.sweep.spec import SweepSpec
+from landscape_ray.tracking.driver_mirror import DriverMirror
+from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.tracking.storage import open_storage
 
 PACKAGE = str(Path(landscape_ray.__file__).parent)
 
@@ -66,3 +70,39 @@ def test_a_token_that_ray_makes_is_for_its_user_only(tmp_path: Path, monkeypatch
         pass
     assert stat.S_IMODE(path.stat().st_mode) == 0o640, "the user's own choice stays"
     assert sys.modules.get("ray") is not None
+
+
+def test_a_node_without_the_folder_reads_the_sweep_in_its_storage(folder: SweepFolder, tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/store"
+    assert cluster._stored_meta(uri, folder.path.name) is None  # nothing is there yet
+    DriverMirror(folder, open_storage(uri).at(folder.path.name)).publish()
+    stored = cluster._stored_meta(uri, folder.path.name)
+    assert stored is not None
+    absent = str(tmp_path / "elsewhere" / "sweep.json")
+    assert cluster._look(absent, stored)["content"] == folder.meta_path.read_text()
+    assert "No such file" in cluster._look(absent)["content"]
+    assert cluster._look(str(folder.meta_path), ("file:///nowhere", "x"))["content"] == folder.meta_path.read_text()
+    assert "No such file" in cluster._look(absent, (uri, "gone"))["content"]
+    assert cluster._stored_meta("s5://bucket", "x") is None
+
+
+def test_the_doctor_asks_nodes_for_the_folder_or_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from landscape_ray.sweep import doctor_ray
+
+    uri, seen = f"file://{tmp_path}/store", []
+
+    def ask(path: str, stored: tuple[str, str] | None) -> dict[str, dict[str, str]]:
+        assert stored is not None
+        seen.append(stored)
+        return {"10.0.0.1": cluster._look(f"{path}.absent", stored), "10.0.0.2": cluster._look(f"{path}.absent")}
+
+    monkeypatch.setattr(doctor_ray, "ask_nodes", ask)
+    near, far = doctor_ray._each_node(tmp_path / "runs", uri)
+    assert (near.status, near.found) == (
+        "ok",
+        "runs tasks, sees the results folder or the storage, has the same versions",
+    )
+    assert (far.status, far.remedy) == ("error", "give a --results folder that all nodes share, or --storage")
+    assert seen[0][0] == uri
+    assert list((tmp_path / "store").iterdir()) == []
+    assert list((tmp_path / "runs").iterdir()) == []

@@ -117,3 +117,19 @@ def test_the_verb_prints_remedies_and_ends_with_a_status(uri: str, status: int, 
     assert done.exit_code == status, done.output
     assert ("error  tracking" in done.output) == bool(status)
     assert ("-> start the server" in done.output) == bool(status)
+
+
+def test_a_storage_is_tried(tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/store"
+    finding = doctor.check_object_storage(uri)
+    assert finding.status == "ok"
+    assert finding.found.startswith(f"{uri}, an object comes and goes in ")
+    assert list((tmp_path / "store").iterdir()) == []
+    finding = doctor.check_object_storage("foo://ada:s3cret@bucket")
+    assert finding.status == "error"
+    assert "that pyarrow opens, got 'foo://***@bucket'" in finding.found
+    assert "s3cret" not in finding.found
+    names = [
+        each.name for each in doctor.examine(tmp_path, None, f"sqlite:///{tmp_path}/m.db", ray=False, storage_uri=uri)
+    ]
+    assert names[3:5] == ["storage", "--storage"]

@@ -37,8 +37,9 @@ def test_a_finished_sweep_lists_the_best_first(folder):
     lines = drawn(folder).splitlines()
     assert lines[0].startswith("search: 12/12 trials ended · best 2.0994 nats/token · 1 min 30 s spent · 1 diverged")
     assert lines[1] == "finished"
-    assert lines[3].startswith("t003")
-    assert "name=wsd" in lines[3]
+    assert lines[2].startswith("disk: ")
+    assert lines[4].startswith("t003")
+    assert "name=wsd" in lines[4]
 
 
 def test_a_running_sweep_tells_its_rate_and_when_it_last_wrote(folder):

@@ -14,7 +14,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.schedules import Schedule
 from landscape_ray.sweep.run import CHECKPOINT, TrialRun, trial_id_of
 from landscape_ray.sweep.spec import SweepSpec
-from landscape_ray.sweep.trunk import stable_steps
+from landscape_ray.sweep.trunk import stable_steps, thin_trunks
 from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.training import read_checkpoint
@@ -116,3 +116,27 @@ def test_a_trunk_needs_a_stable_phase(sweep_text: Callable[..., str], tiny: dict
     text = sweep_text(train=train, space={}, search={"num_trials": 4, "trunk": {"every_steps": 4}})
     with pytest.raises(UserError, match=r"search.trunk needs schedules with a stable phase, got \['cosine'\]"):
         parse(SweepSpec, tomllib.loads(text), "trunk")
+
+
+def test_a_finished_search_keeps_the_end_of_each_trunk(make: Any) -> None:
+    spec, folder = make("shared", trunk={"every_steps": 4})
+    train_all(spec, folder)
+    before = sorted(int(path.stem) for path in folder.path.glob("trunks/*/*.pt"))
+    thin_trunks(folder.path)
+    trunks = [sorted(path.iterdir()) for path in (folder.path / "trunks").iterdir()]
+    assert [len(trunk) for trunk in trunks] == [1] * len(trunks)
+    assert len(before) > len(trunks)
+    assert max(before) == max(int(path.stem) for (path,) in trunks)
+
+
+def test_a_trunk_that_went_is_made_again(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found, and gone before it is read: the trial makes these updates itself."""
+    spec, folder = make("shared", trunk={"every_steps": 4})
+    train_all(spec, folder)
+    gone = folder.path / "trunks" / "gone.pt"
+    monkeypatch.setattr("landscape_ray.sweep.trunk.Trunk.find", lambda self: gone)
+    run = TrialRun(spec, folder.trial("t0009"), 9, values(BRANCHES[1]))
+    assert run.state.step == 0
+    gone.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"gone.pt cannot be read"):
+        TrialRun(spec, folder.trial("t0010"), 10, values(BRANCHES[1]))

@@ -19,6 +19,7 @@ from landscape_ray import records
 from landscape_ray.records import EvalRecord, EventRecord, ProbeRecord, Record, RunSummary, StepRecord, to_row
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
 from landscape_ray.tracking.parts import PartWriter
+from tests.tracking.mlflow_server import Server
 
 SPEC = 'name = "quick"\n[train.model]\nname = "gpt"\ndepth = 2\n[search.lr]\nlow = 1e-4\nhigh = 1e-1\n'
 
@@ -233,3 +234,13 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleName
 @pytest.fixture
 def killed() -> type[BaseException]:
     return Killed
+
+
+@pytest.fixture
+def mlflow_http(results: Path) -> Iterator[Server]:
+    mlflow_server = Server(results)
+    try:
+        mlflow_server.start()
+        yield mlflow_server
+    finally:
+        mlflow_server.kill()

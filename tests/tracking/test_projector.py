@@ -220,6 +220,73 @@ def test_a_damaged_part_is_reported_and_stops_nothing(
     assert max(step for trial, _, _, step, _ in stored if trial == "t1") == 10
 
 
+# ---- cost
+
+
+def test_a_request_waits_for_ten_commits_but_not_for_ever(
+    folder: SweepFolder, uri: str, make: SimpleNamespace, faults: Faults
+) -> None:
+    """A trial that commits rarely shares a request between its commits as well, a tenth of its age late at most."""
+    make.write(folder.trial("t1"), 1, 5)
+    state = faults()
+    projector = Projector(folder, uri, "exp", batch_seconds=60.0)
+    projector._sync(closing=False, patient=True)
+    state.calls.clear()
+    assert projector._runs is not None
+    run = projector._runs.trials["t1"]
+    run.found_at -= 10_000.0
+    for step in (6, 7, 8):
+        make.write(folder.trial("t1"), step, step)
+    run.sent_at -= 400.0
+    assert projector._sync(closing=False, patient=True).behind == 3
+    run.sent_at -= 190.0
+    assert projector._sync(closing=False, patient=True).behind == 3, "ten pauses, as it is old"
+    run.sent_at -= 20.0
+    assert projector._sync(closing=False, patient=True).behind == 0
+    assert state.calls == ["log_batch"]
+
+
+def test_what_the_sweeps_own_run_is_made_of_is_read_again_only_when_a_file_changed(
+    folder: SweepFolder, uri: str, make: SimpleNamespace, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from landscape_ray.tracking import parent
+
+    read: list[SweepFolder] = []
+    original = parent.spec_params
+    monkeypatch.setattr(parent, "spec_params", lambda sweep: read.append(sweep) or original(sweep))
+    projector = Projector(folder, uri, "exp")
+    for _ in range(3):
+        assert projector.sync().error == ""
+    assert len(read) == 1
+    projector.set_parent({"best": 1.0}, {}, "")
+    assert projector.sync().error == ""
+    assert len(read) == 2
+    folder.report_path.write_text("<html>")
+    assert projector.sync().error == ""
+    assert len(read) == 3
+    assert "report.html" in make.active_runs(database)[""]["landscape_ray.artifacts"]
+
+
+def test_a_request_is_what_mlflow_itself_would_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text is written directly, as MLflow's own way to it takes most of the time; it must say the same."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.store.tracking.rest_store import RestStore
+
+    sent: list[tuple[str, Any]] = []
+    monkeypatch.setattr(
+        RestStore, "_call_endpoint", lambda self, api, body: sent.append((api.__name__, json.loads(body)))
+    )
+    points = [Metric("train/loss_nats", 0.1 + 0.2, 1_700_000_000_123, 7), Metric("ä b", -1e-300, 0, 0)]
+    content = (points, [Param("lr", '"1"')], [RunTag("landscape_ray.num_parts", "12")])
+    server.open_client("http://127.0.0.1:9").log_batch("run", *content)
+    MlflowClient("http://127.0.0.1:9").log_batch("run", *content)
+    ours, theirs = sent
+    assert ours == theirs
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        server.open_client("http://127.0.0.1:9").log_batch("run", [Metric("x", math.nan, 0, 0)])
+
+
 # ---- shape
 
 
@@ -348,7 +415,7 @@ def test_an_experiment_made_by_another_sweep_meanwhile(
     wanted = client.create_experiment("exp")
     answers = [None, client.get_experiment_by_name("exp")]
     monkeypatch.setattr(client, "get_experiment_by_name", lambda _: answers.pop(0))
-    assert server.experiment_id(client, uri, "exp") == wanted
+    assert server.experiment_id(client, uri, "exp", folder.path.parent) == wanted
 
 
 def test_many_large_parameters_and_a_long_message(

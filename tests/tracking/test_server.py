@@ -12,29 +12,19 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from landscape_ray.errors import UserError
-from landscape_ray.records import metrics
 from landscape_ray.tracking import server
 from landscape_ray.tracking.collect import collect, collect_mlflow
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.projector import Projector
 from landscape_ray.tracking.uris import mask_secrets
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
+from tests.tracking.mlflow_server import Server, expected_of, free_port, stored_in
 
 # ---- the check before a sweep
 
@@ -46,10 +36,20 @@ def test_check_accepts_a_store_that_works(uri: str, tmp_path: Path) -> None:
     assert fresh.parent.is_dir()
 
 
-@pytest.mark.parametrize("address", ["./mlruns", "file:///mlruns", "databricks", "postgresql://u:s3cret@host/db", ""])
+@pytest.mark.parametrize("address", ["./mlruns", "file:///mlruns", "databricks", "mysql://u:s3cret@host/db", ""])
 def test_check_refuses_addresses_that_are_not_supported(address: str) -> None:
-    with pytest.raises(UserError, match="tracking_uri must begin with http://, https:// or sqlite:///") as caught:
+    with pytest.raises(
+        UserError, match="tracking_uri must begin with http://, https://, postgresql:// or sqlite:///"
+    ) as caught:
         Projector.check(address)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("driver", "said"), [("+psycopg2", "psycopg2"), ("+no_such_one", "Can't load plugin")])
+def test_check_names_the_driver_that_a_database_needs(monkeypatch: pytest.MonkeyPatch, driver: str, said: str) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)  # not here, even where it is installed
+    with pytest.raises(UserError, match=rf"whose driver is installed, .*{said}.*landscape_ray\[postgres\]") as caught:
+        Projector.check(f"postgresql{driver}://u:s3cret@127.0.0.1/db")
     assert "s3cret" not in str(caught.value)
 
 
@@ -83,7 +83,7 @@ def test_check_refuses_a_file_that_is_no_store(tmp_path: Path) -> None:
 def test_check_of_a_dead_server_is_quick_and_keeps_the_password() -> None:
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"http://\*\*\*@127.0.0.1:\d+ does not answer") as caught:
-        Projector.check(f"http://ada:s3cret@127.0.0.1:{_free_port()}")
+        Projector.check(f"http://ada:s3cret@127.0.0.1:{free_port()}")
     assert time.monotonic() - begun < 6
     assert "s3cret" not in str(caught.value)
     assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
@@ -137,54 +137,9 @@ def test_telemetry_is_off_and_no_address_is_printed() -> None:
 # ---- a server that dies
 
 
-class _Server:
-    """`mlflow server` with one worker on a port of its own."""
-
-    def __init__(self, results: Path):
-        self.uri = f"http://127.0.0.1:{_free_port()}"
-        self._results = results
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
-        command += ["--port", self.uri.rpartition(":")[2]]
-        command += ["--backend-store-uri", f"sqlite:///{self._results / 'mlflow.db'}"]
-        command += ["--artifacts-destination", str(self._results / "artifacts")]
-        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with open(self._results / "server.log", "ab") as log:
-            self._process = subprocess.Popen(
-                command, env=os.environ | quiet, stdout=log, stderr=log, cwd=self._results, start_new_session=True
-            )
-        patience = time.monotonic() + 120
-        while time.monotonic() < patience:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                    return
-            except (urllib.error.URLError, OSError):
-                assert self._process.poll() is None, (self._results / "server.log").read_text()
-                time.sleep(0.2)
-        raise AssertionError("the server did not start: " + (self._results / "server.log").read_text())
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)  # it leads its own group: itself and its worker
-            self._process.wait()
-            self._process = None
-
-
-@pytest.fixture
-def mlflow_http(results: Path) -> Iterator[_Server]:
-    mlflow_server = _Server(results)
-    try:
-        mlflow_server.start()
-        yield mlflow_server
-    finally:
-        mlflow_server.kill()
-
-
 @pytest.mark.acceptance
 def test_a_server_that_dies_in_mid_sweep_costs_nothing(
-    mlflow_http: _Server, results: Path, folder: SweepFolder, make: SimpleNamespace
+    mlflow_http: Server, results: Path, folder: SweepFolder, make: SimpleNamespace
 ) -> None:
     database = results / "mlflow.db"
     Projector.check(mlflow_http.uri)
@@ -304,28 +259,6 @@ eval = { every_steps = 50, num_batches = 1, batch_size = 16 }
 """
 
 
-def _expected(folder: SweepFolder) -> Counter[tuple[str, str, int, int, float]]:
-    """What the store must hold of the rows on disk, by the rules of the documentation."""
-    collected, found = collect(folder), Counter[tuple[str, str, int, int, float]]()
-    num_steps = collected.runs[0].num_steps
-    stride = -(-num_steps // 500)
-    for row in collected.records.to_pylist():
-        shown = row["step"] % stride == 0 or row["step"] in (1, num_steps)
-        if row["kind"] == "step" and not shown:
-            continue
-        named = metrics(row)
-        if row["kind"] == "eval" and (row["step"] == 0 or not shown):
-            named |= {f"progress/{key}": float(row[key]) for key in ("num_tokens", "flops", "elapsed_seconds")}
-        for key, value in named.items():
-            found[row["run_id"], key, round(1000 * row["time_unix"]), row["step"], value] += 1
-    return found
-
-
-def _stored(database: Path, make: SimpleNamespace) -> Counter[tuple[str, str, int, int, float]]:
-    points = make.stored_points(database)
-    return Counter({point: number for point, number in points.items() if not point[1].startswith("system/")})
-
-
 class _Trial:
     """A trial as Ray's callback sees it."""
 
@@ -339,7 +272,7 @@ class _Trial:
 @pytest.mark.acceptance
 @pytest.mark.timeout(600)
 def test_a_driver_and_a_server_that_are_killed_lose_nothing(
-    mlflow_http: _Server,
+    mlflow_http: Server,
     results: Path,
     store_template: Path,
     make: SimpleNamespace,
@@ -378,7 +311,7 @@ def test_a_driver_and_a_server_that_are_killed_lose_nothing(
     try:
         wait(driver, lambda: (results / "quick" / "sweep.json").exists())
         folder = SweepFolder.open(results / "quick")
-        wait(driver, lambda: len(_stored(database, make)) > 0)
+        wait(driver, lambda: len(stored_in(database, make)) > 0)
         mlflow_http.kill()
         with pytest.raises(MlflowException, match="failed with exception"):
             peer.log_trial_result(1, trial, {"loss": 1.0, "training_iteration": 1})
@@ -387,20 +320,20 @@ def test_a_driver_and_a_server_that_are_killed_lose_nothing(
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
-    committed = _expected(folder)
-    assert sum(committed.values()) > sum(_stored(database, make).values()), "there are unsent rows"
+    committed = expected_of(folder)
+    assert sum(committed.values()) > sum(stored_in(database, make).values()), "there are unsent rows"
     shutil.copy(store_template, database)
     for name in ("mlflow.db-wal", "mlflow.db-shm"):
         (results / name).unlink(missing_ok=True)
     mlflow_http.start()
     assert launch("sync", "quick").wait(timeout=120) == 0
-    assert _stored(database, make) == committed
+    assert stored_in(database, make) == committed
     assert launch("sync", "quick").wait(timeout=120) == 0
-    assert _stored(database, make) == committed, "twice changes nothing"
+    assert stored_in(database, make) == committed, "twice changes nothing"
     begun = {name: run["run_id"] for name, run in make.active_runs(database).items()}
     assert launch("resume", "quick").wait(timeout=200) == 0
     assert steps(folder) == 3000
-    assert _stored(database, make) == _expected(folder)
+    assert stored_in(database, make) == expected_of(folder)
     runs = make.active_runs(database)
     assert {name: (run["run_id"], run["status"]) for name, run in runs.items()} == {
         name: (run_id, "FINISHED") for name, run_id in begun.items()

@@ -80,3 +80,19 @@ def test_a_million_points_from_four_processes() -> None:
     memory = re.search(r"peak memory of the driver above its start\s+([\d.,e+]+) MiB", done.stdout)
     assert memory is not None, done.stdout
     assert float(memory[1].replace(",", "")) < 500
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.timeout(900)
+def test_a_thousand_results_cost_less_than_a_hundred_requests() -> None:
+    """Of a population of four on Ray, tracked by a server; and less than five milliseconds of processor time each."""
+    command = [sys.executable, str(SCRIPTS / "bench_tracking.py"), "--part", "lengths", "--lengths", "500", "2500"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=800)
+    ended = re.findall(r"^([\d,]+) results in [\d,]+ s: how it ended\s+(\S+)\s*$", done.stdout, re.MULTILINE)
+    assert [how for _, how in ended] == ["finished", "finished"], done.stdout
+    assert int(ended[1][0].replace(",", "")) > 900
+    requests = re.findall(r"^requests a result\s+([\d.e-]+)\s*$", done.stdout, re.MULTILINE)
+    milliseconds = re.findall(r"^CPU of tracking, a result\s+([\d.e-]+) ms\s*$", done.stdout, re.MULTILINE)
+    assert float(requests[1]) < 0.1, done.stdout
+    assert float(milliseconds[1]) < 5.0, done.stdout

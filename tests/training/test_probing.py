@@ -207,6 +207,11 @@ def test_the_distance_from_init_is_that_of_the_run(tmp_path: Path) -> None:
     state.save(tmp_path / "state.pt")
     found = inspect(tmp_path / "state.pt").estimates["distance_from_init"]
     assert found.value == records[-1].value > 0
+    without = TrainState.create(config(sharpness={"every_steps": 8}))
+    without.save(tmp_path / "without.pt")
+    lost = inspect(tmp_path / "without.pt", ["distance_from_init"])
+    assert "nothing tells where it began" in lost.unknown["distance_from_init"]
+    assert lost.estimates == {}
 
 
 def test_double_precision_on_request(tmp_path: Path) -> None:

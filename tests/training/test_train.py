@@ -11,7 +11,7 @@ from landscape_ray.config import parse, with_values
 from landscape_ray.errors import UserError
 from landscape_ray.records import EvalRecord, EventRecord, ProbeRecord, Record, StepRecord
 from landscape_ray.training import TrainConfig, TrainState, read_checkpoint, train
-from landscape_ray.training.state import select_device
+from landscape_ray.training.state import checksum, select_device
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_gpt.json"
 
@@ -191,6 +191,18 @@ def test_bad_checkpoints_are_refused(tiny_config: TrainConfig, tmp_path: Path, d
 
         path.write_bytes(pickle.dumps(print))
     with pytest.raises(UserError, match=messages[damage]):
+        TrainState.load(path)
+
+
+@pytest.mark.parametrize("name", ["version", "counters", "optimizer"])
+def test_a_tensor_under_one_of_our_names_is_refused(tiny_config: TrainConfig, tmp_path: Path, name: str) -> None:
+    """It compares to a tensor, and takes a name for an index."""
+    path = tmp_path / "state.pt"
+    TrainState.create(tiny_config).save(path)
+    payload = {**read_checkpoint(path), name: torch.zeros(2)}
+    torch.save({**payload, "checksum": checksum(payload)}, path)
+    said = "has version tensor" if name == "version" else f"does not fit the run .TypeError: {name} is a Tensor"
+    with pytest.raises(UserError, match=said):
         TrainState.load(path)
 
 

@@ -140,3 +140,35 @@ def by_class(loss: Loss, batches: Batches, groups: Tensor | Sequence[int] | None
                 share=sum(weight for _, weight in chosen),
             )
     return parts
+
+
+def frequency_bands(targets: Tensor, num_bands: int) -> Tensor:
+    """Return a band of each target value, by how often it occurs: groups for :func:`by_class`.
+
+    Band 0 holds the most frequent values, and each band about as many targets as the next, so that a vocabulary of
+    thousands comes down to a few classes whose curvatures can be measured. A value that is alone more frequent than
+    that has a band of its own. Values that do not occur belong to the last.
+
+    Args:
+        targets: integers >= 0, any shape.
+        num_bands: most bands, >= 1.
+
+    Returns:
+        The band of every value 0 ... targets.max().
+
+    Raises:
+        UserError: fewer than one band.
+
+    >>> frequency_bands(torch.tensor([2, 2, 2, 2, 0, 0, 1, 4]), 2).tolist()
+    [1, 1, 0, 1, 1]
+    """
+    if num_bands < 1:
+        raise UserError(f"num_bands must be at least 1, got {num_bands}")
+    counts = torch.bincount(targets.flatten().cpu())
+    order = counts.argsort(descending=True, stable=True)
+    before = counts[order].cumsum(0) - counts[order]
+    band = (before * num_bands) // max(int(counts.sum()), 1)
+    steps = band.clamp(max=num_bands - 1).diff(prepend=band[:1]) > 0  # values more frequent than a band skip some
+    bands = torch.empty_like(order)
+    bands[order] = steps.long().cumsum(0)
+    return bands

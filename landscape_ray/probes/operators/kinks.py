@@ -145,13 +145,13 @@ class HeldLoss:
 
     def value_at(self, displacement: Tensor) -> float:
         """Return the loss at w + displacement, displacement (size,)."""
-        with self.kinks.held():
-            return self.function.value_at(displacement)
+        with self.function.moved_by(displacement), self.kinks.held():
+            return self.function.value()
 
     def gradient_at(self, displacement: Tensor) -> tuple[float, Tensor]:
         """Return the loss and its gradient at w + displacement, displacement (size,)."""
-        with self.kinks.held():
-            return self.function.gradient_at(displacement)
+        with self.function.moved_by(displacement), self.kinks.held():
+            return self.function.gradient()
 
 
 class _Line:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,7 @@ def batch_size_effect(
     max_matvecs: int = 100,
     seed: int = 0,
     eval_mode: bool = True,
+    progress: Callable[[str], None] | None = None,
 ) -> BatchSizeEffect:
     """Return extremal eigenvalues on batches of several sizes and on all examples, and the noise that explains them.
 
@@ -130,6 +131,7 @@ def batch_size_effect(
         max_matvecs: as there.
         seed: of the choice of examples, and as there.
         eval_mode: as there.
+        progress: called with a few words about the batch that comes next.
 
     Raises:
         UserError: an argument out of its range, several processes, or something that cannot be measured.
@@ -148,12 +150,7 @@ def batch_size_effect(
             "a batch of one of them would be counted as the whole"
         )
     num_examples = _count(examples)
-    sizes = sorted(set(batch_sizes))
-    if len(sizes) < 2 or sizes[0] < 1 or 2 * sizes[-1] > num_examples:
-        raise UserError(
-            f"batch_sizes must be two or more between 1 and {num_examples // 2}, half of the examples, got "
-            f"{list(batch_sizes)}; the error needs two disjoint batches"
-        )
+    sizes = check_batch_sizes(batch_sizes, num_examples)
     if num_batches < 2:
         raise UserError(f"num_batches must be at least 2, got {num_batches}; the error needs two disjoint batches")
     order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed))
@@ -178,11 +175,14 @@ def batch_size_effect(
         return *found.largest, *found.smallest
 
     with observing(module, loss, [(examples, 1)], eval_mode=eval_mode, seed=seed):
+        tell = progress or (lambda words: None)
+        tell(f"all {num_examples} examples")
         whole = [(_rows(examples, rows), len(rows)) for rows in torch.split(order, sizes[-1])]
         full = extremes(whole, 1.0)
         on_batches: list[list[Estimate]] = [[] for _ in full]
         for size in sizes:
             chosen = torch.split(order[: min(num_batches, num_examples // size) * size], size)
+            tell(f"{len(chosen)} batches of {size}")
             found = [extremes([(_rows(examples, rows), size)], size / num_examples) for rows in chosen]
             for end, values in zip(on_batches, zip(*found, strict=True), strict=True):
                 end.append(_mean([estimate.value for estimate in values]))
@@ -207,6 +207,21 @@ def batch_size_effect(
         price_gradients=spent,
         cost_seconds=time.perf_counter() - began,
     )
+
+
+def check_batch_sizes(batch_sizes: Sequence[int], num_examples: int) -> list[int]:
+    """Return the sizes, ascending and each once.
+
+    Raises:
+        UserError: fewer than two, or one that leaves no two disjoint batches.
+    """
+    sizes = sorted(set(batch_sizes))
+    if len(sizes) < 2 or sizes[0] < 1 or 2 * sizes[-1] > num_examples:
+        raise UserError(
+            f"batch_sizes must be two or more between 1 and {num_examples // 2}, half of the examples, got "
+            f"{list(batch_sizes)}; the error needs two disjoint batches"
+        )
+    return sizes
 
 
 def _shortage(batch_size: int, num_examples: int) -> float:

@@ -4,10 +4,10 @@ It keeps an orthonormal basis Q, whose first m vectors have been multiplied by A
 
     A Q_m = Q T,    T[i, j] = q_i' A q_j
 
-A step multiplies the next waiting vector, orthogonalises the product against all of Q, twice, and appends what is left
-of it. With one start vector that is the Lanczos iteration and T is tridiagonal; with several it is band Lanczos, the
-block version that can stop after any product. A full basis is compressed to the Ritz vectors that matter, of which T
-becomes the diagonal (thick restart), and goes on growing.
+A step multiplies the next waiting vector, orthogonalises the product against those of Q that it has a large part along,
+then against all of Q, and appends what is left of it. With one start vector that is the Lanczos iteration and T is
+tridiagonal; with several it is band Lanczos, the block version that can stop after any product. A full basis is
+compressed to the Ritz vectors that matter, of which T becomes the diagonal (thick restart), and goes on growing.
 """
 
 from __future__ import annotations
@@ -99,20 +99,21 @@ class Krylov:
 
     def append(self, vector: Tensor) -> None:
         """Add the direction of a unit vector beside the basis to those that wait, unless it lies in the basis."""
-        *_, rest = self._orthogonalise(vector)
+        _, rest = self._orthogonalise(vector, 0)
         length = float(torch.linalg.vector_norm(rest))
         if length > ROUNDING * torch.finfo(rest.dtype).eps:
             self._add(rest, length)
 
     def multiply(self, matvec: Callable[[Tensor], Tensor]) -> bool:
         """Multiply the next waiting vector, and append what the product adds; False if it is not finite."""
-        first, second, rest = self._orthogonalise(matvec(self.basis[self.done]))
-        overlaps, length = (first + second).double().cpu(), float(torch.linalg.vector_norm(rest))
+        j = self.done
+        coupled = self.projected[j, :j].nonzero()  # by symmetry the product has no part along the others
+        parts, rest = self._orthogonalise(matvec(self.basis[j]), int(coupled[0]) if len(coupled) else j)
+        overlaps, length = parts.double().cpu(), float(torch.linalg.vector_norm(rest))
         if not (math.isfinite(length) and bool(overlaps.isfinite().all())):
             return False
-        j = self.done
         if j > 0:
-            difference = first[:j].double().cpu() - self.projected[j, :j]
+            difference = overlaps[:j] - self.projected[j, :j]
             self.asymmetry = max(self.asymmetry, float(difference.abs().max()))
         self.projected[j : self.count, j] = overlaps[j:]
         self._norm = max(self._norm, math.hypot(float(torch.linalg.vector_norm(overlaps)), length))
@@ -130,13 +131,19 @@ class Krylov:
         torch.div(rest, length, out=self.basis[self.count])
         self.count += 1
 
-    def _orthogonalise(self, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the parts of a vector along the basis, as two passes find them, and a new tensor with the rest."""
+    def _orthogonalise(self, vector: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Return the parts of a vector along the basis, and a new tensor with the rest.
+
+        Two passes, since one leaves rounding of the size of what it takes off. The first takes off what is large, along
+        the vectors from place `first` on, so that the second, along all, takes off next to nothing.
+        """
         known = self.basis[: self.count]
-        first = known @ vector
-        rest = vector - first @ known
-        second = known @ rest
-        return first, second, rest.sub_(second @ known)
+        large = known[first:] @ vector
+        rest = vector - large @ known[first:]
+        parts = known @ rest
+        rest.sub_(parts @ known)
+        parts[first:] += large
+        return parts, rest
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return Ritz values, ascending, the coefficients of their vectors in columns, and their residuals."""

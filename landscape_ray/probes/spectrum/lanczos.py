@@ -12,7 +12,7 @@ from torch import Tensor
 from landscape_ray.errors import UserError
 from landscape_ray.probes.spectrum.krylov import FIRST_ROWS, Krylov, random_directions, unit_vector
 
-__all__ = ["ExtremalPairs", "LanczosResult", "extremal_pairs", "lanczos", "unit_vector"]
+__all__ = ["ExtremalPairs", "LanczosResult", "expected_gain", "extremal_pairs", "lanczos", "unit_vector"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,12 +24,15 @@ class LanczosResult:
             returned something that is not finite.
         vector: its Ritz vector, unit length, shape (size,).
         residual: `||A v - theta v||`: an eigenvalue of A lies in [theta - residual, theta + residual].
+        expected_gain: by how much a further product is expected to raise the value, see :func:`expected_gain`; never
+            more than the residual.
         asymmetry, ritz_values, num_matvecs, converged: as there.
     """
 
     value: float
     vector: Tensor
     residual: float
+    expected_gain: float
     asymmetry: float
     ritz_values: Tensor
     num_matvecs: int
@@ -127,11 +130,36 @@ def lanczos(
         value=float(found.values[0]),
         vector=found.vectors[0],
         residual=float(found.residuals[0]),
+        expected_gain=min(expected_gain(found.projected), float(found.residuals[0])),
         asymmetry=found.asymmetry,
         ritz_values=found.ritz_values,
         num_matvecs=found.num_matvecs,
         converged=found.converged,
     )
+
+
+def expected_gain(projected: Tensor) -> float:
+    """Return by how much a further product is expected to raise the largest Ritz value.
+
+    That product adds a row to T of which all is known but its last element, `q' A q` for the vector q that waits. In a
+    run from one vector these elements fall from the largest eigenvalue towards the bulk of the spectrum, which lies
+    around zero for the Hessian of a network: so the next is taken for half of the last.
+
+    Args:
+        projected: T, (m + 1, m), of a run from one vector; (m, m) where nothing waits: no gain.
+
+    >>> T = torch.tensor([[4.0, 1.0], [1.0, 2.0], [0.0, 0.5]], dtype=torch.float64)  # the next is 1
+    >>> round(expected_gain(T), 4)
+    0.0109
+    """
+    rows, steps = projected.shape
+    if rows != steps + 1 or not bool(projected.isfinite().all()):
+        return 0.0
+    whole = torch.zeros(rows, rows, dtype=projected.dtype)
+    whole[:, :steps] = projected
+    whole[-1, -1] = 0.5 * projected[-2, -1]
+    # eigvalsh reads below the diagonal
+    return max(0.0, float(torch.linalg.eigvalsh(whole)[-1] - torch.linalg.eigvalsh(projected[:steps])[-1]))
 
 
 def extremal_pairs(
@@ -165,8 +193,7 @@ def extremal_pairs(
     further space changes none of the wanted values; copies then show by themselves.
 
     Memory: the basis, `max_basis` x size numbers at most; it grows with the iteration unless tol is 0. Each new vector
-    is orthogonalised against all of it twice; without that float32 returns copies of converged values instead of new
-    ones.
+    is orthogonalised against all of it; without that float32 returns copies of converged values instead of new ones.
 
     Args:
         matvec: `A v` for v of shape (size,); A symmetric.

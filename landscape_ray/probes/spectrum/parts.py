@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -33,6 +33,7 @@ def layer_eigenvalues(
     max_matvecs: int = 100,
     seed: int = 0,
     eval_mode: bool = True,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, Eigenvalues]:
     """Return the largest and smallest eigenvalues of each layer's diagonal block of a curvature matrix.
 
@@ -51,6 +52,7 @@ def layer_eigenvalues(
         max_matvecs: as there, for each layer.
         seed: as there.
         eval_mode: as there.
+        progress: called with the name of each layer before it is solved.
 
     Returns:
         What was found, with its own cost, by the name of the layer, in the order of the parameters.
@@ -61,18 +63,13 @@ def layer_eigenvalues(
     check_tol(tol)
     check_curvature(curvature)
     with observing(module, loss, batches, eval_mode=eval_mode, seed=seed):
-        return {
-            name: _solve(
-                FixedLoss(module, loss, batches, parameters=own, seed=seed),
-                k,
-                num_smallest,
-                curvature,
-                tol,
-                max_matvecs,
-                seed,
-            )
-            for name, own in layers(module).items()
-        }
+        found: dict[str, Eigenvalues] = {}
+        for name, own in layers(module).items():
+            if progress is not None:
+                progress(name)
+            function = FixedLoss(module, loss, batches, parameters=own, seed=seed)
+            found[name] = _solve(function, k, num_smallest, curvature, tol, max_matvecs, seed)
+        return found
 
 
 def class_eigenvalues(
@@ -88,6 +85,7 @@ def class_eigenvalues(
     max_matvecs: int = 100,
     seed: int = 0,
     eval_mode: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[int, Eigenvalues]:
     """Return the largest and smallest eigenvalues of the curvature of each class: of the mean loss on its targets.
 
@@ -105,6 +103,7 @@ def class_eigenvalues(
         max_matvecs: as there, for each class.
         seed: as there.
         eval_mode: as there.
+        progress: called with each class before it is solved.
 
     Returns:
         What was found, with its own cost in gradients on the examples of the class, by the class.
@@ -119,18 +118,13 @@ def class_eigenvalues(
     check_curvature(curvature)
     parts = by_class(loss, batches, groups)
     with observing(module, loss, batches, eval_mode=eval_mode, seed=seed):
-        return {
-            number: _solve(
-                FixedLoss(module, part.loss, part.batches, seed=seed),
-                k,
-                num_smallest,
-                curvature,
-                tol,
-                max_matvecs,
-                seed,
-            )
-            for number, part in parts.items()
-        }
+        found: dict[int, Eigenvalues] = {}
+        for number, part in parts.items():
+            if progress is not None:
+                progress(number)
+            function = FixedLoss(module, part.loss, part.batches, seed=seed)
+            found[number] = _solve(function, k, num_smallest, curvature, tol, max_matvecs, seed)
+        return found
 
 
 def _solve(

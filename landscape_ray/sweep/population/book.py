@@ -141,6 +141,13 @@ class PopulationBook:
 
     def clear(self) -> None:
         """Delete weights that nobody will ask for any more, now or after a crash."""
+        needed = self.needed()
+        for weights in self._files - needed:
+            weights.path(self._folder.trial(trial_id_of(weights.member))).unlink(missing_ok=True)
+        self._files &= needed
+
+    def needed(self) -> frozenset[Weights]:
+        """Return the weights that somebody may ask for, now or after a crash."""
         needed: set[Weights] = set(self._saved)
         for member, order in self.orders.items():
             if not order.stops:
@@ -148,9 +155,7 @@ class PopulationBook:
                 needed |= {present, self._weights.get(member, present)}
             if order.source is not None and self._begun.get(member, -1) < order.serial:
                 needed.add(order.source)
-        for weights in self._files - needed:
-            weights.path(self._folder.trial(trial_id_of(weights.member))).unlink(missing_ok=True)
-        self._files &= needed
+        return frozenset(needed)
 
     def draft(self) -> Draft:
         """Return the book as it stands, to be saved."""

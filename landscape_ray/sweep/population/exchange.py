@@ -29,6 +29,8 @@ class Handout(NamedTuple):
     order: Order
     weights: list[Any]
     """A reference to the content of a checkpoint, or nothing."""
+    needed: tuple[int, ...] = ()
+    """Serials of the member's own earlier weights that others may still ask for."""
 
 
 class Exchange:
@@ -39,12 +41,15 @@ class Exchange:
         self._weights: dict[Weights, list[Any]] = {}
         self._wanted: dict[int, Weights] = {}
         """What members have yet to copy."""
+        self._needed: dict[int, tuple[int, ...]] = {}
         self._closed = False
         self._news = asyncio.Condition()
 
-    async def publish(self, orders: list[Order]) -> None:
-        """Let members know what to do next."""
+    async def publish(self, orders: list[Order], needed: frozenset[Weights] = frozenset()) -> None:
+        """Let members know what to do next, and which weights on their disks must stay."""
         async with self._news:
+            for member in self._orders.keys() | {order.decision.member for order in orders}:
+                self._needed[member] = tuple(weights.serial for weights in needed if weights.member == member)
             for order in orders:
                 member = order.decision.member
                 self._orders[member] = order
@@ -70,7 +75,7 @@ class Exchange:
             weights = [] if order.source is None else self._weights.get(order.source, [])
             self._wanted.pop(member, None)
             self._clear()
-            return Handout(order, weights)
+            return Handout(order, weights, self._needed.get(member, ()))
 
     async def deposit(self, weights: Weights, reference: list[Any]) -> None:
         """Keep the weights of a member's report, until its next one."""

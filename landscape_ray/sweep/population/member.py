@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 from landscape_ray.data import Data
 from landscape_ray.errors import UserError
 from landscape_ray.files import link_or_copy, write_atomic
+from landscape_ray.populations import Decision
 from landscape_ray.populations.decisions import points_to_json
 from landscape_ray.records import Record
 from landscape_ray.sweep.population.orders import Order, Weights
-from landscape_ray.sweep.run import CHECKPOINT, TrialRun, trial_id_of
+from landscape_ray.sweep.run import CHECKPOINT, TrialRun, set_aside, trial_id_of
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.folder import TrialFolder
+from landscape_ray.tracking.mirror import Mirror
 from landscape_ray.training import TrainConfig, TrainState, read_checkpoint
 from landscape_ray.training.points import PointCollector
 from landscape_ray.training.population import restarted
@@ -38,6 +40,7 @@ class MemberRun(TrialRun):
         attempt: counts the drivers that this sweep has had.
         data: what the member is trained on, where it is open already.
         weights: checkpoint of the order's source, where it came with the order.
+        mirror: as for `TrialRun`.
 
     Attributes:
         order: the present one.
@@ -51,21 +54,30 @@ class MemberRun(TrialRun):
         attempt: int = 0,
         data: Data | None = None,
         weights: bytes | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         self.order = order
         self.collector = PointCollector()
         self._content: bytes | None = None
         self._serial = order.serial
         """Of the order that the state is of, in memory and, after a commit, on disk."""
-        if order.serial and not (checkpoint := folder.checkpoint_path / CHECKPOINT).exists():
-            raise UserError(f"{checkpoint} must be there to go on, got no such file; restore it, or start a new sweep")
-        super().__init__(spec, folder, order.decision.member, dict(order.decision.values), attempt, data)
+        self._until = order.decision.until_step
+        """Where that order ends."""
+        values = dict(order.decision.values)
+        super().__init__(spec, folder, order.decision.member, values, attempt, data, mirror=mirror)
         self.write_state = self._write
         if self._serial != order.serial:
+            self._complete()
             self.begin(order, weights)
         elif self.reached:
             # the commit, or what comes after it, may have been cut off
             self.commit()
+
+    def _begin_anew(self, data: Data | None, note: Mapping[str, Any]) -> None:
+        if self.order.serial:
+            checkpoint = self.folder.checkpoint_path / CHECKPOINT
+            raise UserError(f"{checkpoint} must be there to go on, got no such file; restore it, or start a new sweep")
+        super()._begin_anew(data, note)
 
     @property
     def reached(self) -> bool:
@@ -82,6 +94,7 @@ class MemberRun(TrialRun):
         self._serial = int(extra["serial"])
         if self._serial not in (self.order.serial, self.order.serial - 1):
             raise RuntimeError(f"checkpoint of order {self._serial} cannot be continued by order {self.order.serial}")
+        self._until = int(extra.get("until", 0))
         self.values = json.loads(extra["values"])
         self.collector.load_state_dict(json.loads(extra["points"]))
         if extra["attempt"] != self.attempt and not self.state.finished:
@@ -89,7 +102,23 @@ class MemberRun(TrialRun):
 
     def _extra(self) -> dict[str, str | int]:
         values, points = json.dumps(self.values), json.dumps(self.collector.state_dict())
-        return {"serial": self._serial, "values": values, "points": points}
+        return {"serial": self._serial, "until": self._until, "values": values, "points": points}
+
+    def _complete(self) -> None:
+        """Train what is missing of the order before, under its own values, where its last checkpoint was damaged.
+
+        What was reported is made again, to the bit: the next order, and whoever copies these weights, relies on it.
+        """
+        if self.state.diverged is not None or self.state.observed_step >= self._until:
+            return
+        after, member = self.order, self.order.decision.member
+        self.order = Order(self._serial, Decision(member, "continue", dict(self.values), self._until))
+        self._configure(self.spec.train_config(self.values, member))
+        while not self.reached:
+            self.advance()
+        # what waits to be copied may be another name of the damaged file
+        set_aside(self.folder.checkpoint_path / CHECKPOINT, self.observed.path(self.folder))
+        self.order = after
 
     def begin(self, order: Order, weights: bytes | None = None) -> None:
         """Take up the next order. It becomes durable with the next commit; until then it can be begun again.
@@ -114,7 +143,7 @@ class MemberRun(TrialRun):
             fresh = TrainState(config.model_copy(update={"seed": seed}), self.state.data)
             payload = restarted(old, decision.restart, fresh)
         self._configure(config)
-        self.order, self._serial = order, order.serial
+        self.order, self._serial, self._until = order, order.serial, decision.until_step
         self.collector.clear()
         if payload is not None:
             self._take_over(payload)
@@ -129,7 +158,21 @@ class MemberRun(TrialRun):
     def _weights_of(self, source: Weights, content: bytes | None) -> Mapping[str, Any]:
         """Return the checkpoint of other weights: as they came, or the durable copy."""
         donor = TrialFolder(self.folder.path.with_name(trial_id_of(source.member)))
-        return read_checkpoint(source.path(donor), content)
+        path = source.path(donor)
+        if content is None and self.mirror is not None and not path.exists():  # its member is on another node
+            content = self.mirror.read(donor, str(path.relative_to(donor.path)))
+        return read_checkpoint(path, content)
+
+    def forget(self, needed: Collection[int]) -> None:
+        """Delete weights of this member that nobody will ask for any more; on the driver's machine its book does so.
+
+        Args:
+            needed: serials of those that somebody may, but for the latest ones.
+        """
+        kept = {*needed, self._serial, self._serial - 1}
+        for path in self.folder.checkpoint_path.glob("observed-*.pt"):
+            if int(path.stem.removeprefix("observed-")) not in kept:
+                path.unlink(missing_ok=True)
 
     def _configure(self, config: TrainConfig) -> None:
         """Let the state go on under other values."""
@@ -151,9 +194,14 @@ class MemberRun(TrialRun):
         """Return the step of the next commit, at the latest that of the order."""
         return min(super().next_stop(), self.order.decision.until_step)
 
-    def commit(self) -> None:
-        """Make everything so far durable; at the end of an order also for those who copy these weights later."""
-        super().commit()
+    @property
+    def decisive(self) -> bool:
+        """Whether the driver decides on the present state."""
+        return self.reached or self.state.finished
+
+    def _make_durable(self) -> None:
+        """Write everything so far; at the end of an order also for those who copy these weights later."""
+        super()._make_durable()
         if self.reached:
             if self.collector.points and self.collector.points[-1].step != self.state.step:
                 raise RuntimeError(

@@ -15,7 +15,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from landscape_ray.populations.decisions import points_from_json
 from landscape_ray.sweep.population.book import Draft, PopulationBook
-from landscape_ray.sweep.population.orders import Order
+from landscape_ray.sweep.population.orders import Order, Weights
 from landscape_ray.sweep.run import index_of
 
 
@@ -37,14 +37,14 @@ class PopulationScheduler(FIFOScheduler):
         self._given_up = False
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="population")
         self._error: BaseException | None = None
-        exchange.publish.remote([book.orders[member] for member in book.open])
+        exchange.publish.remote([book.orders[member] for member in book.open], book.needed())
 
-    def _announce(self, draft: Draft, orders: list[Order]) -> None:
+    def _announce(self, draft: Draft, orders: list[Order], needed: frozenset[Weights]) -> None:
         """Save the book, then let members know; in a thread, so that the driver never waits for a disk."""
         try:
             if self._error is None:
                 self.book.save(draft)
-                self._exchange.publish.remote(orders)
+                self._exchange.publish.remote(orders, needed)
         except BaseException as error:
             self._error = error
             self._give_up()
@@ -77,7 +77,7 @@ class PopulationScheduler(FIFOScheduler):
             return str(TrialScheduler.CONTINUE)
         orders = self.book.report(member, serial, points_from_json(result["points"]), int(result["num_tokens"]))
         if orders:
-            self._pool.submit(self._announce, self.book.draft(), orders)
+            self._pool.submit(self._announce, self.book.draft(), orders, self.book.needed())
         self._give_up_if_stuck()
         if self.book.orders[member].stops or (self._given_up and self.book.waits(member)):
             return str(TrialScheduler.STOP)

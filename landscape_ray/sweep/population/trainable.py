@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray import tune
 from ray.exceptions import RayError
 
 from landscape_ray.data import Data
-from landscape_ray.sweep.limits import hang_path, limit_gpu_memory, time_limit
 from landscape_ray.sweep.population.exchange import Handout
 from landscape_ray.sweep.population.member import MemberRun
 from landscape_ray.sweep.run import index_of
-from landscape_ray.sweep.spec import spec_of
-from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.sweep.trainable import open_sweep, watched
+from landscape_ray.tracking.mirror import Mirror
 
 FETCH_SECONDS = 60.0
 """After which weights in the object store count as lost."""
@@ -32,13 +28,14 @@ class MemberTrainable(tune.Trainable):
     another one run it. Ray keeps no checkpoint of a member: whoever opens it asks the exchange what it is to do.
 
     Configuration keys: `sweep_path`, `num_threads`, `attempt`, `exchange` (name of the actor), `weights_limit` (bytes),
-    `max_report_seconds` (may be absent; waiting does not count), `trial` (`trial_id`, `values`).
+    `max_report_seconds` (may be absent; waiting does not count), `storage` (likewise), `trial` (`trial_id`, `values`).
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take note of the trial."""
         self._given = config
         self._run: MemberRun | None = None
+        self._mirror: Mirror | None = getattr(self, "_mirror", None)
         self._data: Data | None = getattr(self, "_data", None)
         self._exchange: Any = getattr(self, "_exchange", None)
         self._returned = time.perf_counter()
@@ -57,8 +54,7 @@ class MemberTrainable(tune.Trainable):
         run = self._run
         assert run is not None
         if not run.reached:
-            report = hang_path(Path(self._given["sweep_path"]), self.trial_name)
-            with time_limit(self._given.get("max_report_seconds"), report):
+            with watched(self._given, self.trial_name):
                 run.advance()
         if run.reached:
             self._offer(run)
@@ -77,15 +73,12 @@ class MemberTrainable(tune.Trainable):
         weights = self._fetched(handout)
         if self._run is not None:
             self._run.begin(handout.order, weights)
+            if self._mirror is not None:
+                self._run.forget(handout.needed)
             return
-        torch.set_num_threads(self._given["num_threads"])
-        folder = SweepFolder.open(Path(self._given["sweep_path"]))
-        spec = spec_of(folder)
-        if spec.resources.gpus_per_trial == 0:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to trials that asked for none
-        limit_gpu_memory(spec.resources.gpus_per_trial)
+        folder, spec, self._mirror = open_sweep(self._given, self._mirror)
         trial, attempt = folder.trial(self.trial_name), self._given["attempt"]
-        self._run = MemberRun(spec, trial, handout.order, attempt, self._data, weights)
+        self._run = MemberRun(spec, trial, handout.order, attempt, self._data, weights, self._mirror)
         self._data = self._run.state.data  # the same for all members
 
     def _fetched(self, handout: Handout) -> bytes | None:
@@ -111,10 +104,21 @@ class MemberTrainable(tune.Trainable):
 
     def _end(self) -> dict[str, Any]:
         """Return the last result of a member that has been told to stop, or is let go."""
-        last = self._run.result() if self._run is not None else {"loss_nats": float("nan"), "ended": False}
+        last = (
+            self._run.result()
+            if self._run is not None
+            else {"loss_nats": float("nan"), "ended": False, "disk_full": ""}
+        )
         return {**last, "done": True, "reached": False}
+
+    def cleanup(self) -> None:
+        """Upload what is left, where there is a storage; Ray calls this before it ends the actor."""
+        if self._mirror is not None:
+            self._mirror.close()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Become another member."""
+        if self._mirror is not None and not self._mirror.home:
+            self._mirror.flush()
         self.setup(new_config)
         return True

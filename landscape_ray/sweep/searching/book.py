@@ -18,14 +18,9 @@ import functools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
 
 from landscape_ray.domains import Value
 from landscape_ray.errors import UserError
@@ -33,9 +28,10 @@ from landscape_ray.records import RunSummary
 from landscape_ray.search import StoppingRule, Verdict
 from landscape_ray.sweep.run import trial_id_of
 from landscape_ray.sweep.searching.guard import Hold, LearningRateGuard
-from landscape_ray.sweep.searching.measures import History, direction, measures, objective_values, violations
-from landscape_ray.sweep.searching.proposer import STATES, Outcome, Proposal, Proposer
-from landscape_ray.sweep.searching.warm import PRIOR, warm_start
+from landscape_ray.sweep.searching.history import History, committed
+from landscape_ray.sweep.searching.journal import Journal, outcome_of
+from landscape_ray.sweep.searching.measures import direction, measures, objective_values, violations
+from landscape_ray.sweep.searching.proposer import Outcome, Proposal, Proposer
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
 
@@ -66,8 +62,6 @@ class _Entry:
     """Held-out loss by step, or under [search.fidelity] the final one by value."""
     observed: int = -1
     """Last step that the stopping rule has seen."""
-    written: set[int] = dataclasses.field(default_factory=set)
-    """Keys of the losses that are in the journal."""
 
 
 class Book:
@@ -111,82 +105,30 @@ class Book:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="proposals")
         self._asked: Future[list[tuple[Proposal, dict[str, Any]]]] | None = None
         self._ready: deque[int] = deque()
-        self._points: list[dict[str, Value]] = []
-        self._open_journal(folder.study_path, tracking_uri)
-        self._catch_up()
-
-    # --- the journal ---------------------------------------------------------------------------------------------
-
-    def _open_journal(self, path: Path, tracking_uri: str) -> None:
-        """Open the durable study, or make it, with what earlier sweeps know as its first trials."""
-        # The lock file of a killed driver is cleared here: the sweep's own lock allows one driver at a time.
-        path.with_name(path.name + ".lock").unlink(missing_ok=True)
-        mend_journal(path)
-        self._journal = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
-        names = [study.study_name for study in self._journal.get_all_studies()]
-        if self.spec.name in names:
-            self._study_id = self._journal.get_study_id_from_name(self.spec.name)
-        else:
-            ways = {"minimize": StudyDirection.MINIMIZE, "maximize": StudyDirection.MAXIMIZE}
-            directions = [ways[direction(name)] for name in self.search.objectives]
-            self._study_id = self._journal.create_new_study(directions, self.spec.name)
-            if len(self.search.objectives) > 1:
-                self._journal.set_study_user_attr(self._study_id, "objectives", self.search.objectives)
-        trials = self._journal.get_all_trials(self._study_id)
-        if any(trial.state == TrialState.WAITING for trial in trials):
-            raise UserError(f"{path} was written by an earlier version of landscape_ray; start a new sweep")
-        attributes = self._journal.get_study_user_attrs(self._study_id)
-        if self.search.warm_start is not None:
-            if "points" not in attributes:
-                found = warm_start(self.spec, self.search.warm_start, tracking_uri)
-                for prior in found.results:
-                    self._journal.create_new_trial(self._study_id, prior.frozen(self.spec.space))
-                self._journal.set_study_user_attr(self._study_id, "points", found.points)
-                trials = self._journal.get_all_trials(self._study_id)
-                attributes = self._journal.get_study_user_attrs(self._study_id)
-            self._points = attributes["points"]
-        self.num_priors = sum(PRIOR in trial.user_attrs for trial in trials)
-        own = trials[self.num_priors :]
-        for index, trial in enumerate(own):
-            written = set(trial.intermediate_values)
-            self._entries[index] = _Entry(dict(trial.params), trial.user_attrs.get("note", {}), written=written)
+        self._journal = Journal(spec, folder.study_path, tracking_uri)
+        for index, trial in enumerate(self._journal.own):
+            self._entries[index] = _Entry(dict(trial.params), trial.user_attrs.get("note", {}))
             if trial.state.is_finished():
-                self._outcomes[index] = self._news[index] = _outcome_of(trial)
-        opened = [_as_running(trial, {}) for trial in own]
-        self.proposer.load([*trials[: self.num_priors], *opened], self._journal.get_study_system_attrs(self._study_id))
+                self._outcomes[index] = self._news[index] = outcome_of(trial)
+        self.proposer.load(self._journal.as_asked(), self._journal.attributes())
+        self._catch_up()
 
     @property
     def study(self) -> optuna.Study:
         """The durable study, to read from."""
-        return optuna.load_study(study_name=self.spec.name, storage=self._journal)
+        return self._journal.study
 
-    def _write_proposal(self, index: int, note: Mapping[str, Any]) -> None:
-        """Append a proposal to the journal, in one line, together with what samplers noted with it."""
-        trial = self.proposer.frozen(self.num_priors + index)
-        self._journal.create_new_trial(self._study_id, _as_running(trial, {"note": dict(note)} if note else {}))
-        known = self._journal.get_study_system_attrs(self._study_id)
-        for key, value in self.proposer.study_attributes().items():
-            if known.get(key) != value:
-                self._journal.set_study_system_attr(self._study_id, key, value)
+    @property
+    def num_priors(self) -> int:
+        """How many trials of earlier sweeps stand before those of this one, for samplers and in the journal."""
+        return self._journal.num_priors
 
     def _settle(self, index: int, outcome: Outcome) -> None:
         """Append to the journal what became of a proposal; the proposer hears of it when it next begins."""
-        trial_id = self._write_losses(index, outcome.intermediate)
-        for key, value in outcome.constraint_attributes().items():
-            self._journal.set_trial_system_attr(trial_id, key, value)
-        self._journal.set_trial_state_values(trial_id, STATES[outcome.state], outcome.told_values)
+        self._journal.settle(index, outcome)
         self._outcomes[index] = self._news[index] = outcome
         self._paused.discard(index)
         self._entries[index].losses.clear()
-
-    def _write_losses(self, index: int, losses: Mapping[int, float]) -> int:
-        """Append losses that the journal does not have yet; return Optuna's identifier of the trial."""
-        trial_id: int = self._journal.get_trial_id_from_study_id_trial_number(self._study_id, self.num_priors + index)
-        entry = self._entries[index]
-        for step in [step for step in losses if step not in entry.written]:
-            self._journal.set_trial_intermediate_value(trial_id, step, losses[step])
-            entry.written.add(step)
-        return trial_id
 
     # --- after a driver that is gone ------------------------------------------------------------------------------
 
@@ -236,32 +178,13 @@ class Book:
 
     def _observe_again(self, rule: StoppingRule) -> None:
         """Rebuild what the rule knew, from committed rows, in the order in which they were made."""
-        seen: list[tuple[float, int, int, float]] = []
-        ended: dict[int, float] = {}
         levels = self.search.fidelity.values if self.search.fidelity is not None else []
-        for index, entry in self._entries.items():
-            if not levels:
-                trial = self._folder(index)
-                summary = trial.summary()
-                self._begin(rule, index)
-                if summary is None:
-                    continue
-                seen += [(time, index, step, loss) for step, loss, time in History(trial).evals]
-                if summary.status in ("finished", "diverged"):
-                    ended[index] = summary.final_loss_nats if summary.status == "finished" else float("nan")
-                continue
-            for level, value in enumerate(levels):
-                trial = self.folder.trial(trial_id_of(index, level))
-                summary = trial.summary()
-                if summary is None or not summary.config:
-                    break
-                entry.level = level
-                if summary.status == "diverged":
-                    ended[index] = float("nan")
-                elif summary.status == "finished":
-                    history = History(trial).evals
-                    seen.append((history[-1][2] if history else 0.0, index, value, summary.final_loss_nats))
-        for _, index, step, loss in sorted(seen):
+        known = committed(self.folder, self._entries, levels)
+        for index, level in known.levels.items():
+            self._entries[index].level = level
+        for index in self._entries if not levels else ():
+            self._begin(rule, index)
+        for _, index, step, loss in known.evals:
             self._entries[index].losses[step] = loss
             self._entries[index].observed = step
             verdict = rule.observe(index, step, loss)
@@ -269,7 +192,7 @@ class Book:
                 self._verdicts.pop(index, None)
             else:
                 self._verdicts[index] = verdict
-        for index, loss in ended.items():
+        for index, loss in known.ended.items():
             rule.end(index, loss)
             if not levels:
                 self._verdicts.pop(index, None)
@@ -369,7 +292,8 @@ class Book:
         for proposal, note in found:
             index = proposal.number - self.num_priors
             self._entries[index] = _Entry(proposal.values, note)
-            self._write_proposal(index, note)
+            trial = self.proposer.frozen(proposal.number)
+            self._journal.add(trial, note, self.proposer.study_attributes())
             if self.rule is not None and self.search.fidelity is None:
                 self._begin(self.rule, index)
             new.append(index)
@@ -398,7 +322,7 @@ class Book:
     def _ask(self, first: int, count: int, hold: Hold | None) -> list[tuple[Proposal, dict[str, Any]]]:
         """Make proposals; in the thread of the pool, the only one to touch the proposer meanwhile."""
         found = []
-        given = [*self.search.initial, *self._points]
+        given = [*self.search.initial, *self._journal.points]
         for index in range(first, first + count):
             note: dict[str, Any] = {}
             adjust = None if hold is None else functools.partial(hold, note=note)
@@ -445,7 +369,7 @@ class Book:
     def _pause(self, index: int) -> None:
         self._paused.add(index)
         self.standing[self._trial_id(index)] = "paused"
-        self._write_losses(index, self._entries[index].losses)
+        self._journal.write(index, self._entries[index].losses)
         # samplers may learn from what is known of it; told again when more is
         self._news[index] = Outcome(state="pruned", intermediate=dict(self._entries[index].losses))
 
@@ -513,42 +437,3 @@ def _rule_of(spec: SweepSpec) -> StoppingRule | None:
     if spec.search.stopping is not None:
         return spec.search.stopping.build(spec.num_steps)
     return None
-
-
-def _outcome_of(trial: FrozenTrial) -> Outcome:
-    """Return what a settled trial of the journal was told as."""
-    state = next(name for name, known in STATES.items() if known == trial.state)
-    return Outcome(
-        state=state,
-        values=tuple(trial.values) if state == "complete" else None,
-        intermediate=dict(trial.intermediate_values),
-        constraints=dict(trial.constraints),
-    )
-
-
-def _as_running(trial: FrozenTrial, user_attributes: dict[str, Any]) -> FrozenTrial:
-    """Return a copy of a trial as it was when it was handed out."""
-    told = _outcome_of(trial).constraint_attributes() if trial.state.is_finished() else {}
-    return FrozenTrial(
-        number=trial.number,
-        trial_id=trial._trial_id,
-        state=TrialState.RUNNING,
-        value=None,
-        datetime_start=trial.datetime_start,
-        datetime_complete=None,
-        params=trial.params,
-        distributions=trial.distributions,
-        user_attrs=user_attributes,
-        system_attrs={key: value for key, value in trial.system_attrs.items() if key not in told},
-        intermediate_values={},
-    )
-
-
-def mend_journal(path: Path) -> None:
-    """Cut off a last line that a killed driver has not finished; Optuna could never read past it again."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        with open(path, "rb+") as file:
-            file.truncate(content.rfind(b"\n") + 1)

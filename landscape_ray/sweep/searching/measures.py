@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 from landscape_ray.errors import UserError
 from landscape_ray.records import RunSummary
 from landscape_ray.registry import suggest
-from landscape_ray.tracking.collected import run_columns
-from landscape_ray.tracking.folder import TrialFolder
-from landscape_ray.tracking.parts import read_part
 
 PROBE = "probe/"
 """Prefix of the measures that are the last value of a probe."""
@@ -63,33 +60,6 @@ def measures(summary: RunSummary, probes: Mapping[str, float]) -> dict[str, floa
         "memory_bytes": summary.peak_memory_bytes,
         **{PROBE + name: value for name, value in probes.items()},
     }
-
-
-class History:
-    """What a trial's folder holds of its past: held-out losses and the last value of every probe.
-
-    Attributes:
-        evals: step, loss and time stamp of every committed evaluation, in their order.
-        probes: last value of each, by name.
-        first: first value of each that was finite.
-    """
-
-    def __init__(self, trial: TrialFolder) -> None:
-        self.evals: list[tuple[int, float, float]] = []
-        self.probes: dict[str, float] = {}
-        self.first: dict[str, float] = {}
-        commit = trial.read()
-        for index in range(commit.num_parts if commit is not None else 0):
-            table = read_part(trial.part_path(index))
-            rows = run_columns(table, trial.trial_id, "eval")
-            self.evals += zip(
-                map(int, rows["step"]), map(float, rows["loss_nats"]), map(float, rows["time_unix"]), strict=True
-            )
-            rows = run_columns(table, trial.trial_id, "probe")
-            for name, value in zip(rows["probe"], map(float, rows["value"]), strict=True):
-                self.probes[name] = value
-                if math.isfinite(value):
-                    self.first.setdefault(name, value)
 
 
 def violations(constraints: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:

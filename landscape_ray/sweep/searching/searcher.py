@@ -8,7 +8,8 @@ live in the memory of the driver and die with it; these survive.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -19,18 +20,27 @@ from landscape_ray.sweep.searching.book import Book
 OBJECTIVE = "loss_nats"
 """Key of the last held-out loss in the results of a trial."""
 
+ROOM_SECONDS = 5.0
+"""How long the number of places is taken to be what it was."""
+
 
 class OptunaSearcher(Searcher):
     """Hands out the trials of one sweep and tells its book what became of them.
 
+    One trial more than there is room for is out at any time. Ray starts a worker for every trial that is out, and lets
+    a trial that waits for its own have the first that comes free: with one waiting trial, as is Ray's custom with
+    searchers, trials shorter than the start of a worker would run one after the other for ever.
+
     Args:
         book: of the sweep.
         fixed: entries that every trial's configuration gets.
+        places: returns for how many trials there is room; asked every few seconds, for clusters grow. None: no bound.
     """
 
-    def __init__(self, book: Book, fixed: dict[str, Any]) -> None:
+    def __init__(self, book: Book, fixed: dict[str, Any], places: Callable[[], int] | None = None) -> None:
         super().__init__(metric=OBJECTIVE, mode="min")
-        self.book, self._fixed = book, fixed
+        self.book, self._fixed, self._places = book, fixed, places
+        self._room, self._asked_at = 0, -math.inf
         cohort = book.spec.cohort
         self._size = cohort.num_members if cohort is not None else 1
         self._open: dict[str, list[tuple[int, str]]] = {}
@@ -41,6 +51,8 @@ class OptunaSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next run, or the next ones as one cohort; None while there is none yet; at the end a word."""
+        if self._crowded():
+            return None
         jobs = self.book.next(self._size)
         if jobs is None:
             return str(Searcher.FINISHED)
@@ -52,6 +64,15 @@ class OptunaSearcher(Searcher):
             return {**self._fixed, "trial": trials[0]}
         name = f"{trials[0]['trial_id']}-{trials[-1]['trial_id']}"
         return {**self._fixed, "trial": {"trial_id": name, "members": trials}}
+
+    def _crowded(self) -> bool:
+        """Return whether enough trials are out for the room that there is."""
+        if self._places is None:
+            return False
+        now = time.monotonic()
+        if now - self._asked_at > ROOM_SECONDS:
+            self._room, self._asked_at = self._places(), now
+        return len(self._open) > self._room
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass on the new evaluations, and what the probes have measured first."""

@@ -16,7 +16,8 @@ from landscape_ray.domains import Domain, Value, applies, in_order
 from landscape_ray.errors import UserError
 from landscape_ray.records import RunSummary
 from landscape_ray.sweep.searching.config import MLFLOW, WarmStartConfig
-from landscape_ray.sweep.searching.measures import History, measures, objective_values, violations
+from landscape_ray.sweep.searching.history import History
+from landscape_ray.sweep.searching.measures import measures, objective_values, violations
 from landscape_ray.sweep.searching.proposer import Outcome, frozen_trial
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.collect import collect_mlflow

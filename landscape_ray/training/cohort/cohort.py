@@ -30,6 +30,7 @@ from landscape_ray.training.cohort.routes import why_not as no_route
 from landscape_ray.training.cohort.shared import check_shared
 from landscape_ray.training.cohort.updates import clip
 from landscape_ray.training.config import TrainConfig
+from landscape_ray.training.manifest import read_manifest
 from landscape_ray.training.precision import autocast
 from landscape_ray.training.state import TrainState, read_checkpoint
 
@@ -409,7 +410,9 @@ class Cohort:
         Raises:
             UserError: missing, damaged or foreign files, an unknown version, or another number of configurations.
         """
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(
+            folder / MANIFEST, COHORT_VERSION, of="a cohort", writer="a folder that Cohort.save wrote"
+        )
         payloads = [read_checkpoint(folder / manifest["members"] / f"{k}.pt") for k in range(manifest["num_members"])]
         if configs is None:
             configs = [parse(TrainConfig, payload["config"], f"checkpoint {folder}") for payload in payloads]
@@ -456,20 +459,3 @@ class _Values:
 def _evaluation(member: TrainState) -> tuple[int | None, int]:
     """Return what the held-out batches depend on, besides the data."""
     return member.config.eval.limit, member.config.eval.batch_size
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint of a cohort in {folder}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {folder / MANIFEST} cannot be read ({error}); delete it to start anew") from None
-    if not isinstance(manifest, dict) or "version" not in manifest:
-        raise UserError(f"{folder / MANIFEST} is not of a cohort; give a folder that Cohort.save wrote")
-    if manifest["version"] != COHORT_VERSION:
-        raise UserError(
-            f"checkpoint {folder} has version {manifest['version']}, this program reads {COHORT_VERSION}; "
-            "use the version of landscape_ray that wrote it"
-        )
-    return manifest

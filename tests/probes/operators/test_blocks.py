@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from landscape_ray.errors import UserError
 from landscape_ray.probes.fixed_loss import FixedLoss
 from landscape_ray.probes.losses import OutputLoss
-from landscape_ray.probes.operators.blocks import by_class, layers
+from landscape_ray.probes.operators.blocks import by_class, frequency_bands, layers
 from landscape_ray.probes.operators.fisher import EmpiricalFisher, SampledFisher
 from landscape_ray.probes.operators.gauss_newton import GGNOperator
 from landscape_ray.probes.operators.hessian import HessianOperator
@@ -158,3 +158,27 @@ def test_losses_that_are_one_mean_have_no_classes():
     part = by_class(Mean(), [batch])[1]
     with pytest.raises(UserError, match="per_target must give one value for each of 20 targets for class-wise"):
         part.loss(module, part.batches[0][0])
+
+
+def test_bands_hold_about_as_many_targets_each():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.multinomial(1 / torch.arange(1, 201.0), 4000, replacement=True, generator=generator).view(40, 100)
+    bands = frequency_bands(targets, 6)
+    counts = torch.bincount(targets.flatten(), minlength=200)
+    held = torch.bincount(bands, weights=counts.double())
+    assert len(bands) == int(targets.max()) + 1
+    assert len(held) == 6
+    assert float(held.min()) > 0.5 * 4000 / 6
+    assert float(held.max()) < 1.5 * 4000 / 6
+    for band in range(5):  # every value of a band is at least as frequent as those of the next
+        assert int(counts[: len(bands)][bands == band].min()) >= int(counts[: len(bands)][bands == band + 1].max())
+
+
+def test_a_value_more_frequent_than_a_band_leaves_no_band_empty():
+    targets = torch.tensor([3] * 90 + [0] * 5 + [1] * 5)
+    bands = frequency_bands(targets, 4)
+    assert bands[3] == 0
+    assert bands.unique().tolist() == list(range(int(bands.max()) + 1))
+    assert set(by_class(CROSS_ENTROPY, [(torch.zeros(100, 2), targets)], bands)) == {0, int(bands.max())}
+    with pytest.raises(UserError, match="num_bands must be at least 1, got 0"):
+        frequency_bands(targets, 0)

@@ -123,3 +123,20 @@ def test_a_warm_start_remembers_two_eigenvectors():
     again.load_state_dict(state)
     found, wanted = (p.measure(module, cross_entropy)["sharpness"] for p in (again, probe))
     assert (found.value, found.num_matvecs) == (wanted.value, wanted.num_matvecs)
+
+
+def test_extrapolation_takes_a_loose_residual_closer_to_the_truth_and_stays_within_it():
+    module, batch = network(nn.GELU)
+    settings = {"route": "auto", "tol": 0.2, "seed": 0}
+    plain, beyond = SharpnessProbe([batch], **settings), SharpnessProbe([batch], **settings, extrapolate=True)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
+    errors = {"plain": 0.0, "beyond": 0.0}
+    for _ in range(8):
+        reference = sharpness(module, cross_entropy, [batch], tol=1e-4, max_matvecs=100).value
+        rough, better = (p.measure(module, cross_entropy)["sharpness"] for p in (plain, beyond))
+        assert (rough.num_matvecs, rough.standard_error) == (better.num_matvecs, better.standard_error)
+        assert rough.value <= better.value <= rough.value + rough.standard_error
+        errors["plain"] += abs(rough.value - reference)
+        errors["beyond"] += abs(better.value - reference)
+        trained(module, batch, optimizer, 10)
+    assert errors["beyond"] < 0.85 * errors["plain"]

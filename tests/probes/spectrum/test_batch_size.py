@@ -103,6 +103,13 @@ def test_examples_may_be_named(smooth_case):
     assert named.largest == paired.largest
 
 
+def test_progress_says_what_is_measured():
+    told: list[str] = []
+    matrices = torch.eye(3).expand(8, 3, 3)
+    batch_size_effect(Weights(3), energy, matrices, [1, 2], num_batches=2, progress=told.append)
+    assert told == ["all 8 examples", "2 batches of 1", "2 batches of 2"]
+
+
 def test_not_finite_losses_give_nan():
     matrices = torch.full((8, 3, 3), float("nan"))
     found = batch_size_effect(Weights(3), energy, matrices, [1, 2], num_batches=2)

@@ -390,3 +390,28 @@ def test_refused_counts():
         extremal_pairs(torch.clone, 9, block=0)
     with pytest.raises(UserError, match="max_basis must be at least 6, got 5"):
         extremal_pairs(torch.clone, 9, k=3, max_basis=5)
+
+
+@pytest.mark.parametrize("shift", [0.0, -30.0])  # the second has no positive eigenvalue
+def test_the_expected_gain_is_within_the_residual_and_near_the_next_product(shift):
+    generator = torch.Generator().manual_seed(5)
+    spectrum = torch.cat([torch.randn(400, generator=generator), torch.tensor([6.0, 9.0, 14.0, 25.0])]).double() + shift
+    ratios, errors = [], []
+    for seed in range(8):
+        for products in (3, 4, 5):
+            found = lanczos(lambda v: spectrum * v, 404, tol=0, max_matvecs=products, seed=seed, dtype=torch.float64)
+            more = lanczos(lambda v: spectrum * v, 404, tol=0, max_matvecs=products + 1, seed=seed, dtype=torch.float64)
+            assert 0 <= found.expected_gain <= found.residual
+            ratios.append(found.expected_gain / (more.value - found.value))
+            errors.append((25.0 + shift - found.value, 25.0 + shift - found.value - found.expected_gain))
+    if shift == 0.0:
+        assert 0.4 < sorted(ratios)[len(ratios) // 2] < 1.5
+        assert sum(abs(after) for _, after in errors) < 0.7 * sum(before for before, _ in errors)
+
+
+def test_nothing_is_gained_where_nothing_waits():
+    spectrum = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    found = lanczos(lambda v: spectrum * v, 3, tol=0, dtype=torch.float64)
+    assert found.expected_gain == 0.0
+    lost = lanczos(lambda v: v * math.nan, 3)
+    assert lost.expected_gain == 0.0

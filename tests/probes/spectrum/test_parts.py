@@ -68,3 +68,12 @@ def test_refused_arguments():
             measured(nn.Linear(1, 1), CROSS_ENTROPY, [0], tol=-1.0)
         with pytest.raises(UserError, match="curvature must be one of"):
             measured(nn.Linear(1, 1), CROSS_ENTROPY, [0], curvature="ntk")
+
+
+def test_progress_names_every_part_before_it_is_solved(case):
+    told: list = []
+    found = class_eigenvalues(case.module, CROSS_ENTROPY, [case.batch], max_matvecs=3, progress=told.append)
+    assert told == list(found)
+    told.clear()
+    blocks = layer_eigenvalues(case.module, CROSS_ENTROPY, [case.batch], max_matvecs=3, progress=told.append)
+    assert told == list(blocks)

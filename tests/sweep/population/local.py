@@ -31,13 +31,17 @@ class Local:
         self.orders: dict[int, Order] = {member: self.book.orders[member] for member in self.book.open}
         self.data: Any = None
 
+    def open(self, member: int, order: Order, weights: bytes | None) -> MemberRun:
+        """Let a member begin, or go on."""
+        folder = self.folder.trial(trial_id_of(member))
+        return MemberRun(self.spec, folder, order, self.attempt, self.data, weights)
+
     def step(self, member: int) -> dict[str, Any] | None:
         """Let a member train to its next commit, and report; None while it waits or when it has ended."""
         order = self.orders[member]
         weights = self.contents.get(order.source) if self.memory else None
         if member not in self.runs:
-            folder = self.folder.trial(trial_id_of(member))
-            self.runs[member] = MemberRun(self.spec, folder, order, self.attempt, self.data, weights)
+            self.runs[member] = self.open(member, order, weights)
             self.data = self.runs[member].state.data
         run = self.runs[member]
         if run.order.serial < order.serial:

@@ -1,5 +1,6 @@
 """One member and its folder: weights taken over under new values, from memory or from the durable copy."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from landscape_ray.errors import UserError
 from landscape_ray.populations import Decision, Restart
 from landscape_ray.sweep.population.member import MemberRun
 from landscape_ray.sweep.population.orders import Order, Weights
-from landscape_ray.sweep.run import CHECKPOINT
+from landscape_ray.sweep.run import CHECKPOINT, PREVIOUS
 from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.training import read_checkpoint
 from tests.sweep.population.local import make
 
 LR, DECAY = "schedule.peak_lr", "optimizer.weight_decay"
@@ -141,6 +143,31 @@ def test_a_restart_mixes_weights_and_keeps_the_step(two: Any) -> None:
     assert [event["event"] for event in events(folder, "t0001")] == ["exploit", "restart", "restart"]
 
 
+@pytest.mark.acceptance
+@pytest.mark.parametrize("kind", ["explore", "explore anew", "exploit"])
+def test_a_lost_last_checkpoint_is_made_again_under_the_values_that_it_was_made_under(two: Any, kind: str) -> None:
+    """The one before is of step 3: training from there under the values of the next order would be another history."""
+    folder, spec, _, member = two
+    reported, points = weights(member).clone(), member.collector.state_dict()
+    (folder.trial("t0001").checkpoint_path / CHECKPOINT).write_bytes(b"lost")  # and with it its other names
+    values = MUTATED | ({"optimizer.beta2": 0.9} if kind == "explore anew" else {})
+    order = copy(values=values) if kind == "exploit" else Order(1, Decision(1, "explore", values, 10))
+    found = MemberRun(spec, folder.trial("t0001"), order)
+    assert (found.state.step, found.values, found.config) == (5, values, spec.train_config(values, 1))
+    durable = read_checkpoint(Weights(1, 0).path(folder.trial("t0001")))
+    assert json.loads(durable["extra"]["points"]) == points, "what it reports again, should the driver have died too"
+    saved = torch.cat([durable["module"][name].flatten() for name, _ in found.state.module.named_parameters()])
+    assert torch.equal(saved, reported)
+    assert torch.equal(weights(found), reported) == (kind != "exploit")
+    to_the_end(found)
+    rows = [row for row in collect(folder.path).records.to_pylist() if row["run_id"] == "t0001"]
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == list(range(1, 11))
+    assert [row["weight_decay"] for row in steps] == [0.1] * 5 + [0.2] * 5
+    told = [(row["event"], row["step"]) for row in rows if row["kind"] == "event"]
+    assert told == [("fallback", 3), ("exploit" if kind == "exploit" else "mutate", 5)]
+
+
 def test_wrong_orders_are_refused(two: Any) -> None:
     folder, spec, _, member = two
     with pytest.raises(RuntimeError, match="decision names step 4 of weights that are of step 5"):
@@ -149,7 +176,8 @@ def test_wrong_orders_are_refused(two: Any) -> None:
         MemberRun(spec, folder.trial("t0001"), copy(serial=2))
     with pytest.raises(RuntimeError, match=r"must end where the member is evaluated, got step 6; .* multiples"):
         to_the_end(MemberRun(spec, folder.trial("t0002"), start(2, OWN, until=6)))
-    (folder.trial("t0001").checkpoint_path / CHECKPOINT).unlink()
+    for name in (CHECKPOINT, PREVIOUS):
+        (folder.trial("t0001").checkpoint_path / name).unlink()
     with pytest.raises(UserError, match=r"state.pt must be there to go on, got no such file; restore it"):
         MemberRun(spec, folder.trial("t0001"), copy())
 

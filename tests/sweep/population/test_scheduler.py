@@ -92,7 +92,8 @@ def test_with_room_for_all_nobody_is_ever_paused(text: Text, tmp_path: Path) -> 
     answers = [report(scheduler, controller, member, 5, 0) for member in range(4)]
     assert answers == ["CONTINUE"] * 4
     assert [name for name, _ in exchange.calls] == ["publish", "publish"]
-    ((orders,),) = [arguments for _, arguments in exchange.calls[1:]]
+    ((orders, needed),) = [arguments for _, arguments in exchange.calls[1:]]
+    assert {weights.serial for weights in needed} == {0, 1}  # those reported, and those that the next orders will be
     assert [order.serial for order in orders] == [1] * 4
     assert scheduler.choose_trial_to_run(trials) is None
     assert scheduler.__getstate__() == {}

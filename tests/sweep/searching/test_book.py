@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from landscape_ray.config import parse
 from landscape_ray.errors import UserError
-from landscape_ray.sweep.searching.book import Book, mend_journal
+from landscape_ray.sweep.searching.book import Book
 from landscape_ray.sweep.searching.samplers import SEARCHERS
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.folder import SweepFolder
@@ -302,7 +302,6 @@ def test_a_line_cut_off_by_a_kill_is_mended(spec: Any, drive: Any, tmp_path: Pat
     assert journal.read_bytes().startswith(whole)
     driver.run()
     assert driver.book.num_left() == 0
-    mend_journal(tmp_path / "absent")
 
 
 def test_a_journal_of_an_earlier_version_is_refused(spec: Any, drive: Any) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -114,3 +115,26 @@ def test_the_end_of_a_finite_loss_is_a_failure_if_it_is_nan(search_spec: SweepSp
     suggested(searcher, "a")
     searcher.on_trial_complete("a", done(math.nan))
     assert states(searcher) == [TrialState.FAIL]
+
+
+def test_one_trial_more_than_there_is_room_for_is_out(
+    search_spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer would keep workers from being started, more would propose before results are there that could be used."""
+    from landscape_ray.sweep.searching import searcher as module
+
+    now = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    room = [1]
+    searcher = OptunaSearcher(Book(search_spec, SweepFolder(tmp_path)), {}, lambda: room[0])
+    for number in range(2):
+        suggested(searcher, f"ray{number}")
+    assert [searcher.suggest("ray2") for _ in range(50)] == [None] * 50
+    searcher.on_trial_complete("ray0", done(1.0))
+    suggested(searcher, "ray2")
+    assert searcher.suggest("ray3") is None
+    room[0] = 2
+    assert searcher.suggest("ray3") is None, "it is not asked at every turn"
+    now[0] = module.ROOM_SECONDS + 1
+    suggested(searcher, "ray3")
+    searcher.book.close()
