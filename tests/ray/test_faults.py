@@ -72,6 +72,7 @@ def test_trials_that_raise_or_die_go_on(orders: list[str], sweep_text: SweepText
     check_steps(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.acceptance
 def test_workers_that_die_between_two_trials_cost_an_attempt(
     sweep_text: SweepText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
