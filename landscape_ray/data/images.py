@@ -109,7 +109,6 @@ class ImageData(Data):
                 f"got {validation.images.shape[1:]} and {train.images.shape[1:]}; set data.image_size or convert them"
             )
         self._train, self._validation = _tensors(train), _tensors(validation)
-        self._num_train = len(train.labels)  # asked for with every batch, and the length of a tensor takes a while
         self._num_classes, self._max_value = num_classes, max_value
         self._normalise, self._augment = normalise, augment
         if normalise == "standard":
@@ -134,7 +133,7 @@ class ImageData(Data):
     @property
     def num_train(self) -> int:
         """Training images: an epoch is this many divided by the batch size."""
-        return self._num_train
+        return self._train[1].size(0)
 
     @property
     def num_validation(self) -> int:

@@ -92,6 +92,7 @@ class Dashboard:
         self._started = time.monotonic()
         self._first_news: float | None = None
         self._last_plain = self._last_news = -math.inf
+        self._unsaid = False
         self._live = Live(self, console=console, refresh_per_second=2, transient=False)
 
     def __enter__(self) -> Dashboard:
@@ -104,6 +105,8 @@ class Dashboard:
     ) -> None:
         if self.console.is_terminal:
             self._live.stop()
+        elif self._unsaid:
+            self._say(self.headline())
 
     def known(self, summary: RunSummary) -> None:
         """Enter what an earlier driver left of a trial."""
@@ -131,7 +134,10 @@ class Dashboard:
             if (news and now - self._last_news > NEWS_SECONDS) or now - self._last_plain > PLAIN_SECONDS:
                 self._last_plain = now
                 self._last_news = now if news else self._last_news
+                self._unsaid = False
                 self._say(self.headline())
+            elif news:
+                self._unsaid = True
 
     def _say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -118,7 +118,10 @@ def test_a_search_runs_tracks_and_ends(sweep_text: SweepText, tmp_path: Path) ->
 def test_a_population_trains_copies_and_mutates(
     tiny: dict[str, Any], sweep_text: SweepText, tmp_path: Path, synchronous: bool
 ) -> None:
-    """One member begins with a rate that makes it diverge. In synchrony there is room for two of the four only."""
+    """The first begins with a rate that makes it diverge. In synchrony there is room for two of the four only.
+
+    In asynchrony the first it must be: a member that diverges when all others are at their end has nobody to copy.
+    """
     lr = "schedule.peak_lr"
     text = sweep_text(
         "population",
@@ -130,7 +133,7 @@ def test_a_population_trains_copies_and_mutates(
             "quantile_fraction": 0.5,
             "synchronous": synchronous,
             "resample_probability": 0.0,
-            "initial": [{lr: value} for value in (0.01, 0.02, 1e30, 0.005)],
+            "initial": [{lr: value} for value in (1e30, 0.01, 0.02, 0.005)],
         },
         commit_steps=5,
         resources={"cpus_per_trial": 1.0 if synchronous else 0.5},
@@ -141,7 +144,7 @@ def test_a_population_trains_copies_and_mutates(
     check_records(folder, 4, 30)
     check_mlflow(folder, 4)
     rows = collect(folder.path).records.to_pylist()
-    assert [row["event"] for row in rows if row["run_id"] == "t0002" and row["event"]][:2] == ["diverged", "exploit"]
+    assert [row["event"] for row in rows if row["run_id"] == "t0000" and row["event"]][:2] == ["diverged", "exploit"]
     exploits = [row for row in rows if row["event"] == "exploit"]
     for event in exploits:
         assert event["donor"] != event["run_id"]

@@ -10,6 +10,7 @@ import pytest
 
 from landscape_ray.laws.ranking import Association
 from landscape_ray.reports import rank_section
+from landscape_ray.reports.markup import prose
 from landscape_ray.reports.page import render_page, write_report
 from landscape_ray.reports.ranking import RankStudy
 from landscape_ray.reports.views import Sweep, open_sweep
@@ -80,7 +81,7 @@ def test_a_study_that_takes_long_is_left_to_the_command(
 
 
 def test_a_page_of_sweeps_alone_says_that_no_study_was_made(search: Sweep) -> None:
-    assert rank_section.NOT_ASKED in render_page([search])
+    assert prose(rank_section.NOT_ASKED) in render_page([search])
 
 
 @pytest.mark.acceptance
