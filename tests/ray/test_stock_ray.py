@@ -96,7 +96,7 @@ def population(folder: Path, seen: Seen, *, synch: bool) -> Tuner:
     )
 
 
-def test_a_copy_is_logged_under_a_wrong_step_and_goes_on_under_the_donors_learning_rate(tmp_path: Path) -> None:
+def test_a_copy_goes_on_under_the_donors_learning_rate(tmp_path: Path) -> None:
     seen = Seen()
     found = population(tmp_path, seen, synch=False).fit()
     assert not found.errors
@@ -104,9 +104,6 @@ def test_a_copy_is_logged_under_a_wrong_step_and_goes_on_under_the_donors_learni
     copies = [result for result in begun if result["config"]["lr"] != 0.01]  # the others were paused, and go on
     assert copies
     assert {result["applied"] for result in copies} == {0.01}, "that of the donor"
-    (log,) = tmp_path.glob("**/pbt_policy_*.txt")  # the donor has none
-    recorded = {json.loads(line)[3] for line in log.read_text().splitlines()}
-    assert recorded - {result["loaded"] for result in copies}
 
 
 def test_a_synchronous_population_hangs_after_its_driver_has_died(tmp_path: Path) -> None:
