@@ -8,6 +8,8 @@ It also takes the trial for one that is being reset for ever after, and never st
 **Trials shorter than the start of a worker.** An actor that comes free goes to the trial that has waited longest, and
 the worker that was being started for that one is sent away. With trials of a second and workers that take five to
 load, all trials run in the first worker, one after the other, and processor time goes into workers that are never used.
+
+Both are mended in private methods. A later Ray that has them no more is left as it is: sweeps run, with its faults.
 """
 
 from __future__ import annotations
@@ -20,11 +22,16 @@ from ray.exceptions import RayActorError
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
+_METHODS = ("_trial_task_failure", "_maybe_reuse_cached_actor")
+
 
 @contextlib.contextmanager
 def careful_reuse() -> Iterator[None]:
     """Let Ray Tune, inside the block, hear of a death between two trials once, and wait for workers that are coming."""
     controller: Any = TuneController
+    if not all(hasattr(controller, name) for name in _METHODS):
+        yield
+        return
     fail, reuse = controller._trial_task_failure, controller._maybe_reuse_cached_actor
 
     def failed(self: Any, trial: Any, exception: Exception) -> None:
