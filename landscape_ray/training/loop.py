@@ -67,6 +67,7 @@ def update(state: TrainState, schedule: Schedule) -> Record:
         arrived.record()
         before = weights_before(state)
         optimizer.step(loss.isfinite() & grad_norm.isfinite())  # or not: the GPU goes on while we are told which
+        optimizer.zero_grad()
         state.loader.prepare()
         arrived.synchronize()
     else:
