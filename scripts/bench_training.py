@@ -415,9 +415,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peer = load_peer(given.peer) if given.peer else None
         assert isinstance(config.data, TextConfig)
         data = open_text(config.data, progress=True)
-        result = measure(
-            config, data, peer, given.num_steps, given.rounds, {"tf32": given.tf32, "batch_size": given.probe_batch}
-        )
+        rounded = {"tf32": True, "route": "exact"} if given.tf32 else {}
+        probe = {"batch_size": given.probe_batch} | rounded
+        result = measure(config, data, peer, given.num_steps, given.rounds, probe)
     except UserError as error:
         parser().error(str(error))
     peak = peak_flops(device, config.precision, given.peak_tflops)

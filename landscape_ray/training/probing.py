@@ -36,9 +36,6 @@ class ProbeTable(Model):
 
     double: bool = False
     """Whether to measure a copy of the weights in float64."""
-    tf32: bool = False
-    """Whether products on NVIDIA GPUs may round their factors to TF32 (10 bits of mantissa): faster, and good to about
-    1e-3. By default they are in float32, whatever the precision of training."""
 
     @model_validator(mode="after")
     def _at_least_one(self) -> ProbeTable:
@@ -59,20 +56,36 @@ class ProbeTable(Model):
         return {("tol" if name == "tolerance" else name): value for name, value in named.items()}
 
 
-class SharpnessConfig(ProbeTable):
+class _RoundedTable(ProbeTable):
+    route: Literal["exact", "finite_difference", "auto"] = "auto"
+    """How Hessian-vector products are computed; auto: finite differences where a check with an exact one agrees."""
+    tf32: bool = False
+    """Whether exact products on NVIDIA GPUs may round their factors to TF32 (10 bits of mantissa): a third faster on a
+    GPT of 124 M parameters, with the same value to three digits. By default they are in float32, whatever the precision
+    of training."""
+
+    @model_validator(mode="after")
+    def _no_differences_of_rounded_gradients(self) -> _RoundedTable:
+        if self.tf32 and self.route != "exact":
+            raise ValueError(
+                f"route must be 'exact' with tf32 = true, got '{self.route}'; the difference of two gradients of few "
+                "bits is noise"
+            )
+        return self
+
+
+class SharpnessConfig(_RoundedTable):
     """The table [train.probes.sharpness]: top Hessian eigenvalue on a fixed batch of training data."""
 
     tolerance: float = Field(default=0.01, gt=0, lt=1)
     """Lanczos stops when the residual is below this share of the eigenvalue. At 0.03, one cold start in five settles
     early on a value that is more than 1 % too low; at 0.01, one in twenty-five."""
     max_matvecs: int = Field(default=30, ge=1, le=1000)
-    route: Literal["exact", "finite_difference", "auto"] = "auto"
-    """How Hessian-vector products are computed; auto: finite differences where a check with an exact one agrees."""
     extrapolate: bool = False
     """Whether to add what a further product is expected to: about as good as a third of the tolerance, for less."""
 
 
-class PreconditionedSharpnessConfig(ProbeTable):
+class PreconditionedSharpnessConfig(_RoundedTable):
     """The table [train.probes.preconditioned_sharpness]: top eigenvalue of the Hessian as the optimizer sees it.
 
     Preconditioned by Adam's second moments, and by the parametrisation's factors of the learning rate; what the
@@ -82,8 +95,6 @@ class PreconditionedSharpnessConfig(ProbeTable):
     tolerance: float = Field(default=0.03, gt=0, lt=1)
     """Lanczos stops when the residual is below this share of the eigenvalue."""
     max_matvecs: int = Field(default=40, ge=1, le=1000)
-    route: Literal["exact", "finite_difference", "auto"] = "auto"
-    """How Hessian-vector products are computed; auto: finite differences where a check with an exact one agrees."""
 
 
 class LayerSharpnessConfig(ProbeTable):
@@ -394,7 +405,7 @@ def build_monitor(config: ProbesConfig, data: Data, device: torch.device, *, see
     share = (config.budget or 0.0) / max(len(config.tables), 1)
     for name, table in config.tables.items():
         probe = table.probe(name)(batches=[], seed=seed, **table.settings())
-        probe.double, probe.tf32 = table.double, table.tf32
+        probe.double, probe.tf32 = table.double, isinstance(table, _RoundedTable) and table.tf32
         size = table.batch_size
         if size == "auto" and table.every_steps != "auto":
             size = _affordable(share * table.every_steps, probe.price_gradients * table.num_batches, batch_size)

@@ -128,6 +128,7 @@ def test_several_batches_are_parts_of_one() -> None:
         ),
         ({"trace": {"every_steps": 0}}, "every_steps must be at least 1, got 0"),
         ({"trace": {"batch_size": 0}}, "batch_size must be at least 1, got 0"),
+        ({"sharpness": {"tf32": True}}, "route must be 'exact' with tf32 = true, got 'auto'; the difference of two"),
         ({"budget": 0.0}, "probes.budget"),
         ({"gradient_noise_scale": {"source": "micro_batches"}}, "num_batches must be at least 3"),
         ({"gradient_noise_scale": {"num_products": 1}}, "num_products must be 0 or at least 2, got 1"),
