@@ -31,6 +31,7 @@ def trained(folder: SweepFolder, trial_id: str = "t0000") -> dict[str, Any]:
     return {name: payload[name] for name in ("module", "optimizer", "clipper")}
 
 
+@pytest.mark.slow
 @pytest.mark.acceptance
 def test_trials_over_two_processes_are_those_of_one(sweep_text: SweepText, tmp_path: Path) -> None:
     """Two trials one after the other in the same two processes, one of them beginning where nothing was trained."""
