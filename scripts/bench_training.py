@@ -11,7 +11,7 @@ model trained by an update like that of its `train.py`: autocast, the next batch
 clipping, its own choice of AdamW (fused on CUDA), gradients set to None, the loss read once an update. Both get the
 same tokens, sizes, batch, precision and compile setting, start at random, and have learned positions, a tied head and
 no biases in their matrices; ours has shifts in its norms. float32 is plain float32: no TF32, unless the environment
-says otherwise.
+or, for the probe, --tf32 says otherwise.
 
 The rows take turns, in one process: a round is --num-steps updates of each. The first round of each warms up and is not
 counted, figures are medians of the others, and `vs peer` is the median of the rounds' ratios of tokens per second,
@@ -97,6 +97,8 @@ class Timing(NamedTuple):
     probe: float = 0.0
     """Seconds of the round's probe."""
     num_products: int = 0
+    sharpness: float = math.nan
+    """What it found."""
 
 
 class Ours:
@@ -113,20 +115,21 @@ class Ours:
     def __call__(self, num_steps: int) -> Timing:
         """Do updates, and the probe where the configuration has one due."""
         clock, device, probe, products, done = clock_for(self.state.device), self.state.device, 0.0, 0, 0
+        value = math.nan
         wait(device)
         start = last = clock()
         for record in train(self.state, self.state.step + num_steps):
             now = clock()
             done += isinstance(record, StepRecord)
             if isinstance(record, ProbeRecord):
-                probe, products = probe + now - last, products + record.num_matvecs
+                probe, products, value = probe + now - last, products + record.num_matvecs, record.value
             last = now
         wait(device)
         if done < num_steps:
             raise UserError(
                 f"a run must train to be timed, got '{self.state.diverged}'; use another preset or --source"
             )
-        return Timing((clock() - start - probe) / num_steps, probe, products)
+        return Timing((clock() - start - probe) / num_steps, probe, products, value)
 
 
 class Peer:
@@ -290,9 +293,20 @@ class Result(NamedTuple):
     flops_6n: float
 
 
-def measure(config: TrainConfig, data: TextData, peer: ModuleType | None, num_steps: int, rounds: int) -> Result:
-    """Let ours, ours with the probe, and the peer take turns: `rounds` rounds of `num_steps` updates each."""
-    probed = parse(TrainConfig, config.model_dump() | {"probes": {"sharpness": {"every_steps": num_steps}}}, "probed")
+def measure(
+    config: TrainConfig,
+    data: TextData,
+    peer: ModuleType | None,
+    num_steps: int,
+    rounds: int,
+    probe: dict[str, Any] | None = None,
+) -> Result:
+    """Let ours, ours with the probe, and the peer take turns: `rounds` rounds of `num_steps` updates each.
+
+    `probe` is the table of the sharpness probe.
+    """
+    table = (probe or {}) | {"every_steps": num_steps}
+    probed = parse(TrainConfig, config.model_dump() | {"probes": {"sharpness": table}}, "probed")
     device = select_device(config.device)
     runs: dict[str, Ours | Peer] = {}
     memory: dict[str, float] = {}
@@ -340,11 +354,11 @@ def table(result: Result, tokens: int, peak: float) -> Iterator[str]:
         values = ((rate, 0), (1e3 * seconds, 2), (mfu, 1), (mfu_6n, 1), (row.memory, 0), (ratio, 3))
         cells = (f"{value:11.{digits}f}" if math.isfinite(value) else f"{'-':>11}" for value, digits in values)
         yield f"{row.label:<24}" + "".join(cells)
-    update, probe, num_products = result.probe
+    update, probe, num_products, sharpness = result.probe
     shares = " and ".join(f"{100 * probe / (probe + n * update):.1f} % of the time at one every {n}" for n in CADENCES)
     yield (
         f"one probe: {1e3 * probe:.0f} ms, {probe / update:.1f} updates, {num_products:.0f} Hessian-vector products; "
-        f"{shares}"
+        f"{shares}; sharpness {sharpness:.4g}"
     )
 
 
@@ -382,6 +396,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="ours and the peer through torch.compile")
     parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of nanoGPT")
+    parser.add_argument("--tf32", action="store_true", help="let the probe round factors of products to TF32")
+    parser.add_argument("--probe-batch", type=positive, default=4, help="sequences that the probe looks at")
     parser.add_argument("--peak-tflops", type=float, help="what the device can do, in 10^12 FLOP/s")
     parser.add_argument("--num-steps", type=positive, default=20, help="updates in a round")
     parser.add_argument("--rounds", type=positive, default=7)
@@ -399,7 +415,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peer = load_peer(given.peer) if given.peer else None
         assert isinstance(config.data, TextConfig)
         data = open_text(config.data, progress=True)
-        result = measure(config, data, peer, given.num_steps, given.rounds)
+        result = measure(
+            config, data, peer, given.num_steps, given.rounds, {"tf32": given.tf32, "batch_size": given.probe_batch}
+        )
     except UserError as error:
         parser().error(str(error))
     peak = peak_flops(device, config.precision, given.peak_tflops)

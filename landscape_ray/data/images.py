@@ -275,43 +275,35 @@ class ImageData(Data):
     def _augmented(self, images: Tensor, seeds: Sequence[int], step: int, batch_size: int) -> Tensor:
         """Return moved and mirrored images, (K B, channels, height, width); a function of (seed, step)."""
         chance = np.concatenate([generator_for(seed, AUGMENT_STREAM, step).random((batch_size, 3)) for seed in seeds])
-        height, width = images.shape[2:]
-        rows = np.broadcast_to(np.arange(height), (len(images), height))
-        columns = np.broadcast_to(np.arange(width), (len(images), width))
+        pixels: Pixels = images.numpy()
         if self._augment != "flip":
-            rows, columns = rows + _moves(chance[:, :1], height), columns + _moves(chance[:, 1:2], width)
+            pixels = _moved(pixels, chance[:, :2], "constant" if self._augment == "shift" else "reflect")
         if self._augment in ("flip", "crop_flip"):
-            columns = np.where(chance[:, 2:] < 0.5, columns[:, ::-1], columns)
-        outside = None
-        if self._augment == "shift":
-            outside = _beyond(rows, height)[:, :, None] | _beyond(columns, width)[:, None, :]
-        pixels = _mirrored(rows, height)[:, :, None] * width + _mirrored(columns, width)[:, None, :]
-        index = torch.from_numpy(pixels).view(len(images), 1, -1).expand(-1, images.shape[1], -1)
-        moved = images.flatten(2).gather(2, index).view(images.shape)
-        return moved if outside is None else moved.masked_fill_(torch.from_numpy(outside).unsqueeze(1), 0)
+            turned = chance[:, 2] < 0.5
+            pixels[turned] = pixels[turned][..., ::-1]
+        return torch.from_numpy(pixels)
 
     def _numbers(self, images: Tensor) -> Tensor:
         """Return pixel values as normalised numbers."""
         return images.float().mul_(self._factor).add_(self._addend)
 
 
-def _moves(chance: np.ndarray[Any, np.dtype[np.float64]], side: int) -> Integers:
-    """Return uniform whole numbers in -reach .. reach, from uniform ones in [0, 1)."""
-    reach = min(max(round(side * CROP_SHARE), 1), side - 1)
-    moves: Integers = (chance * (2 * reach + 1)).astype(np.int64) - reach
-    return moves
+def _moved(pixels: Pixels, chance: np.ndarray[Any, Any], border: Literal["constant", "reflect"]) -> Pixels:
+    """Return images (n, channels, height, width) moved at random, each as a window of itself with a border around.
 
-
-def _mirrored(positions: Integers, side: int) -> Integers:
-    """Return positions beyond the border mirrored at the edge pixel, which is not repeated."""
-    inner = np.abs(positions)
-    mirrored: Integers = np.minimum(inner, 2 * (side - 1) - inner)
-    return mirrored
-
-
-def _beyond(positions: Integers, side: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    beyond: np.ndarray[Any, np.dtype[np.bool_]] = (positions < 0) | (positions >= side)
-    return beyond
+    Args:
+        pixels: the images.
+        chance: (n, 2) uniform numbers in [0, 1), for rows and columns.
+        border: black, or mirrored at the edge pixel, which is not repeated.
+    """
+    sides = pixels.shape[2:]
+    reach = [min(max(round(side * CROP_SHARE), 1), side - 1) for side in sides]
+    starts = [(chance[:, axis] * (2 * reach[axis] + 1)).astype(np.int64)[:, None] for axis in (0, 1)]
+    wide = np.pad(pixels, [(0, 0), (0, 0), *((r, r) for r in reach)], mode=border)
+    windows = np.lib.stride_tricks.sliding_window_view(wide, sides, axis=(2, 3))
+    n, channels = (np.arange(size) for size in pixels.shape[:2])
+    moved: Pixels = windows[n[:, None], channels, starts[0], starts[1]]
+    return moved
 
 
 def _tensors(part: LabelledImages) -> tuple[Tensor, Tensor]:

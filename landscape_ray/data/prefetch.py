@@ -92,6 +92,15 @@ class Prefetcher:
             self._worker = worker
         return self._source.hand_over(self._worker.get(request))
 
+    def prepare(self) -> None:
+        """Draw the batches of the next steps now: for a moment when the caller is about to wait for the device.
+
+        A thread that draws while its caller starts kernels takes the interpreter from it, and the device idles. Who
+        never calls this gets the same batches: they are drawn when none is left.
+        """
+        if self._worker is not None:
+            self._worker.wake()
+
     def close(self) -> None:
         """End the thread and drop what it has prepared; a second time does nothing."""
         self._closed = True
@@ -205,6 +214,8 @@ class _Worker:
         """What is to be loaded next; None before the first request and after an error."""
         self._loading: _Request | None = None
         self._stopped = False
+        self._awake = True
+        """Whether it may draw: not between a call of `get` that found more than one batch ready and one of `wake`."""
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
 
@@ -213,6 +224,7 @@ class _Worker:
         with self._changed:
             coming = self._ready[0].request if self._ready else self._loading or self._next
             if coming != request:
+                self._awake = True
                 self._ready.clear()
                 self._loading = None  # its result is not wanted any more
                 self._next = request
@@ -221,8 +233,15 @@ class _Worker:
             if self._stopped:
                 raise _closed()
             loaded = self._ready.popleft()
+            self._awake = not self._ready
             self._changed.notify_all()
             return loaded
+
+    def wake(self) -> None:
+        """Let the thread go on until enough is ready."""
+        with self._changed:
+            self._awake = True
+            self._changed.notify_all()
 
     def stop(self) -> None:
         """End the thread, after the batch that it is loading."""
@@ -244,7 +263,9 @@ class _Worker:
     def _take(self) -> _Request | None:
         """Wait for something to load; None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or (self._next and len(self._ready) < self._depth))
+            self._changed.wait_for(
+                lambda: self._stopped or (self._awake and self._next and len(self._ready) < self._depth)
+            )
             if self._stopped or self._next is None:
                 return None
             self._loading, self._next = self._next, self._next.following()

@@ -43,6 +43,7 @@ class Network(nn.Module, ABC):
     def __init__(self, signature: Signature) -> None:
         super().__init__()
         self.signature = signature
+        self._dropouts: list[Dropout] | None = None
 
     @abstractmethod
     def group_of(self, name: str) -> Group:
@@ -111,8 +112,10 @@ class Network(nn.Module, ABC):
             layer.key.fill_(layer.key_for(seed, step))
 
     def dropouts(self) -> list[Dropout]:
-        """Return the dropout layers that do something in training."""
-        return [module for module in self.modules() if isinstance(module, Dropout) and module.active]
+        """Return the dropout layers that do something in training; looked for once, for a walk over all takes time."""
+        if self._dropouts is None:
+            self._dropouts = [module for module in self.modules() if isinstance(module, Dropout) and module.active]
+        return self._dropouts
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the outputs for a batch of inputs; see the signature for the shapes."""

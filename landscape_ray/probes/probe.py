@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from landscape_ray.errors import UserError
@@ -80,6 +82,8 @@ class Probe(ABC):
         self.batches, self.eval_mode, self.seed = batches, eval_mode, seed
         self.double = False
         """Whether to measure a copy of the module in float64; set it before the first measurement."""
+        self.tf32 = False
+        """Whether products of matrices and convolutions may round their factors to TF32 where a GPU has it."""
         self._num_measured = 0
 
     @property
@@ -108,9 +112,12 @@ class Probe(ABC):
             UserError: parameters, batches or a loss that cannot be measured.
         """
         began = time.perf_counter()
-        with observing(
-            module, loss, self.batches, eval_mode=self.eval_mode, double=self.double, seed=self.seed
-        ) as function:
+        with (
+            _products(self.tf32),
+            observing(
+                module, loss, self.batches, eval_mode=self.eval_mode, double=self.double, seed=self.seed
+            ) as function,
+        ):
             found = {self.name: UNKNOWN}
             if function.finite:
                 if self._num_measured == 0:
@@ -144,6 +151,22 @@ class Probe(ABC):
             )
         for name in ("_num_measured", *self.STATE):
             setattr(self, name, state[name.lstrip("_")])
+
+
+@contextlib.contextmanager
+def _products(tf32: bool) -> Iterator[None]:
+    """Let products on CUDA be in float32, or in TF32, inside the block; torch's own defaults differ by operation."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def _sound(estimate: Estimate) -> Estimate:

@@ -61,13 +61,27 @@ def update(state: TrainState, schedule: Schedule) -> Record:
     state.scaler.unscale()
     grad_norm = state.clipper(parameters)
     # one transfer: on a GPU each one waits for everything before it
-    loss_nats, norm = torch.stack((loss.double(), grad_norm.double())).tolist()
+    seen = torch.stack((loss.double(), grad_norm.double()))
+    before = None
+    if ahead := optimizer.conditional and config.precision != "float16":
+        seen = seen.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+        arrived.record()
+        before = weights_before(state)
+        optimizer.step(loss.isfinite() & grad_norm.isfinite())  # or not: the GPU goes on while we are told which
+        optimizer.zero_grad()
+        state.loader.prepare()
+        arrived.synchronize()
+    else:
+        state.loader.prepare()
+    loss_nats, norm = seen.tolist()
     # a float16 gradient may overflow: the scaler leaves the update out and lowers its factor, until that is no remedy
     overflow = config.precision == "float16" and state.scaler.factor > 1.0
     if not (math.isfinite(loss_nats) and (math.isfinite(norm) or overflow)):
         return diverge(state, f"loss {loss_nats}, gradient norm {norm} in update {state.step + 1}", lr=lr)
-    before = weights_before(state)
-    state.scaler.step()
+    if not ahead:
+        before = weights_before(state)
+        state.scaler.step()
     remember_update(state, before)
 
     state.step += 1

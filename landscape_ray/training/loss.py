@@ -47,9 +47,15 @@ def _precise(outputs: Tensor) -> Tensor:
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return -log softmax(outputs)[target] in nats: outputs (..., num_classes), targets (...), result flat."""
-    return F.cross_entropy(_precise(outputs).flatten(0, -2), targets.flatten(), reduction="none")
+def cross_entropy(outputs: Tensor, targets: Tensor, reduction: Literal["none", "mean"] = "none") -> Tensor:
+    """Return -log softmax(outputs)[target] in nats: outputs (..., num_classes), targets (...), result flat.
+
+    The softmax is computed in float32 (float64 of such outputs), as `_precise` outputs would be; but outputs of fewer
+    bits are not written out in float32 first, for the logits of a vocabulary are the largest tensor of a model.
+    """
+    dtype = torch.float64 if outputs.dtype == torch.float64 else torch.float32
+    logarithms = F.log_softmax(outputs.flatten(0, -2), -1, dtype=None if outputs.dtype == dtype else dtype)
+    return F.nll_loss(logarithms, targets.flatten(), reduction=reduction)
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -130,6 +136,8 @@ class Objective:
         inputs, targets = batch
         outputs = module(inputs)
         if self.name == "cross_entropy" and not self.z_loss:  # the fused mean: one pass less over the logits
+            if not self.label_smoothing:
+                return cross_entropy(outputs, targets, "mean")
             logits = _precise(outputs).flatten(0, -2)
             return F.cross_entropy(logits, targets.flatten(), label_smoothing=self.label_smoothing)
         return self.per_target(outputs, targets).mean()

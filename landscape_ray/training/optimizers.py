@@ -157,6 +157,7 @@ class Optimizer(ABC):
         self.parameters = list(_trainable(module).values())
         self.parts = parts
         self._name, self._independent, self._peak_lr = config.name, config.decay_coupling == "independent", peak_lr
+        self._conditional = all(part.defaults.get("fused") for part in parts)
         self.set_values(peak_lr, config.weight_decay, config.momentum)
 
     def set_values(self, lr: float, weight_decay: float, momentum: float, beta2: float | None = None) -> None:
@@ -180,9 +181,20 @@ class Optimizer(ABC):
     def _set_averages(self, group: Group, momentum: float, beta2: float | None) -> None:
         """Write momentum and beta2 under the keys that the group's optimizer has for them."""
 
-    def step(self) -> None:
-        """Apply one update. Gradients may be used up: read them before."""
+    @property
+    def conditional(self) -> bool:
+        """Whether `step` can leave an update out without the host knowing: on a GPU, nobody waits for the answer."""
+        return self._conditional and all(parameter.is_cuda for parameter in self.parameters)
+
+    def step(self, finite: Tensor | None = None) -> None:
+        """Apply one update. Gradients may be used up: read them before.
+
+        Args:
+            finite: 0-d bool; nothing happens where it is False. Only for those that are `conditional`.
+        """
         for part in self.parts:
+            # where torch's fused kernels look, which else is for its GradScaler
+            part.found_inf = None if finite is None else (~finite).float()  # type: ignore[attr-defined]
             part.step()
 
     def zero_grad(self) -> None:
@@ -304,12 +316,18 @@ class _SGD(Optimizer):
         ]
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, finite: Tensor | None = None) -> None:
         for group in self._groups():
             moving = [parameter for parameter in group["params"] if parameter.grad is not None]
             if moving and group["shrinks"]:
-                torch._foreach_mul_(moving, 1.0 - group["shrinks"])
-        super().step()
+                keeps = 1.0 - group["shrinks"]
+                torch._foreach_mul_(moving, keeps if finite is None else torch.where(finite, keeps, 1.0))
+            if finite is not None and group["momentum"]:
+                for parameter in moving:  # torch's own first one is what the memory held, where it is left out
+                    state = self.parts[0].state[parameter]
+                    if state.get("momentum_buffer") is None:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
+        super().step(finite)
 
 
 class _Muon(Optimizer):
@@ -352,11 +370,11 @@ class _Muon(Optimizer):
             group["momentum"] = momentum
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, finite: Tensor | None = None) -> None:
         for kernel, flat in self._kernels:
             flat.copy_(kernel.flatten(1))
             flat.grad = None if kernel.grad is None else kernel.grad.flatten(1)
-        super().step()
+        super().step(finite)
         for kernel, flat in self._kernels:
             kernel.copy_(flat.view(kernel.shape))
             flat.grad = None

@@ -37,6 +37,9 @@ class ProbeTable(Model):
 
     double: bool = False
     """Whether to measure a copy of the weights in float64."""
+    tf32: bool = False
+    """Whether products on NVIDIA GPUs may round their factors to TF32 (10 bits of mantissa): faster, and good to about
+    1e-3. By default they are in float32, whatever the precision of training."""
 
     @model_validator(mode="after")
     def _at_least_one(self) -> ProbeTable:
@@ -53,7 +56,7 @@ class ProbeTable(Model):
 
     def settings(self) -> dict[str, Any]:
         """Return the keywords of the probe's constructor."""
-        named = self.model_dump(exclude={"every_steps", "batch_size", "num_batches", "double"})
+        named = self.model_dump(exclude={"every_steps", "batch_size", "num_batches", "double", "tf32"})
         return {("tol" if name == "tolerance" else name): value for name, value in named.items()}
 
 
@@ -392,7 +395,7 @@ def build_monitor(config: ProbesConfig, data: Data, device: torch.device, *, see
     share = (config.budget or 0.0) / max(len(config.tables), 1)
     for name, table in config.tables.items():
         probe = table.probe(name)(batches=[], seed=seed, **table.settings())
-        probe.double = table.double
+        probe.double, probe.tf32 = table.double, table.tf32
         size = table.batch_size
         if size == "auto" and table.every_steps != "auto":
             size = _affordable(share * table.every_steps, probe.price_gradients * table.num_batches, batch_size)

@@ -103,10 +103,27 @@ def test_following_steps_are_drawn_once_in_order_in_one_thread() -> None:
     with Prefetcher(data, CPU, depth=2) as loader:
         for step in range(5, 15):
             loader.get(0, step, 4)
+        loader.prepare()
         wait_until(lambda: len(data.drawn) == 12)
         time.sleep(0.01)
         assert data.steps() == list(range(5, 17))  # two ahead, not more
         assert {name for _, name in data.drawn} == {"prefetch"}
+
+
+def test_the_thread_waits_for_a_good_moment_while_a_batch_is_left() -> None:
+    data = Watched()
+    with Prefetcher(data, CPU, depth=2) as loader:
+        loader.get(0, 0, 4)
+        loader.prepare()
+        wait_until(lambda: data.steps() == [0, 1, 2])
+        loader.get(0, 1, 4)
+        time.sleep(0.05)
+        assert data.steps() == [0, 1, 2]  # step 2 is ready, and the caller starts kernels now
+        loader.prepare()
+        wait_until(lambda: data.steps() == [0, 1, 2, 3])
+        loader.get(0, 2, 4)
+        loader.get(0, 3, 4)  # the last one that was ready
+        wait_until(lambda: data.steps() == [0, 1, 2, 3, 4, 5])
 
 
 def test_next_batch_is_made_while_the_caller_works() -> None:

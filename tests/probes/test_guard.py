@@ -159,3 +159,27 @@ def test_cuda_generators_are_put_back_and_values_agree():
         sharpness(on_device, cross_entropy, [batch], route=route, eval_mode=False)
         assert torch.equal(torch.cuda.get_rng_state(), before)
     assert sharpness(on_device, cross_entropy, [batch], tol=1e-4).value == pytest.approx(expected.value, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_products_are_in_float32_unless_asked_and_the_switches_are_put_back() -> None:
+    seen: list[tuple[str, bool]] = []
+
+    class Looking(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            return super().forward(x)
+
+    module, before = Looking(64, 64).cuda(), (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+    batch = (torch.randn(32, 64, device="cuda"), torch.randn(32, 64, device="cuda"))
+    values = {}
+    for tf32, wanted in ((False, ("highest", False)), (True, ("high", True))):
+        probe = SharpnessProbe(batches=[batch])
+        probe.tf32 = tf32
+        seen.clear()
+        found = probe.measure(module, lambda m, b: (m(b[0]) - b[1]).square().mean())
+        values[tf32] = found["sharpness"].value
+        assert set(seen) == {wanted}
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+    assert values[True] == pytest.approx(values[False], rel=1e-2)

@@ -128,7 +128,7 @@ def test_without_a_peer_and_a_known_device_there_are_dashes(
 
 def test_the_table_is_arithmetic_on_what_was_measured(bench: ModuleType) -> None:
     rows = [bench.Row("ours", [0.5, 0.4, 0.8], 7.0), bench.Row("peer", [1.0, 0.4, 0.9], math.nan)]
-    probe = bench.Timing(update=0.5, probe=5.0, num_products=9)
+    probe = bench.Timing(update=0.5, probe=5.0, num_products=9, sharpness=12.3456)
     result = bench.Result(rows, probe, num_params=[1, 1], flops=6e9, flops_6n=3e9)
     _, ours, peer, last = bench.table(result, tokens=100, peak=4e12)
     # medians 0.5 and 0.9 s; 100 tokens of 6 GFLOP in 0.5 s are 1.2 TFLOP/s of 4; ratios are 2, 1 and 1.125
@@ -137,7 +137,7 @@ def test_the_table_is_arithmetic_on_what_was_measured(bench: ModuleType) -> None
     # 5 s of 5 + 200 * 0.5 s
     assert last == (
         "one probe: 5000 ms, 10.0 updates, 9 Hessian-vector products; "
-        "4.8 % of the time at one every 200 and 9.1 % of the time at one every 100"
+        "4.8 % of the time at one every 200 and 9.1 % of the time at one every 100; sharpness 12.35"
     )
 
 

@@ -177,13 +177,14 @@ def test_mistakes_in_the_table_are_named(table: dict[str, Any], message: str) ->
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_host_does_not_wait(name: Literal["none", "norm", "coordinate", "auto"]) -> None:
     clipper = Clipper(ClippingConfig(name=name))
     gradients = [[g.cuda() for g in gradients_of(of_norm(norm))] for norm in (1.0, 3.0, 2.0)]
-    torch.cuda.set_sync_debug_mode("error")
+    clipper._history, clipper._count = clipper._history.cuda(), clipper._count.cuda()
     try:
-        clipper._history, clipper._count = clipper._history.cuda(), clipper._count.cuda()
+        torch.cuda.set_sync_debug_mode("error")
         for each in gradients:
             clipper(with_gradients(*each))
     finally:

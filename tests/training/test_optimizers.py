@@ -644,3 +644,41 @@ def test_a_state_moves_between_devices(config: AnyOptimizerConfig) -> None:
         each(x.to(each.layer.weight.device)).square().sum().backward()
         optimizer.step()
     torch.testing.assert_close(moved.layer.weight.cpu(), single.layer.weight, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [AdamWConfig(), SGDConfig(weight_decay=0.1), SGDConfig(momentum=0.0)], ids=str)
+def test_an_update_can_be_left_out_without_the_host_knowing(config: AnyOptimizerConfig) -> None:
+    """What a GPU does: the same kernels have the condition on the CPU."""
+    ours, theirs = Single(3, 4), Single(3, 4)
+    conditional, plain = (build_optimizer(each, config, peak_lr=PEAK) for each in (ours, theirs))
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+
+    def gradient(module: Single) -> None:
+        module.zero_grad()
+        module(x).square().sum().backward()
+
+    for finite in (False, True, False, True):
+        gradient(ours)
+        if not finite:
+            for parameter in ours.parameters():
+                parameter.grad = torch.full_like(parameter, torch.nan)
+        else:
+            gradient(theirs)
+            plain.step()
+        conditional.step(torch.tensor(finite))
+        assert torch.equal(ours.layer.weight, theirs.layer.weight)
+    for a, b in zip(conditional.state_dict()["parts"], plain.state_dict()["parts"], strict=True):
+        for one, other in zip(a["state"].values(), b["state"].values(), strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in other if other[key] is not None)
+
+
+def test_what_waits_for_the_answer_is_not_conditional() -> None:
+    for config in (MuonConfig(), AdamWConfig()):  # on the CPU nobody has to wait
+        assert not build_optimizer(Single(3, 4), config, peak_lr=PEAK).conditional
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fused_updates_are_conditional_on_a_gpu() -> None:
+    for config, conditional in ((AdamWConfig(), True), (SGDConfig(), True), (MuonConfig(), False)):
+        assert build_optimizer(Single(3, 4).cuda(), config, peak_lr=PEAK).conditional == conditional

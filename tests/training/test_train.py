@@ -264,6 +264,29 @@ def test_a_gpu_agrees_with_the_cpu(tiny: dict[str, Any]) -> None:
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_divergence_on_a_gpu_keeps_the_weights_from_before(tiny: dict[str, Any], name: str) -> None:
+    """The update is started before the host knows that it must not be made."""
+    changes = {"optimizer": {"name": name}, "schedule__peak_lr": 1e-3, "device": "cuda", "probes": {}}
+    state = TrainState.create(make(tiny, **changes))
+    list(train(state, 2))
+    with torch.no_grad():
+        next(state.module.parameters()).view(-1)[0] = torch.nan
+    before = [tensor.clone() for tensor in (*state.module.parameters(), *_states(state))]
+    events = [record for record in train(state) if isinstance(record, EventRecord)]
+    assert [event.event for event in events] == ["diverged"]
+    assert state.step == 2
+    for kept, tensor in zip(before, (*state.module.parameters(), *_states(state)), strict=True):
+        torch.testing.assert_close(kept, tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def _states(state: TrainState) -> list[torch.Tensor]:
+    states = [values for part in state.optimizer.parts for values in part.state.values()]
+    return [tensor for values in states for tensor in values.values()]
+
+
 @pytest.mark.slow
 def test_compiled_steps_agree_with_plain_ones(tiny: dict[str, Any]) -> None:
     plain, compiled = (

@@ -97,7 +97,7 @@ class Cohort:
         Args:
             configs: one for each member; `shared.SHARED_FIELDS` are equal in all.
             data: what `configs[0].data` describes, where it is open already.
-            route: recorded, stacked, vmap, single or alone; auto measures at the first update which is the fastest.
+            route: recorded, graphed, stacked, vmap, single or alone; auto measures at the first which is fastest.
                 Different routes differ in the last bits of the weights, so that a run is repeated to the bit only where
                 the route is given (or comes from a checkpoint).
             chunk: members that one program covers, but for single and alone; all by default.
@@ -203,6 +203,7 @@ class Cohort:
             norms = clip(program.gradients, program.members, moving[rows])
             update(losses.isfinite() & norms.isfinite() & is_active[rows])
             seen.append(torch.stack((losses.float(), norms)))
+        self._loader.prepare()
         # one transfer: on a GPU each one waits for everything before it
         losses_and_norms: list[list[float]] = torch.cat(seen, 1).tolist()
         return losses_and_norms[0], losses_and_norms[1]
@@ -405,7 +406,8 @@ class Cohort:
         Args:
             folder: written by `save`.
             configs: go on under these values instead of the saved ones.
-            route: as in `create`; by default the one that the cohort had, so that it goes on to the bit.
+            route: as in `create`; by default the one that the cohort had, so that it goes on to the bit, or auto where
+                the device of this machine cannot take that.
 
         Raises:
             UserError: missing, damaged or foreign files, an unknown version, or another number of configurations.
@@ -426,7 +428,9 @@ class Cohort:
         for member, payload in zip(members, payloads, strict=True):
             member.restore(payload)
         choice = manifest["choice"]
-        if route is None and choice is not None:
+        # saved on another kind of device, which some routes are for
+        moved = choice is not None and choice["route"] != "alone" and no_route(choice["route"], members) is not None
+        if route is None and choice is not None and not moved:
             return cls(members, choice["route"], choice["chunk"]), manifest["extra"]
         return cls(members, route or "auto"), manifest["extra"]
 

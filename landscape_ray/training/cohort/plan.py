@@ -51,7 +51,7 @@ class Choice:
     """A way through a step, and how it was found.
 
     Attributes:
-        route: recorded, stacked, vmap or single; alone where members cannot share memory.
+        route: recorded, graphed, stacked, vmap or single; alone where members cannot share memory.
         chunk: members that a program covers.
         seconds: measured time of one update for each member, by `route` or `route/chunk`; empty where the route was
             given.
@@ -158,8 +158,8 @@ def _measured(buffers: Buffers, members: Sequence[TrainState], batch: Batch) -> 
             best = min(each.seconds for each in candidates.values())
             if chunk >= LARGE and candidate.seconds > HOPELESS * best:
                 break
-        if name == "recorded" and not any(key.startswith(name) for key in excluded):
-            excluded["stacked"] = "a recording does the same in less time"
+        if name in ("recorded", "graphed") and not any(key.startswith(name) for key in excluded):
+            excluded["stacked"] = f"'{name}' does the same in less time"
     start = time.perf_counter()
     for number in range(1, MAX_ROUNDS):
         if number >= MIN_ROUNDS and time.perf_counter() - start > SECONDS:

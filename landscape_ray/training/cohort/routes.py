@@ -1,7 +1,8 @@
 """How the gradients of several members are computed: one program for all of them, or one after the other.
 
     stacked   the network works on stacked parameters itself: every layer is one batched product
-    recorded  as stacked, without asking the network again in every update
+    recorded  as stacked, without asking the network again in every update (on the CPU)
+    graphed   the same as a CUDA graph
     vmap      torch.func.vmap turns the network's forward into one for stacked parameters
     single    the members' own modules, one after the other
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -284,6 +286,69 @@ class _Found(NamedTuple):
     """The same gradients where they are."""
 
 
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which graphs are captured: one, since libraries keep working memory for every stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
+
+
+class Graphed(Stacked):
+    """Neighbouring members as stacked ones, by a CUDA graph of what that does.
+
+    A GPU works on the gradients of small networks for less time than the host takes to start some hundred kernels. All
+    programs put what they need on the way into one pool of memory, since they run one after the other.
+    """
+
+    name = "graphed"
+
+    def __init__(self, buffers: Buffers, members: Sequence[TrainState], rows: slice, gradients: Tensor) -> None:
+        super().__init__(buffers, members, rows, gradients)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Batch, Tensor, list[Tensor]]] = {}
+
+    def follow(self, leader: Program) -> None:
+        """Use the leader's pool of memory."""
+        assert isinstance(leader, Graphed)
+        self._pool = leader._pool
+
+    def _part(self, inputs: Tensor, targets: Tensor, steps: Sequence[int], *, add: bool = False) -> Tensor:
+        self.train(steps)
+        if inputs.shape not in self._graphs:
+            self._graphs[inputs.shape] = self._captured(inputs.contiguous().clone(), targets.contiguous().clone())
+        graph, places, losses, found = self._graphs[inputs.shape]
+        torch._foreach_copy_(places[:1], (inputs,))
+        torch._foreach_copy_(places[1:], (targets,))
+        graph.replay()
+        if add:
+            torch._foreach_add_(self._into, found)
+        else:
+            torch._foreach_copy_(self._into, found)
+        return losses
+
+    def _captured(self, inputs: Tensor, targets: Tensor) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor, list[Tensor]]:
+        """Return a graph, where it reads its batch, and where it leaves losses and gradients."""
+        graph = torch.cuda.CUDAGraph()
+        current, aside = torch.cuda.current_stream(), _aside(self.gradients.device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # libraries set themselves up in their first calls, which cannot be captured
+                self._found(inputs, targets)
+            torch.cuda.synchronize()
+            # other threads (the one that loads batches) may go on meanwhile
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                losses, found = self._found(inputs, targets)
+            finally:
+                graph.capture_end()
+        current.wait_stream(aside)
+        return graph, (inputs, targets), losses, found
+
+    def _found(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with autocast(self.gradients.device, self.members[0].config.precision):
+            losses = self.losses(inputs, targets)
+        return losses.detach(), list(torch.autograd.grad(losses, self._leaves, torch.ones_like(losses)))
+
+
 class Vmapped(_Joint):
     """Neighbouring members by `torch.func.vmap` over the weights of one module.
 
@@ -306,14 +371,14 @@ class Vmapped(_Joint):
             return torch.func.functional_call(self._module, values, (x,))
 
         values = dict(zip(self._names, self._stack, strict=True)) | self._noise
-        # the fused attention of the CPU has no rule for vmap, which would loop over the members, with a warning
-        attention = sdpa_kernel(SDPBackend.MATH) if inputs.device.type == "cpu" else contextlib.nullcontext()
-        with attention:
+        # the fused attention of the CPU has no rule for vmap, which would loop over the members, with a warning; the
+        # memory-efficient one of CUDA has a rule whose backward pass refuses the layout that it gets
+        with sdpa_kernel([SDPBackend.MATH] + [SDPBackend.FLASH_ATTENTION] * (inputs.device.type == "cuda")):
             outputs: Tensor = torch.func.vmap(one)(values, inputs)
         return outputs
 
 
-ROUTES: dict[str, type[Program]] = {route.name: route for route in (Recorded, Stacked, Vmapped, Single)}
+ROUTES: dict[str, type[Program]] = {route.name: route for route in (Recorded, Graphed, Stacked, Vmapped, Single)}
 
 
 def why_not(name: str, members: Sequence[TrainState]) -> str | None:
@@ -327,16 +392,16 @@ def why_not(name: str, members: Sequence[TrainState]) -> str | None:
         return "members differ in values that are not trained (frozen parameters, buffers or other tensors)"
     if (reason := _loss_apart(first)) is not None:
         return reason
-    if name in ("stacked", "recorded") and not first.module.stackable:
+    if name != "vmap" and not first.module.stackable:
         return "the model does not take stacked parameters"
-    if name == "recorded":
-        return _why_not_recorded(first)
-    return None
+    return _why_not_again(name, first) if name in ("recorded", "graphed") else None
 
 
-def _why_not_recorded(first: TrainState) -> str | None:
-    if first.device.type != "cpu":
+def _why_not_again(name: str, first: TrainState) -> str | None:
+    if name == "recorded" and first.device.type != "cpu":
         return "recordings are for the CPU"
+    if name == "graphed" and first.device.type != "cuda":
+        return "graphs are for CUDA"
     if first.config.compile:
         return "the model is compiled"
     if first.objective.name not in LOSSES:

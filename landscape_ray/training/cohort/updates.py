@@ -2,9 +2,9 @@
 
 The values of an update (learning rate, weight decay, betas) are read from the parameter groups of each member's own
 optimizer, so that factors of the parametrisation and the coupling of the decay are what they are in a run alone. The
-kernels are torch's as well: `_fused_adamw_` and `_fused_sgd_` on rows, one call for a member and group. Measured on the
-CPU, that is 6 times faster than the same formula over all members with columns of hyperparameters, which takes a dozen
-passes over memory.
+kernels of the CPU are torch's as well: `_fused_adamw_` and `_fused_sgd_` on rows, one call for a member and group.
+Measured there, that is 6 times faster than the same formula over all members with columns of hyperparameters, which
+takes a dozen passes over memory; elsewhere it is the other way round (`across`).
 
 A member whose loss or gradient is not finite keeps its row as it is. Nothing here mixes rows.
 """
@@ -18,8 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landscape_ray.training.cohort import across
 from landscape_ray.training.cohort.buffers import Buffers, Section
 from landscape_ray.training.state import TrainState
+
+BY_ROW = ("cpu",)
+"""Devices on which a kernel for each member is faster than one for all."""
 
 
 def clip(gradients: Tensor, members: Sequence[TrainState], active: Sequence[bool]) -> Tensor:
@@ -90,22 +94,23 @@ class Updater:
     def __call__(self, finite: Tensor) -> None:
         """Update the members where `finite`, (c,) bool, from their gradients, which may be used up."""
         self._updates.add_(finite[:, None])
-        on_cpu = finite.device.type == "cpu"
-        apply = finite.tolist() if on_cpu else [True] * len(self._members)
-        # the kernels of CUDA can leave a row out without the host knowing
-        left_out = [None] * len(self._members) if on_cpu else (~finite).float().unbind()
+        # elsewhere nobody waits for the answer
+        apply = finite.tolist() if finite.device.type in BY_ROW else None
         for kernel, columns in self._sections:
             groups = [member.optimizer.parts[columns.part].param_groups[columns.group] for member in self._members]
-            kernel(columns, groups, finite, apply, left_out)
+            kernel(columns, groups, finite, apply)
 
     def _adamw(
         self,
         columns: _Columns,
         groups: list[dict[str, Any]],
         finite: Tensor,
-        apply: list[bool],
-        left_out: Sequence[Tensor | None],
+        apply: list[bool] | None,
     ) -> None:
+        if apply is None:
+            mean, square = (columns.blocks[name] for name in ("exp_avg", "exp_avg_sq"))
+            across.adamw(columns.block, columns.gradient, mean, square, columns.count, groups, finite)
+            return
         means, squares = columns.states["exp_avg"], columns.states["exp_avg_sq"]
         for row, group in enumerate(groups):
             if apply[row]:
@@ -124,7 +129,6 @@ class Updater:
                     eps=group["eps"],
                     amsgrad=False,
                     maximize=False,
-                    found_inf=left_out[row],
                 )
 
     def _sgd(
@@ -132,11 +136,13 @@ class Updater:
         columns: _Columns,
         groups: list[dict[str, Any]],
         finite: Tensor,
-        apply: list[bool],
-        left_out: Sequence[Tensor | None],
+        apply: list[bool] | None,
     ) -> None:
         velocities = columns.states["momentum_buffer"]
         _shrink(columns, [group["shrinks"] for group in groups], finite)
+        if apply is None:
+            across.sgd(columns.block, columns.gradient, columns.blocks["momentum_buffer"], groups, finite)
+            return
         for row, group in enumerate(groups):
             if apply[row]:
                 momentum = group["momentum"]
@@ -151,7 +157,6 @@ class Updater:
                     nesterov=group["nesterov"],
                     maximize=False,
                     is_first_step=False,
-                    found_inf=left_out[row],
                 )
 
     def _muon(
@@ -159,8 +164,7 @@ class Updater:
         columns: _Columns,
         groups: list[dict[str, Any]],
         finite: Tensor,
-        apply: list[bool],
-        left_out: Sequence[Tensor | None],
+        apply: list[bool] | None,
     ) -> None:
         first = groups[0]
         _shrink(columns, [group["lr"] * group["weight_decay"] for group in groups], finite)
@@ -185,16 +189,17 @@ class _Columns:
         self._section = section
         self.block = buffers.weights[rows, section.start : section.stop]
         self.weights = self.block.unbind()
-        self._gradients = gradients[:, section.start : section.stop]
-        self.gradients = self._gradients.unbind()
-        self._states = {name: buffers.state(section, name)[rows] for name in buffers.states[section.part]}
-        self.states = {name: state.unbind() for name, state in self._states.items()}
+        self.gradient = gradients[:, section.start : section.stop]
+        self.gradients = self.gradient.unbind()
+        self.blocks = {name: buffers.state(section, name)[rows] for name in buffers.states[section.part]}
+        self.states = {name: state.unbind() for name, state in self.blocks.items()}
         # one count stands for the group: every update moves all parameters
-        self.updates = buffers.updates[rows, section.slots[0].number].unbind()
+        self.count = buffers.updates[rows, section.slots[0].number]
+        self.updates = self.count.unbind()
 
     def matrices(self, name: str) -> list[tuple[Tensor, ...]]:
         """Return weights, gradients and one state of each parameter of the section, (c, rows, columns)."""
-        blocks = (self.block, self._gradients, self._states[name])
+        blocks = (self.block, self.gradient, self.blocks[name])
         base = self._section.start
         return [
             tuple(block[:, slot.start - base : slot.stop - base].view(len(block), *slot.shape) for block in blocks)

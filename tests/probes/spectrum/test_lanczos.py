@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from landscape_ray.errors import UserError
+from landscape_ray.probes.spectrum import krylov
 from landscape_ray.probes.spectrum.krylov import Krylov
 from landscape_ray.probes.spectrum.lanczos import extremal_pairs, lanczos, unit_vector
 
@@ -415,3 +417,17 @@ def test_nothing_is_gained_where_nothing_waits():
     assert found.expected_gain == 0.0
     lost = lanczos(lambda v: v * math.nan, 3)
     assert lost.expected_gain == 0.0
+
+
+def test_directions_of_large_networks_are_of_bytes_and_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(krylov, "LARGE", 1000)
+    size = 100_003
+    first, second = itertools.islice(krylov.random_directions(size, 3, torch.float32, "cpu"), 2)
+    assert torch.equal(first, unit_vector(size, seed=3))
+    assert not torch.equal(first, unit_vector(size, seed=4))
+    for vector in (first, second):
+        numbers = vector.double() * math.sqrt(size)
+        assert len(vector.unique()) == 256
+        assert abs(float(numbers.mean())) < 4 / math.sqrt(size)
+        assert float((numbers**4).mean()) == pytest.approx(3.0, abs=0.15)
+    assert abs(float(first @ second)) < 4 / math.sqrt(size)

@@ -479,11 +479,43 @@ def test_compiled_programs_are_the_same(configs: Configs, monkeypatch: pytest.Mo
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("route", "chunk"), [("graphed", 3), ("graphed", 2), ("stacked", 3), ("vmap", 3)])
 @pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
-def test_members_on_a_gpu_are_what_they_are_alone(configs: Configs, name: str) -> None:
+def test_members_on_a_gpu_are_what_they_are_alone(configs: Configs, name: str, route: str, chunk: int) -> None:
     settings = configs(device="cuda", optimizer__name=name)
-    cohort = Cohort.create(settings, route="stacked")
+    cohort = Cohort.create(settings, route=route, chunk=chunk)
     assert_same(cohort, list(cohort.train()), alone(settings), BF16 if name == "muon" else 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_is_repeated_to_the_bit_over_a_checkpoint(configs: Configs, tmp_path: Path) -> None:
+    settings = configs(device="cuda", accumulation_steps=2)
+    whole = Cohort.create(settings, route="graphed")
+    list(whole.train())
+    part = Cohort.create(settings, route="graphed")
+    list(part.train(5))
+    part.save(tmp_path)
+    rest, _ = Cohort.load(tmp_path)
+    list(rest.train())
+    for ours, theirs in zip(rest.members, whole.members, strict=True):
+        assert torch.equal(weights(ours), weights(theirs))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpt_takes_a_graph_on_a_gpu() -> None:
+    tokens = np.random.default_rng(0).integers(256, size=4000, dtype=np.uint8)
+    data = TextData(tokens[:3000], tokens[3000:], 256, 16)
+    model = {"name": "gpt", "width": 32, "depth": 2, "num_heads": 2}
+    values = {"data": {"context_length": 16}, "model": model, "device": "cuda"}
+    shared = {key: value for key, value in DIGITS.items() if key not in values}
+    settings = [parse(TrainConfig, {**shared, **values, "seed": seed}, "test") for seed in range(3)]
+    cohort = Cohort.create(settings, data)
+    records = list(cohort.train())
+    assert cohort.choice is not None
+    assert cohort.choice.route == "graphed", cohort.choice
+    assert_same(cohort, records, alone(settings, data), 1e-4)
 
 
 def config_of(**values: Any) -> TrainConfig:
@@ -519,7 +551,8 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(UserError, match="configs must hold at least one configuration, got none"):
         Cohort.create([])
     with pytest.raises(
-        UserError, match="route must be auto, alone or one of recorded, stacked, vmap, single, got 'fast'; use 'auto'"
+        UserError,
+        match="route must be auto, alone or one of recorded, graphed, stacked, vmap, single, got 'fast'; use 'auto'",
     ):
         Cohort.create([config_of()], route="fast")
     with pytest.raises(UserError, match="chunk must be between 1 and the number of members, 1, got 2"):

@@ -68,7 +68,7 @@ def test_large_chunks_are_not_tried_where_small_ones_are_slow(
 
 def test_what_cannot_be_recorded_is_stacked(configs: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
     _, choice = chosen(configs)
-    assert choice.excluded["stacked"] == "a recording does the same in less time"
+    assert choice.excluded["stacked"] == "'recorded' does the same in less time"
     monkeypatch.setattr(recording, "LIMIT", 0)
     _, choice = chosen(configs)
     assert choice.seconds.keys() == {"single", "stacked/2", "stacked/3"}
