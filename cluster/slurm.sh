@@ -2,6 +2,7 @@
 # A sweep on the nodes of one Slurm allocation: a Ray head on the first node, one worker on each other node.
 #   sbatch --nodes=4 cluster/slurm.sh sweep search_spaces/quickstart.toml --name first --results /shared/runs
 #   sbatch --nodes=4 cluster/slurm.sh resume first --results /shared/runs
+# One model over all GPUs of a node: resources.workers = gpus_per_trial = their number, resources.placement = "strict_pack".
 # What follows the script's name are arguments of landscape-ray. The results folder must be seen by every node, or
 # --storage names a place that is.
 #SBATCH --job-name=landscape-ray

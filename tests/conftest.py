@@ -19,7 +19,7 @@ import json
 import os
 import sqlite3
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ import pytest
 import torch
 
 from landscape_ray.config import parse
+from tests.pair import Pair
 
 if TYPE_CHECKING:
     from landscape_ray.tracking.folder import SweepFolder
@@ -47,7 +48,7 @@ MANY_FILES = 25
 MOST_WORKERS = 8
 """Each takes about a gigabyte, and with that many the longest file decides."""
 SHARED = dict.fromkeys(
-    [f"tests/ray/test_{name}.py" for name in ("exchange", "faults", "readme", "sweep")], "one Ray session"
+    [f"tests/ray/test_{name}.py" for name in ("exchange", "faults", "readme", "sweep", "workers")], "one Ray session"
 )
 """Files that stay in one worker, under the name of what they share."""
 
@@ -188,3 +189,22 @@ def search_folder(fabricate: ModuleType, tmp_path_factory: pytest.TempPathFactor
 def population_folder(fabricate: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> "SweepFolder":
     folder: SweepFolder = fabricate.make_population(tmp_path_factory.mktemp("sweeps") / "members", steps=300)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two processes for all tests of a worker: to start and to meet takes them three times as long as a test."""
+    processes = Pair(lambda: tmp_path_factory.mktemp("pair"))
+    yield processes
+    processes.end()
+
+
+@pytest.fixture
+def two_processes(pair: Pair, tmp_path: Path) -> Callable[[str], Path]:
+    """Return the function that calls a test file's `in_process` in two processes, and gives the folder they share."""
+
+    def run(file: str) -> Path:
+        pair.call(file, tmp_path)
+        return tmp_path
+
+    return run

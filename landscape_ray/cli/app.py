@@ -122,10 +122,11 @@ def train(
     storage: StorageUri = None,
 ) -> None:
     """Train a file as one run in this process, without Ray; searched values take their low end."""
-    from landscape_ray.sweep.session import new_sweep, train_one
+    from landscape_ray.sweep.session import check_alone, new_sweep, train_one
     from landscape_ray.sweep.spec import read_spec
 
     parsed, text = read_spec(spec)
+    check_alone(parsed)
     console = new_console()
     folder = new_sweep(parsed, text, results, name, tracking_uri, storage)
     folder.update_meta(single_run=True)

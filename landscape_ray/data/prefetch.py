@@ -43,7 +43,9 @@ class Prefetcher:
     True
     """
 
-    def __init__(self, data: Data, device: torch.device, depth: int | None = None) -> None:
+    def __init__(
+        self, data: Data, device: torch.device, depth: int | None = None, part: tuple[int, int] = (0, 1)
+    ) -> None:
         """Make a loader; its thread starts with the first batch.
 
         Args:
@@ -51,6 +53,7 @@ class Prefetcher:
             device: where batches are wanted.
             depth: batches prepared ahead; 0 draws them when they are asked for, without a thread. By default
                 2 on CUDA and 0 elsewhere.
+            part: number and count of the equal parts that batches are cut into, of which this loader gives one.
 
         Raises:
             UserError: a negative depth.
@@ -59,7 +62,7 @@ class Prefetcher:
             raise UserError(f"depth must be at least 0, got {depth}; 0 draws batches when they are asked for")
         if device.type == "cuda" and device.index is None:  # which one that is, each thread answers for itself
             device = torch.device("cuda", torch.cuda.current_device())
-        self._source = _Source(data, device)
+        self._source = _Source(data, device, part)
         self._depth = depth if depth is not None else CUDA_DEPTH if device.type == "cuda" else 0
         self._worker: _Worker | None = None
         self._closed = False
@@ -145,8 +148,9 @@ class _Failed(NamedTuple):
 class _Source:
     """Draws batches and brings them to the device."""
 
-    def __init__(self, data: Data, device: torch.device) -> None:
+    def __init__(self, data: Data, device: torch.device, part: tuple[int, int]) -> None:
         self._data = data
+        self._part = part
         self._device = device
         self._stream: torch.cuda.Stream | None = None
 
@@ -181,9 +185,13 @@ class _Source:
 
     def _draw(self, request: _Request) -> Batch:
         seed, step, batch_size = request
-        if isinstance(seed, int):
-            return self._data.batch(seed, step, batch_size)
-        return self._data.batches(seed, step, batch_size)
+        if not isinstance(seed, int):
+            return self._data.batches(seed, step, batch_size)
+        inputs, targets = self._data.batch(seed, step, batch_size)
+        index, count = self._part
+        if count == 1:
+            return inputs, targets
+        return inputs.tensor_split(count)[index], targets.tensor_split(count)[index]
 
     def _move(self, tensor: Tensor) -> Tensor:
         if self._device.type != "cuda":

@@ -172,25 +172,3 @@ def _stored_meta(storage_uri: str, name: str) -> tuple[str, str] | None:
         if (manifest := open_storage(storage_uri).at(name).latest()) is not None:
             return storage_uri, f"{name}/{manifest.files[META].object_name(META)}"
     return None
-
-
-def check_resources(spec: SweepSpec) -> None:
-    """Raise if no node of the cluster, present or still to be started by an autoscaler, could ever hold one trial.
-
-    Raises:
-        UserError: names the resource, what a trial asks for and what the largest node has.
-    """
-    present = [node["Resources"] for node in nodes_alive()]
-    to_come = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    resources = spec.resources
-    for field, resource, wanted, unit in (
-        ("cpus_per_trial", "CPU", resources.cpus_per_trial, 1.0),
-        ("gpus_per_trial", "GPU", resources.gpus_per_trial, 1.0),
-        ("memory_gib_per_trial", "memory", resources.memory_gib_per_trial or 0.0, 2.0**30),
-    ):
-        largest = max((node.get(resource, 0.0) / unit for node in [*present, to_come]), default=0.0)
-        if wanted > largest:
-            raise UserError(
-                f"resources.{field} must fit on one node, got {wanted:g}; the largest node has {largest:g} "
-                f"{'GiB of memory' if resource == 'memory' else resource}"
-            )

@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from landscape_ray.errors import UserError
 from landscape_ray.sweep.cluster import ALIKE, ask_nodes, code_env, nodes_alive, private_token
 from landscape_ray.sweep.doctor import Finding
+from landscape_ray.sweep.placement import describe, present
 from landscape_ray.sweep.session import versions
 from landscape_ray.sweep.tuner import check_address
 from landscape_ray.tracking.storage import open_storage
@@ -48,7 +49,8 @@ def _nodes() -> Finding:
     found = f"{len(nodes)} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
     if not total.get("CPU"):
         return Finding("Ray", "warning", found, "no node has a CPU for trials yet; an autoscaler will start some")
-    return Finding("Ray", "ok", found)
+    kinds = dict.fromkeys(describe(node) for node in present())
+    return Finding("Ray", "ok", f"{found}; resources.* can ask a node for {' | '.join(kinds)}")
 
 
 def _each_node(results: Path, storage_uri: str | None) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,19 @@ def time_limit(seconds: float | None, report: Path) -> Iterator[None]:
     report.unlink(missing_ok=True)
 
 
+def confine(num_threads: int, gpu_share: float) -> None:
+    """Hold this process to what a trial, or a worker of it, may use of its machine.
+
+    Args:
+        num_threads: of torch.
+        gpu_share: GPUs that Ray has set aside for it.
+    """
+    torch.set_num_threads(num_threads)
+    if gpu_share == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to those that asked for none
+    limit_gpu_memory(gpu_share)
+
+
 def limit_gpu_memory(share: float) -> None:
     """Let this process allocate no more of its GPU's memory than its share of the GPU.
 
@@ -46,7 +60,7 @@ def limit_gpu_memory(share: float) -> None:
     that trial runs out of memory alone.
 
     Args:
-        share: `resources.gpus_per_trial`; nothing is limited at 0, or from 1 on.
+        share: GPUs of a worker; nothing is limited at 0, or from 1 on.
     """
     if 0 < share < 1 and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(share)

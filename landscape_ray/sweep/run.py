@@ -8,9 +8,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from landscape_ray.data import Data
 from landscape_ray.errors import UserError
@@ -37,6 +37,9 @@ from landscape_ray.tracking.parts import PartWriter
 from landscape_ray.training import TrainState, read_checkpoint, train
 
 CHECKPOINT = "state.pt"
+Loop: TypeAlias = Callable[[TrainState, int], Iterator[Record]]
+"""What trains a state up to a step: `train`, or the same over several processes."""
+
 PREVIOUS = "previous.pt"
 """The checkpoint before, kept while a trial runs: where the last one turns out damaged, it goes on from there."""
 
@@ -100,6 +103,7 @@ class TrialRun:
         data: what the trial is trained on, where it is open already.
         note: what was changed about the searched values before they came here; each entry becomes an event.
         mirror: uploads what is committed, and has brought here what was stored of the trial; None without a storage.
+        loop: trains the state, and yields its records.
 
     Attributes:
         evals: step and held-out loss of the evaluations since the last result.
@@ -119,8 +123,10 @@ class TrialRun:
         data: Data | None = None,
         note: Mapping[str, Any] | None = None,
         mirror: Mirror | None = None,
+        loop: Loop = train,
     ) -> None:
         self.mirror = mirror
+        self._loop = loop
         if mirror is not None:
             mirror.take_over(folder)  # first: what is there of the trial may have been made elsewhere
         self.spec, self.folder, self.values, self.attempt = spec, folder, values, attempt
@@ -187,7 +193,7 @@ class TrialRun:
     def advance(self) -> None:
         """Train to the next commit and make it durable."""
         until = self.next_stop()
-        for record in train(self.state, until):
+        for record in self._loop(self.state, until):
             self.note(record)
         self.commit()
 

@@ -43,6 +43,7 @@ from landscape_ray.tracking.mirror import Mirror
 from landscape_ray.tracking.projector import Projector, SyncReport
 from landscape_ray.tracking.uris import default_tracking_uri, mask_secrets, resolve_tracking_uri
 from landscape_ray.training import Objective, TrainConfig, build_optimizer
+from landscape_ray.training.parallel import check_module
 
 FREE_BYTES_FLOOR = 256 * 2**20
 """A sweep doesn't start with less free space than this."""
@@ -165,6 +166,7 @@ def check_data(spec: SweepSpec, progress: bool = False) -> str:
         foreign = config.model.name == "transformers" or ":" in config.model.name  # these choose their own device
         with contextlib.nullcontext() if foreign else torch.device("meta"):
             module = build_model(config.model, data.signature, torch.Generator("cpu").manual_seed(0))
+        check_module(module, spec.resources.workers)
         build_optimizer(module, config.optimizer, peak_lr=config.schedule.peak_lr)
         identities.append(data.corpus_id)
     return identities[0]
@@ -201,11 +203,25 @@ def hardware() -> dict[str, Any]:
     return {"cpus": os.cpu_count(), "gpus": gpus, "machine": platform.machine(), "system": platform.system()}
 
 
+def check_alone(spec: SweepSpec) -> None:
+    """Raise for a run over several processes, which Ray would have to start.
+
+    Raises:
+        UserError: more than one worker.
+    """
+    if (workers := spec.resources.workers) > 1:
+        raise UserError(
+            f"resources.workers must be 1 for a run in this process, got {workers}; lower it (losses are the same), or "
+            "use `landscape-ray sweep`"
+        )
+
+
 def train_one(
     folder: SweepFolder, console: Console, tracking_uri: str | None = None, storage_uri: str | None = None
 ) -> Outcome:
     """Run the [train] table as a single run in this process, without Ray; continues where a checkpoint is."""
     spec = spec_of(folder)
+    check_alone(spec)
     mirror = driver_mirror(folder, storage_uri)
     started = time.monotonic()
     with stopping(mirror), projected(folder, spec, tracking_uri) as projector, termination_as_interrupt():

@@ -16,11 +16,13 @@ from landscape_ray.domains import Domain, Value, allowed, applies, in_order
 from landscape_ray.errors import UserError
 from landscape_ray.populations.strategies import Iterated
 from landscape_ray.sweep.population.config import PopulationConfig, build_strategy
+from landscape_ray.sweep.resources import ResourcesConfig
 from landscape_ray.sweep.searching.config import MLFLOW, AshaConfig, FidelityConfig, SearchConfig
 from landscape_ray.sweep.searching.knots import expand, is_knots
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.training import TrainConfig
 from landscape_ray.training.cohort import check_shared
+from landscape_ray.training.parallel import check_parts
 
 SOURCES = ("data.source", "data.base.source")
 """Searchable fields that hold paths."""
@@ -44,31 +46,6 @@ class CohortConfig(Model):
     route: Literal["auto", "recorded", "stacked", "vmap", "single", "alone"] = "auto"
     """How gradients of several members are computed; auto measures what is fastest when a cohort starts. Results of
     different routes differ in the last bits: name one for runs that repeat to the bit."""
-
-
-class ResourcesConfig(Model):
-    """The table [resources]: what one trial gets."""
-
-    cpus_per_trial: float = Field(default=1.0, gt=0)
-    """Ray CPUs; also the number of torch threads, at least one. Below 1, several trials share a core."""
-    gpus_per_trial: float = Field(default=0.0, ge=0)
-    """Ray GPUs. Below 1, several trials share one, each with its share of the memory and no more."""
-    memory_gib_per_trial: float | None = Field(default=None, gt=0)
-    """Memory that Ray sets aside on the trial's node, so that no more trials start there than fit. Default: none."""
-    max_failures: int = Field(default=1, ge=0)
-    """How often a trial is started again, from its last checkpoint, after it raised or its process or node was lost."""
-    max_report_seconds: float | None = Field(default=None, gt=0)
-    """Longest time between two commits of a trial, its start included. A trial that takes longer hangs: its process is
-    ended, which counts as a failure. Default: no limit."""
-
-    max_disk_gib: float | None = Field(default=None, gt=0)
-    """Most that the sweep may take of a machine's disk. Over it, checkpoints go that nothing needs any more; where that
-    is not enough, the sweep pauses. Default: no limit."""
-
-    @property
-    def num_threads(self) -> int:
-        """Torch threads of a trial."""
-        return max(1, int(self.cpus_per_trial))
 
 
 class SweepSpec(Model):
@@ -151,7 +128,9 @@ class SweepSpec(Model):
 
     def _train_config(self, values: dict[str, Value], source: str) -> TrainConfig:
         try:
-            return parse(TrainConfig, with_values(self.train, values), source)
+            config = parse(TrainConfig, with_values(self.train, values), source)
+            check_parts(config, self.resources.workers)
+            return config
         except UserError as error:
             raise ValueError(str(error)) from None
 
@@ -275,6 +254,11 @@ class SweepSpec(Model):
         """Check that all trials of a search can be members of one cohort."""
         if self.search is None:
             raise ValueError("a sweep with [cohort] must have a [search] table; the cohort is made of its trials")
+        if (workers := self.resources.workers) > 1:
+            raise ValueError(
+                f"resources.workers must be 1 with [cohort], which trains many models in one process, got {workers}; "
+                "remove one of them"
+            )
         for name, domain in self.space.items():
             for value in domain.extremes:
                 other = self._train_config(self.point_with(name, value), f"space.{name}")

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray import tune
 
 from landscape_ray.sweep.cohort import CohortRun
-from landscape_ray.sweep.limits import hang_path, limit_gpu_memory, time_limit
+from landscape_ray.sweep.limits import confine, hang_path, time_limit
 from landscape_ray.sweep.run import TrialRun, index_of
 from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.sweep.storing import open_for_trial
+from landscape_ray.sweep.workers import Workers, workers_of
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.mirror import Mirror
+from landscape_ray.training import train
 
 
 class SweepTrainable(tune.Trainable):
@@ -35,12 +35,14 @@ class SweepTrainable(tune.Trainable):
         self._given = config
         self._opened: TrialRun | CohortRun | None = None
         self._mirror: Mirror | None = getattr(self, "_mirror", None)
+        self._workers: Workers | None = getattr(self, "_workers", None)
 
     @property
     def _run(self) -> TrialRun | CohortRun:
         """The trial, or the trials of a cohort, continued where their folders stand."""
         if self._opened is None:
             folder, spec, self._mirror = open_sweep(self._given, self._mirror)
+            self._workers = workers_of(spec.resources, self._workers)
             trial, attempt = self._given["trial"], self._given["attempt"]
             if "members" in trial:
                 self._opened = CohortRun(spec, folder, trial["members"], attempt, self._mirror)
@@ -48,7 +50,14 @@ class SweepTrainable(tune.Trainable):
                 name = self.trial_name
                 values, note = dict(trial["values"]), trial.get("note")
                 self._opened = TrialRun(
-                    spec, folder.trial(name), index_of(name), values, attempt, note=note, mirror=self._mirror
+                    spec,
+                    folder.trial(name),
+                    index_of(name),
+                    values,
+                    attempt,
+                    note=note,
+                    mirror=self._mirror,
+                    loop=train if self._workers is None else self._workers.train,
                 )
         return self._opened
 
@@ -60,7 +69,12 @@ class SweepTrainable(tune.Trainable):
             return self._run.result()
 
     def cleanup(self) -> None:
-        """Upload what is left, where there is a storage; Ray calls this before it ends the actor."""
+        """Upload what is left, where there is a storage, and end the trial's other processes.
+
+        Ray calls this before it ends the actor.
+        """
+        if self._workers is not None:
+            self._workers.close()
         if self._mirror is not None:
             self._mirror.close()
 
@@ -79,12 +93,9 @@ def open_sweep(given: Mapping[str, Any], mirror: Mirror | None) -> tuple[SweepFo
         given: configuration of the actor: `sweep_path`, `num_threads`, `attempt`, and `storage` where there is one.
         mirror: of the actor's trial before this one.
     """
-    torch.set_num_threads(given["num_threads"])
     folder, mirror = open_for_trial(Path(given["sweep_path"]), given.get("storage"), given["attempt"], mirror)
     spec = spec_of(folder)
-    if spec.resources.gpus_per_trial == 0:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to trials that asked for none
-    limit_gpu_memory(spec.resources.gpus_per_trial)
+    confine(given["num_threads"], spec.resources.gpus_per_worker)
     return folder, spec, mirror
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import shutil
 import socket
@@ -27,9 +26,10 @@ from rich.console import Console
 
 from landscape_ray.errors import UserError
 from landscape_ray.signals import termination_as_interrupt
-from landscape_ray.sweep.cluster import check_nodes, check_resources, private_token, runtime_env
+from landscape_ray.sweep.cluster import check_nodes, private_token, runtime_env
 from landscape_ray.sweep.display import Dashboard
 from landscape_ray.sweep.limits import hang_path
+from landscape_ray.sweep.placement import check_resources, num_places, request
 from landscape_ray.sweep.population.book import PopulationBook
 from landscape_ray.sweep.population.exchange import open_exchange, weights_limit
 from landscape_ray.sweep.population.scheduler import PopulationScheduler
@@ -128,7 +128,7 @@ def _fit(
     scheduler: PopulationScheduler | None = None
     if spec.search is not None:
         book = Book(spec, folder, tracking_uri)
-        searcher = OptunaSearcher(book, fixed, lambda: _num_places(spec))
+        searcher = OptunaSearcher(book, fixed, lambda: num_places(spec.resources))
         tune_config |= {"search_alg": searcher, "num_samples": -1}
         if spec.search.stopping is not None:
             tune_config |= {"scheduler": StoppingScheduler(searcher)}
@@ -147,12 +147,9 @@ def _fit(
         ]
         fixed |= {"exchange": name, "weights_limit": weights_limit(len(members))}
         param_space = {**fixed, "trial": tune.grid_search(members)}
-        scheduler = PopulationScheduler(population, exchange, _num_places(spec))
+        scheduler = PopulationScheduler(population, exchange, num_places(spec.resources))
         tune_config |= {"scheduler": scheduler}
 
-    resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
-    if spec.resources.memory_gib_per_trial is not None:
-        resources["memory"] = spec.resources.memory_gib_per_trial * 2**30
     with Dashboard(console, folder.path.name, spec.num_trials, first_config(spec).num_steps) as dashboard:
         for summary in known.values():
             dashboard.known(summary)
@@ -160,7 +157,7 @@ def _fit(
         _show(standing, dashboard)
         callback = DashboardCallback(dashboard, standing, mirror)
         tuner = Tuner(
-            tune.with_resources(trainable, resources),
+            tune.with_resources(trainable, request(spec.resources)),
             param_space=param_space,
             tune_config=TuneConfig(**tune_config),
             run_config=RunConfig(
@@ -201,13 +198,6 @@ def _show(standing: Mapping[str, str], dashboard: Dashboard) -> None:
     for trial_id, status in standing.items():
         if trial_id in dashboard.rows:
             dashboard.rows[trial_id].status = status
-
-
-def _num_places(spec: SweepSpec) -> int:
-    """Return for how many trials the cluster has room."""
-    there: dict[str, float] = ray.cluster_resources()
-    wanted = {"CPU": spec.resources.cpus_per_trial, "GPU": spec.resources.gpus_per_trial}
-    return min(math.floor(there.get(resource, 0.0) / amount + 1e-9) for resource, amount in wanted.items() if amount)
 
 
 class DashboardCallback(Callback):
@@ -357,7 +347,7 @@ def _ray(address: str | None, spec: SweepSpec) -> Iterator[None]:
             raise UserError(_no_cluster(address, error)) from None
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are in the outcome, in one line each
     try:
-        check_resources(spec)
+        check_resources(spec.resources)
         yield
     finally:
         if started_here:

@@ -15,6 +15,8 @@ from torch import Tensor
 from landscape_ray.data import Batch
 from landscape_ray.records import EvalRecord, EventRecord, ProbeRecord, Record, StepRecord, VariantRecord
 from landscape_ray.schedules import Schedule
+from landscape_ray.training.loss import Score
+from landscape_ray.training.parallel import total
 from landscape_ray.training.precision import autocast, simulate
 from landscape_ray.training.probing import host_of, remember_update, weights_before
 from landscape_ray.training.sam import ascend
@@ -112,20 +114,26 @@ def _buffers_kept(state: TrainState) -> Iterator[None]:
 
 
 def _gradient(state: TrainState, batch: Batch) -> Tensor:
-    """Put the gradient of the mean training loss on a batch into `.grad`; return the loss, 0-d, on the device."""
+    """Put the gradient of the mean training loss on a batch into `.grad`; return the loss, 0-d, on the device.
+
+    Args:
+        state: the run.
+        batch: this process' part of it; gradient and loss are those of the whole.
+    """
     config = state.config
     if not state.module.training:  # a walk over all modules
         state.module.train()
     state.optimizer.zero_grad()
     parts = config.accumulation_steps
-    total = torch.zeros((), device=state.device)
+    rank, size = state.world
+    mean = torch.zeros((), device=state.device)
     for index, part in enumerate(zip(batch[0].chunk(parts), batch[1].chunk(parts), strict=True)):
-        state.module.set_noise(config.seed, state.step * parts + index)
+        state.module.set_noise(config.seed, (state.step * parts + index) * size + rank)
         with _arithmetic(state):
             loss = state.loss(part)
         state.scaler.scale(loss / parts).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach() / parts
-    return total
+        mean += loss.detach() / parts
+    return state.reduce(mean)
 
 
 Measured: TypeAlias = tuple[float, float | None, float]
@@ -215,10 +223,23 @@ def _mean_loss(state: TrainState, batches: list[Batch]) -> tuple[float, float | 
     state.module.eval()
     with torch.no_grad(), _arithmetic(state):
         scores = [state.objective.score(state.module(inputs), targets) for inputs, targets in batches]
+    if state.world.size > 1:
+        return _mean_of_all(state, scores)
     num_targets = sum(score.num_targets for score in scores)
     loss = float(torch.stack([score.loss for score in scores]).cpu().sum()) / num_targets
     correct = [score.correct for score in scores if score.correct is not None]
     return loss, float(torch.stack(correct).cpu().sum()) / num_targets if correct else None
+
+
+def _mean_of_all(state: TrainState, scores: list[Score]) -> tuple[float, float | None]:
+    """Return loss and accuracy over the batches of all processes; this one may have had none."""
+    sums = torch.zeros(3, dtype=torch.float64, device=state.device)
+    for score in scores:
+        sums[0] += score.loss
+        sums[1] += score.num_targets
+        sums[2] += 0 if score.correct is None else score.correct
+    loss, num_targets, correct = total(sums).tolist()
+    return loss / num_targets, correct / num_targets if state.objective.classifies else None
 
 
 def probe(state: TrainState) -> Iterator[ProbeRecord]:

@@ -15,6 +15,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.probes import PROBES, Host, Monitor, Probe
 from landscape_ray.probes.spectrum.eigenpairs import Curvature
 from landscape_ray.registry import resolve
+from landscape_ray.training.parallel import probe_part
 
 if TYPE_CHECKING:
     from landscape_ray.training.state import TrainState
@@ -389,7 +390,7 @@ class ProbesConfig(Model):
 
 
 def build_monitor(config: ProbesConfig, data: Data, device: torch.device, *, seed: int, batch_size: int) -> Monitor:
-    """Return the probes that the configuration names, each with its fixed batches of training data.
+    """Return the probes that the configuration names, each with this process' part of its fixed batches.
 
     Args:
         config: the table.
@@ -411,7 +412,7 @@ def build_monitor(config: ProbesConfig, data: Data, device: torch.device, *, see
             size = _affordable(share * table.every_steps, probe.price_gradients * table.num_batches, batch_size)
         assert isinstance(size, int)
         try:
-            probe.batches = probe_batches(data, device, seed, size, table.num_batches)
+            probe.batches = probe_part(probe_batches(data, device, seed, size, table.num_batches))
         except UserError as error:
             raise UserError(f"probes.{name}.batch_size is too large: {error}") from None
         if probe.name != name:

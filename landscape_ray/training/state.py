@@ -25,6 +25,7 @@ from landscape_ray.training.config import TrainConfig
 from landscape_ray.training.loss import Objective
 from landscape_ray.training.manifest import check_version
 from landscape_ray.training.optimizers import build_optimizer
+from landscape_ray.training.parallel import Reducer, check_module, check_parts, world
 from landscape_ray.training.precision import LossScaler
 from landscape_ray.training.probing import build_monitor
 
@@ -50,26 +51,33 @@ class TrainState:
         best_loss_nats: the lowest held-out loss so far.
         last_update: what the last update added to the trainable parameters, where a probe asked for it.
         diverged: one sentence that says how, None while the run is sound.
+        world: the processes that train this run, and which of them this is (`training/parallel.py`).
+        num_restores: how often another state was taken over.
     """
 
     def __init__(self, config: TrainConfig, data: Data) -> None:
         self.config = config
         self.data = data
         self.device = select_device(config.device)
+        self.world = world()
+        check_parts(config, self.world.size)
         self.objective = Objective(config.loss, data.signature)
         generator = torch.Generator().manual_seed(config.seed)
         self.module = build_model(config.model, data.signature, generator).to(self.device)
+        check_module(self.module, self.world.size)
         self.flops_per_unit = self.module.flops_per_unit()
         # the loss is compiled with the network: the logits of a vocabulary need not be written out then
         self.loss: Callable[[Batch], Tensor] = torch.compile(self._loss) if config.compile else self._loss
         self.optimizer = build_optimizer(self.module, config.optimizer, peak_lr=config.schedule.peak_lr)
+        self.reduce = Reducer(self.optimizer.parameters)
         self.clipper = Clipper(config.clipping)
         self.scaler = LossScaler(self.optimizer, config.precision)
         self.averager = Averager(self.module, config.averaging, config.num_steps) if config.averaging else None
         self.monitor = build_monitor(config.probes, data, self.device, seed=config.seed, batch_size=config.batch_size)
         self.last_update: list[Tensor] | None = None
-        self.loader = Prefetcher(data, self.device)
+        self.loader = Prefetcher(data, self.device, part=self.world)
         self.validation = self._on_device(data.validation_batches(config.eval.limit, config.eval.batch_size))
+        self.num_restores = 0
         self.step = 0
         self.observed_step = -1
         self.num_tokens = 0
@@ -86,10 +94,10 @@ class TrainState:
         return self.objective(self.module, batch)
 
     def _on_device(self, batches: list[Batch]) -> list[Batch]:
-        return [(inputs.to(self.device), targets.to(self.device)) for inputs, targets in batches]
+        return [(inputs.to(self.device), targets.to(self.device)) for inputs, targets in self.world.part(batches)]
 
     def shift_batches(self, name: str) -> list[Batch]:
-        """Return a shifted held-out set on the device; not kept, since it is needed once."""
+        """Return this process' batches of a shifted held-out set; not kept, since it is needed once."""
         evaluation = self.config.eval
         return self._on_device(self.data.shift_batches(name, evaluation.limit, evaluation.batch_size))
 
@@ -232,6 +240,7 @@ class TrainState:
                 raise TypeError(f"counters.{name} is a {type(value).__name__}")
             setattr(self, name, value)
         self.monitor.load_state_dict(payload["probes"])
+        self.num_restores += 1
 
 
 PARTS = ("config", "extra", "corpus_id", "counters", "module", "optimizer", "clipper", "scaler", "averager", "probes")

@@ -11,6 +11,7 @@ from torch import nn
 
 from landscape_ray.signature import Signature
 from landscape_ray.sweep.trainable import SweepTrainable
+from landscape_ray.training.parallel import world
 
 
 class Network(nn.Module):
@@ -18,7 +19,8 @@ class Network(nn.Module):
 
     Args:
         signature: of the data.
-        orders: folder of files called raise.N, memory.N, die.N or hang.N.
+        orders: folder of files called raise.N, memory.N, die.N or hang.N; of several workers of a trial, those with a
+            rank in their name, such as die-1.N, are for the worker of that rank.
     """
 
     def __init__(self, signature: Signature, orders: str) -> None:
@@ -39,11 +41,14 @@ class Network(nn.Module):
 
     def obey(self) -> None:
         for order in sorted(self.orders.glob("*.*")):
+            how, _, rank = order.stem.partition("-")
+            if rank and int(rank) != world().rank:
+                continue
             try:
                 order.unlink()  # one trial alone takes it
             except FileNotFoundError:
                 continue
-            self.fail(order.stem)
+            self.fail(how)
 
     def fail(self, how: str) -> None:
         if how == "die":

@@ -91,7 +91,7 @@ class Hosts:
         self.started.append(process)
         return process
 
-    def start_node(self, index: int, num_cpus: int, *, dashboard: bool = False) -> None:
+    def start_node(self, index: int, num_cpus: int, *more: str, dashboard: bool = False) -> None:
         ray = str(Path(sys.executable).with_name("ray"))
         where = (
             ["--head", f"--port={PORT}", f"--include-dashboard={str(dashboard).lower()}"]
@@ -102,6 +102,7 @@ class Hosts:
             self.launch(
                 index, sys.executable, ray, "start", "--block", *where, f"--node-ip-address={self.address(index)}",
                 f"--num-cpus={num_cpus}", "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats",
+                *more,
                 stdout=log, stderr=subprocess.STDOUT, cwd="/", bare=not dashboard,
             )  # fmt: skip
 

@@ -235,15 +235,17 @@ def test_a_resource_that_an_autoscaler_will_start_is_waited_for(
     import tomllib
 
     import ray
+    from ray.core.generated import autoscaler_pb2
 
     from landscape_ray.config import parse
     from landscape_ray.errors import UserError
-    from landscape_ray.sweep.cluster import check_resources
+    from landscape_ray.sweep.placement import check_resources
     from landscape_ray.sweep.spec import SweepSpec
 
     spec = parse(SweepSpec, tomllib.loads(sweep_text(resources={"gpus_per_trial": 1})), "file")
     with pytest.raises(UserError, match=r"resources.gpus_per_trial must fit on one node"):
-        check_resources(spec)
-    state = ray._private.state.state
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 8, "GPU": 2})
-    check_resources(spec)
+        check_resources(spec.resources)
+    group = autoscaler_pb2.NodeGroupConfig(name="gpu", resources={"CPU": 8, "GPU": 2}, max_count=1)
+    config = autoscaler_pb2.ClusterConfig(node_group_configs=[group])
+    monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: config)
+    check_resources(spec.resources)

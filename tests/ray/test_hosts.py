@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any
 
 import pytest
 
+from landscape_ray.config import parse
+from landscape_ray.sweep.run import TrialRun
+from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.collect import collect
+from landscape_ray.tracking.folder import SweepFolder
 from tests.ray.driver import summaries
 from tests.ray.hosts import hosts
 
@@ -106,3 +111,43 @@ def test_a_sweep_is_handed_in_as_a_job(sweep_text: Callable[..., str], tmp_path:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-3000:]
     assert "2 finished" in done.stdout
     assert {run.status for run in collect(tmp_path / "runs" / "job").runs} == {"finished"}
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.timeout(560)
+@pytest.mark.usefixtures("ready_store")
+def test_one_model_is_trained_over_two_hosts(
+    sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each of two hosts of the same zone holds one worker; a third one, of another zone, is left alone."""
+    resources = {"cpus_per_trial": 2, "workers": 2, "placement": "strict_spread", "labels": {"zone": "in(eu, uk)"}}
+    text = sweep_text(search={"num_trials": 1, "sampler": "random"}, resources=resources)
+    (tmp_path / "s.toml").write_text(text)
+    words = [sys.executable, "-m", "landscape_ray.cli", "sweep", "s.toml", "--name", "two"]
+    with hosts(4) as cluster:
+        cluster.start_node(0, 0)
+        cluster.start_node(1, 1, "--labels=zone=us")
+        cluster.start_node(2, 2, "--labels=zone=eu")
+        cluster.wait_for_nodes(3)
+        command = cluster.command(0, *words, "--address", cluster.head_address)
+        given: dict[str, Any] = {"env": cluster.environment, "cwd": tmp_path, "capture_output": True, "text": True}
+        refused = subprocess.run(command, timeout=240, **given)
+        assert refused.returncode == 2, refused.stdout
+        said = "resources.workers must fit on the cluster, got 2 with placement 'strict_spread' and 1 CPU each"
+        assert said in " ".join((refused.stdout + refused.stderr).split())
+        cluster.start_node(3, 1, "--labels=zone=uk")
+        cluster.wait_for_nodes(4)
+        command = cluster.command(
+            0, sys.executable, "-m", "landscape_ray.cli", "resume", "two", "--address", cluster.head_address
+        )
+        done = subprocess.run(command, timeout=300, **given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = collect(tmp_path / "runs" / "two").runs
+    spec = parse(SweepSpec, tomllib.loads(text), "s.toml")
+    alone = TrialRun(
+        spec, SweepFolder.create(tmp_path / "alone", spec_text="", meta={}).trial("t0000"), 0, run.varied, 1
+    )
+    while not alone.finished:
+        alone.advance()
+    assert run.final_loss_nats == pytest.approx(alone.summary().final_loss_nats, rel=1e-4)

@@ -22,6 +22,7 @@ from landscape_ray.models import MODELS
 from landscape_ray.populations import STRATEGIES
 from landscape_ray.probes import PROBES
 from landscape_ray.schedules import SCHEDULES
+from landscape_ray.sweep.placement import request
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.training.optimizers import OPTIMIZERS
 from landscape_ray.training.probing import ProbesConfig
@@ -162,7 +163,7 @@ def test_the_three_jobs(
 
 
 def test_the_sweep_file_in_the_text_is_valid() -> None:
-    text, population, probes = blocks("toml")
+    text, population, probes, resources = blocks("toml")
     spec = parse(SweepSpec, tomllib.loads(text), "README")
     assert spec.search is not None
     other = {"name": "p", "train": spec.train, "space": {"schedule.peak_lr": spec.space["schedule.peak_lr"]}}
@@ -173,6 +174,9 @@ def test_the_sweep_file_in_the_text_is_valid() -> None:
     assert set(STRATEGIES) == set(re.findall(r"\w+", line))
     asked = tomllib.loads(probes)["train"]["probes"]
     assert set(parse(ProbesConfig, asked, "README").tables) == set(asked) - {"budget"}
+    wanted = parse(SweepSpec, tomllib.loads(text) | tomllib.loads(resources), "README").resources
+    assert request(wanted).bundles == [{"CPU": 2, "GPU": 1, "fast_disk": 0.25, "accelerator_type:H200": 0.001}] * 4
+    assert set(tomllib.loads(resources)["resources"]) >= {"workers", "placement", "accelerator", "custom", "labels"}
 
 
 def test_all_probes_are_named_in_the_text() -> None:

@@ -18,11 +18,11 @@ from landscape_ray.populations import Decision
 from landscape_ray.populations.decisions import points_to_json
 from landscape_ray.records import Record
 from landscape_ray.sweep.population.orders import Order, Weights
-from landscape_ray.sweep.run import CHECKPOINT, TrialRun, set_aside, trial_id_of
+from landscape_ray.sweep.run import CHECKPOINT, Loop, TrialRun, set_aside, trial_id_of
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.folder import TrialFolder
 from landscape_ray.tracking.mirror import Mirror
-from landscape_ray.training import TrainConfig, TrainState, read_checkpoint
+from landscape_ray.training import TrainConfig, TrainState, read_checkpoint, train
 from landscape_ray.training.points import PointCollector
 from landscape_ray.training.population import restarted
 
@@ -41,6 +41,7 @@ class MemberRun(TrialRun):
         data: what the member is trained on, where it is open already.
         weights: checkpoint of the order's source, where it came with the order.
         mirror: as for `TrialRun`.
+        loop: likewise.
 
     Attributes:
         order: the present one.
@@ -55,6 +56,7 @@ class MemberRun(TrialRun):
         data: Data | None = None,
         weights: bytes | None = None,
         mirror: Mirror | None = None,
+        loop: Loop = train,
     ) -> None:
         self.order = order
         self.collector = PointCollector()
@@ -64,7 +66,7 @@ class MemberRun(TrialRun):
         self._until = order.decision.until_step
         """Where that order ends."""
         values = dict(order.decision.values)
-        super().__init__(spec, folder, order.decision.member, values, attempt, data, mirror=mirror)
+        super().__init__(spec, folder, order.decision.member, values, attempt, data, mirror=mirror, loop=loop)
         self.write_state = self._write
         if self._serial != order.serial:
             self._complete()
@@ -177,7 +179,7 @@ class MemberRun(TrialRun):
     def _configure(self, config: TrainConfig) -> None:
         """Let the state go on under other values."""
         if config != self.config or config != self.state.config:
-            if _applied_while_training(self.state.config, config):
+            if applied_while_training(self.state.config, config):
                 self.state.config = config
             else:
                 state = TrainState(config, self.state.data)
@@ -237,7 +239,7 @@ class MemberRun(TrialRun):
         }
 
 
-def _applied_while_training(before: TrainConfig, after: TrainConfig) -> bool:
+def applied_while_training(before: TrainConfig, after: TrainConfig) -> bool:
     """Return whether the values that differ are such as `train` applies at every update.
 
     Then the state need not be built anew.

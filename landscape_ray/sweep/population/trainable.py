@@ -15,7 +15,9 @@ from landscape_ray.sweep.population.exchange import Handout
 from landscape_ray.sweep.population.member import MemberRun
 from landscape_ray.sweep.run import index_of
 from landscape_ray.sweep.trainable import open_sweep, watched
+from landscape_ray.sweep.workers import Workers, workers_of
 from landscape_ray.tracking.mirror import Mirror
+from landscape_ray.training import train
 
 FETCH_SECONDS = 60.0
 """After which weights in the object store count as lost."""
@@ -36,6 +38,7 @@ class MemberTrainable(tune.Trainable):
         self._given = config
         self._run: MemberRun | None = None
         self._mirror: Mirror | None = getattr(self, "_mirror", None)
+        self._workers: Workers | None = getattr(self, "_workers", None)
         self._data: Data | None = getattr(self, "_data", None)
         self._exchange: Any = getattr(self, "_exchange", None)
         self._returned = time.perf_counter()
@@ -77,8 +80,10 @@ class MemberTrainable(tune.Trainable):
                 self._run.forget(handout.needed)
             return
         folder, spec, self._mirror = open_sweep(self._given, self._mirror)
+        self._workers = workers_of(spec.resources, self._workers)
+        loop = train if self._workers is None else self._workers.train
         trial, attempt = folder.trial(self.trial_name), self._given["attempt"]
-        self._run = MemberRun(spec, trial, handout.order, attempt, self._data, weights, self._mirror)
+        self._run = MemberRun(spec, trial, handout.order, attempt, self._data, weights, self._mirror, loop)
         self._data = self._run.state.data  # the same for all members
 
     def _fetched(self, handout: Handout) -> bytes | None:
@@ -112,7 +117,12 @@ class MemberTrainable(tune.Trainable):
         return {**last, "done": True, "reached": False}
 
     def cleanup(self) -> None:
-        """Upload what is left, where there is a storage; Ray calls this before it ends the actor."""
+        """Upload what is left, where there is a storage, and end the trial's other processes.
+
+        Ray calls this before it ends the actor.
+        """
+        if self._workers is not None:
+            self._workers.close()
         if self._mirror is not None:
             self._mirror.close()
 
