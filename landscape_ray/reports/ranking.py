@@ -1,8 +1,9 @@
 """The rank study: which measure of a run tells how it generalises, over the runs of a sweep and at equal settings.
 
-The table of Andriushchenko et al. (2023, arXiv:2302.07011), with the conditional correlations of Jiang et al. (2020,
-arXiv:1912.02178), for the user's own sweep: each probe against the generalisation gap, the error on held-out data and
-the error on every shifted set.
+The question of Andriushchenko et al. (2023, arXiv:2302.07011), for the user's own sweep: each probe against the
+generalisation gap, the error on held-out data and the error on every shifted set. They found sharpness to follow
+settings such as the learning rate rather than generalisation, on models that differ in other settings than a user's; so
+the conditional correlations of Jiang et al. (2020, arXiv:1912.02178) stand beside those over all runs.
 """
 
 from __future__ import annotations
