@@ -177,7 +177,7 @@ def test_a_loss_that_draws_from_a_generator_out_of_reach_is_noticed(smooth_case)
     with pytest.raises(UserError, match=r"loss must be a fixed function of the weights, got .* and then .*"):
         augmented.check_deterministic()
     inputs, targets = batch
-    many = [(torch.cat([inputs] * 8), torch.cat([targets] * 8))]
+    many = [(torch.cat([inputs] * 64), torch.cat([targets] * 64))]
     noisy = OutputLoss(lambda o, t: nn.functional.mse_loss(o, o.detach() + np.random.rand(), reduction="none"))  # noqa: NPY002
     with pytest.raises(UserError, match=r"loss must be a fixed function of the weights, got .* and then .*"):
         FixedLoss(module, noisy, many).check_deterministic()  # a few examples tell
@@ -214,17 +214,17 @@ def test_whether_a_loss_is_fixed_is_asked_on_a_few_examples_where_they_can_be_cu
     def whole(module, batch):
         return CROSS_ENTROPY(module, batch)
 
-    few, price = seen(CROSS_ENTROPY, [batch(80)])
-    assert few == [10, 10]
+    few, price = seen(CROSS_ENTROPY, [batch(320)])
+    assert few == [40, 40]
     assert price == pytest.approx(2 * FORWARD / 8)
-    few, price = seen(CROSS_ENTROPY, [(batch(80), 80), (batch(44), 44)])
-    assert few == [10, 5, 10, 5]
-    assert price == pytest.approx(2 * FORWARD * 15 / 124)
+    few, price = seen(CROSS_ENTROPY, [(batch(320), 320), (batch(264), 264)])
+    assert few == [40, 33, 40, 33]
+    assert price == pytest.approx(2 * FORWARD * 73 / 584)
     for loss, given, change in (
-        (whole, batch(80), lambda module: None),  # which may be of any kind
-        (CROSS_ENTROPY, batch(7), lambda module: None),  # too few
-        (CROSS_ENTROPY, batch(80), lambda module: module.compile(backend="eager")),
-        (CROSS_ENTROPY, batch(80), lambda module: module.append_norm()),
+        (whole, batch(320), lambda module: None),  # which may be of any kind
+        (CROSS_ENTROPY, batch(250), lambda module: None),  # too few
+        (CROSS_ENTROPY, batch(320), lambda module: module.compile(backend="eager")),
+        (CROSS_ENTROPY, batch(320), lambda module: module.append_norm()),
     ):
         _, price = seen(loss, [given], change)
         assert price == pytest.approx(2 * FORWARD)
