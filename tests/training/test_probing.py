@@ -108,7 +108,7 @@ def test_measurements_start_from_a_random_vector_as_often_as_asked() -> None:
     }
     probes = TrainState.create(config(**tables)).monitor.probes
     assert (probes["sharpness"].cold_every, probes["preconditioned_sharpness"].cold_every) == (1, 4)
-    with pytest.raises(UserError, match="cold_every. input should be greater than or equal to 1, got 0"):
+    with pytest.raises(UserError, match=r"cold_every. input should be greater than or equal to 1, got 0"):
         config(sharpness={"every_steps": 2, "cold_every": 0})
 
 
