@@ -234,7 +234,8 @@ def traces(run: Run, quick: bool) -> None:
     def meets(name: str, row: Row) -> bool:
         if "Hutch++" in name or "xtrace" in row.remark or "hutch++" in row.remark:
             return math.sqrt(statistics.mean(e * e for e in row.errors)) <= 0.07
-        return spread / math.sqrt(statistics.median(row.products)) <= 0.055
+        # the spread itself is known to 9 percent
+        return spread / math.sqrt(statistics.median(row.products)) <= 0.06
 
     title = f"trace: {mean:.1f} +- {error:.1f}, one sample +- {spread:.0%}; ours took {needed} products for 5 percent"
     compare(run, title, methods, 1 if quick else 8, [mean], meets)
