@@ -118,10 +118,8 @@ def test_tracking_on_a_part_of_a_batch_takes_a_twentieth_of_the_training_time(ki
         probing += time.process_time() - began
         prices.append(found.price_gradients)
         errors.append(abs(found.value / run.largest(batch) - 1))
-    share = statistics.mean(prices) / part / EVERY
-    print(
-        f"{kind}, 1/{part}: error {statistics.median(errors):.2%}, share {share:.2%}, by the clock {probing / training:.2%}"
-    )
+    share, clock = statistics.mean(prices) / part / EVERY, probing / training
+    print(f"{kind}, 1/{part}: error {statistics.median(errors):.2%}, share {share:.2%}, by the clock {clock:.2%}")
     assert statistics.median(errors) <= 0.05
     assert statistics.mean(prices) / part <= 0.05 * EVERY  # in gradients on a training batch
     assert probing <= 1.5 * 0.05 * training  # a clock that others disturb has a margin
