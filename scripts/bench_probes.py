@@ -7,7 +7,7 @@ as its documentation says, and with the settings that suited it best here. A CNN
 everything on one thread. Times are CPU seconds, medians over interleaved repetitions; errors are relative, to a Lanczos
 solve that ends in float64 (that of ten values: the largest of the ten). `meets`: within the accuracy asked for in nine
 of ten repetitions, which a median would not show; for traces, as many samples as a standard error of 5 percent takes by
-the spread of 100, or where that is not what tells, a root mean square error below 7 percent. `ratio`: the time over
+the spread of 60, or where that is not what tells, a root mean square error below 7 percent. `ratio`: the time over
 that of our cheapest row that meets it.
 
     cold      the largest eigenvalue from a random start, to 1e-2
@@ -192,13 +192,13 @@ def top10(run: Run, quick: bool) -> None:
 
     methods: dict[str, Solve] = {f"ours, residual {tol:g}": ours(tol) for tol in (0.03, 0.01)}
     if "pyhessian" in installed() and not quick:
-        methods |= {f"PyHessian, tol {tol:g}": pyhessian_top(tol, 10) for tol in (1e-2, 1e-3)}
+        methods["PyHessian, tol 0.001"] = pyhessian_top(1e-3, 10)
     if "curvlinops" in installed():
         methods["curvlinops, eigsh tol=1e-2"] = CurvlinopsTop(10, tol=1e-2)
         methods["curvlinops, eigsh ncv=30 tol=1e-2"] = CurvlinopsTop(10, ncv=30, tol=1e-2)
     wanted = reference(run.module, run.probe_batch, 10)
     shown = " ".join(f"{value:.1f}" for value in wanted)
-    compare(run, f"top10: {shown}", methods, 1 if quick else 2, wanted)
+    compare(run, f"top10: {shown}", methods, 1 if quick else 3, wanted)
 
 
 def traces(run: Run, quick: bool) -> None:
@@ -209,7 +209,7 @@ def traces(run: Run, quick: bool) -> None:
 
         return solve
 
-    num_samples = 40 if quick else 100
+    num_samples = 40 if quick else 60
     with observing(run.module, LOSS, [run.probe_batch]) as function:
         hessian = HessianOperator(function)
         generator = torch.Generator().manual_seed(99)
@@ -217,7 +217,9 @@ def traces(run: Run, quick: bool) -> None:
         for _ in range(num_samples):
             signs = torch.randint(2, (function.size,), generator=generator).to(function.dtype).mul_(2).sub_(1)
             samples.append(float(signs @ hessian(signs)))
-    mean, error = statistics.mean(samples), statistics.stdev(samples) / math.sqrt(num_samples)
+    # the mean of the samples would be half as wrong as what is compared with it, where a few large eigenvalues rule
+    known = trace(run.module, LOSS, [run.probe_batch], tol=0.04 if quick else 0.015, max_matvecs=160, seed=98)
+    mean, error = known.value, known.standard_error
     needed = trace(run.module, LOSS, [run.probe_batch], tol=0.05).num_matvecs
     methods: dict[str, Solve] = {"ours, exact": ours(), "ours, auto": ours(route="auto")}
     if "pyhessian" in installed():
@@ -232,7 +234,8 @@ def traces(run: Run, quick: bool) -> None:
     def meets(name: str, row: Row) -> bool:
         if "Hutch++" in name or "xtrace" in row.remark or "hutch++" in row.remark:
             return math.sqrt(statistics.mean(e * e for e in row.errors)) <= 0.07
-        return spread / math.sqrt(statistics.median(row.products)) <= 0.055
+        # the spread itself is known to 9 percent
+        return spread / math.sqrt(statistics.median(row.products)) <= 0.06
 
     title = f"trace: {mean:.1f} +- {error:.1f}, one sample +- {spread:.0%}; ours took {needed} products for 5 percent"
     compare(run, title, methods, 1 if quick else 8, [mean], meets)

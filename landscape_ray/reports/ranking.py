@@ -1,8 +1,9 @@
 """The rank study: which measure of a run tells how it generalises, over the runs of a sweep and at equal settings.
 
-The table of Andriushchenko et al. (2023, arXiv:2302.07011), with the conditional correlations of Jiang et al. (2020,
-arXiv:1912.02178), for the user's own sweep: each probe against the generalisation gap, the error on held-out data and
-the error on every shifted set.
+The question of Andriushchenko et al. (2023, arXiv:2302.07011), for the user's own sweep: each probe against the
+generalisation gap, the error on held-out data and the error on every shifted set. They found sharpness to follow
+settings such as the learning rate rather than generalisation, on models that differ in other settings than a user's; so
+the conditional correlations of Jiang et al. (2020, arXiv:1912.02178) stand beside those over all runs.
 """
 
 from __future__ import annotations
@@ -182,9 +183,12 @@ def rank_study(folders: Iterable[SweepFolder | Path | str], *, confidence: float
 def definitions(study: RankStudy) -> str:
     """Return what the numbers are, in a few sentences."""
     shifts = "; the other columns are the same on shifted data" if len(study.targets) > 3 else ""
+    data = [run.summary.config.get("data", {}) for run in study.runs.values()]
+    augmented = any(isinstance(table, Mapping) and table.get("augment", "none") != "none" for table in data)
+    harder = " That one is of augmented examples, which are harder, so a gap may be negative." if augmented else ""
     return (
         "A measure is the last value of its probe. The gap is the final held-out loss minus the mean training loss of "
-        f"the last tenth of the updates (at least {MIN_TRAINING_STEPS}); the error is 1 - accuracy{shifts}. "
+        f"the last tenth of the updates (at least {MIN_TRAINING_STEPS}).{harder} The error is 1 - accuracy{shifts}. "
         "Positive: the larger the measure, the worse."
     )
 

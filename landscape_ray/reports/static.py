@@ -210,8 +210,15 @@ def _legend(canvas: Canvas, figure: Figure, colors: dict[str, str]) -> None:
 
 
 def _wrapped(text: str, width: int = 100) -> str:
-    lines, line = [], ""
+    words: list[str] = []
     for word in text.split():
+        # what stands in parentheses is a formula or an interval, and stays on one line unless it is long
+        if words and len(words[-1]) < 30 and words[-1].count("(") > words[-1].count(")"):
+            words[-1] += f" {word}"
+        else:
+            words.append(word)
+    lines, line = [], ""
+    for word in words:
         if line and len(line) + 1 + len(word) > width:
             lines.append(line)
             line = word

@@ -57,16 +57,19 @@ class ProbeTable(Model):
         return {("tol" if name == "tolerance" else name): value for name, value in named.items()}
 
 
-class _RoundedTable(ProbeTable):
+class _TopTable(ProbeTable):
     route: Literal["exact", "finite_difference", "auto"] = "auto"
     """How Hessian-vector products are computed; auto: finite differences where a check with an exact one agrees."""
+    cold_every: int = Field(default=10, ge=1)
+    """Every so many measurements start from a random vector, others from the last eigenvector, which another one may
+    have overtaken unseen; with 1 all do, at two to three times the price."""
     tf32: bool = False
     """Whether exact products on NVIDIA GPUs may round their factors to TF32 (10 bits of mantissa): a third faster on a
     GPT of 124 M parameters, with the same value to three digits. By default they are in float32, whatever the precision
     of training."""
 
     @model_validator(mode="after")
-    def _no_differences_of_rounded_gradients(self) -> _RoundedTable:
+    def _no_differences_of_rounded_gradients(self) -> _TopTable:
         if self.tf32 and self.route != "exact":
             raise ValueError(
                 f"route must be 'exact' with tf32 = true, got '{self.route}'; the difference of two gradients of few "
@@ -75,7 +78,7 @@ class _RoundedTable(ProbeTable):
         return self
 
 
-class SharpnessConfig(_RoundedTable):
+class SharpnessConfig(_TopTable):
     """The table [train.probes.sharpness]: top Hessian eigenvalue on a fixed batch of training data."""
 
     tolerance: float = Field(default=0.01, gt=0, lt=1)
@@ -86,7 +89,7 @@ class SharpnessConfig(_RoundedTable):
     """Whether to add what a further product is expected to: about as good as a third of the tolerance, for less."""
 
 
-class PreconditionedSharpnessConfig(_RoundedTable):
+class PreconditionedSharpnessConfig(_TopTable):
     """The table [train.probes.preconditioned_sharpness]: top eigenvalue of the Hessian as the optimizer sees it.
 
     Preconditioned by Adam's second moments, and by the parametrisation's factors of the learning rate; what the
@@ -406,7 +409,7 @@ def build_monitor(config: ProbesConfig, data: Data, device: torch.device, *, see
     share = (config.budget or 0.0) / max(len(config.tables), 1)
     for name, table in config.tables.items():
         probe = table.probe(name)(batches=[], seed=seed, **table.settings())
-        probe.double, probe.tf32 = table.double, isinstance(table, _RoundedTable) and table.tf32
+        probe.double, probe.tf32 = table.double, isinstance(table, _TopTable) and table.tf32
         size = table.batch_size
         if size == "auto" and table.every_steps != "auto":
             size = _affordable(share * table.every_steps, probe.price_gradients * table.num_batches, batch_size)

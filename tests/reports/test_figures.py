@@ -20,6 +20,7 @@ from landscape_ray.reports.figures import (
     thin,
     visible,
 )
+from landscape_ray.reports.static import _wrapped
 
 # Machado, Oliveira and Fernandes 2009, severity 1, for linear RGB
 DEFICIENCIES = {
@@ -147,3 +148,11 @@ def test_legend_has_each_name_once_and_prefers_lines_to_bands():
     panel = Panel(y=Axis(label="y"), series=(band, line, other, series("line", [0], [0])))
     figure = Figure(key="k", title="t", takeaway="s", x=Axis(label="x"), panels=(panel, panel))
     assert figure.legend == (line, other)
+
+
+def test_formulas_and_intervals_stay_on_one_line() -> None:
+    ahead = "x" * 92
+    assert _wrapped(f"{ahead} of (2 + 2β)/LR = 76").split("\n") == [f"{ahead} of", "(2 + 2β)/LR = 76"]
+    assert _wrapped(f"{ahead} τ (+0.44 to +0.79).").split("\n") == [f"{ahead} τ", "(+0.44 to +0.79)."]
+    long = "(" + " ".join(["word"] * 40) + ")"
+    assert max(len(line) for line in _wrapped(long).split("\n")) <= 100

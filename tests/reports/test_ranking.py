@@ -16,7 +16,7 @@ from landscape_ray import cli
 from landscape_ray.errors import UserError
 from landscape_ray.laws.ranking import Association, kendall
 from landscape_ray.records import EvalRecord, ProbeRecord, RunSummary, StepRecord, VariantRecord
-from landscape_ray.reports.ranking import RankStudy, rank_figure, rank_study, rank_tables
+from landscape_ray.reports.ranking import RankStudy, definitions, rank_figure, rank_study, rank_tables
 from landscape_ray.reports.static import render
 from landscape_ray.text import signed
 from landscape_ray.tracking.folder import SweepFolder
@@ -49,6 +49,7 @@ def write(folder: SweepFolder, run_id: str, lr: float, wd: float, measures: dict
         "optimizer": {"name": "adamw", "weight_decay": wd},
         "eval": {"shifts": ["noise_3"]},
         "averaging": {"name": "ema"},
+        "data": {"name": "images", "augment": more.get("augment", "none")},
     }
     summary = RunSummary(
         run_id=run_id,
@@ -138,6 +139,11 @@ def test_what_a_user_sees(study: RankStudy) -> None:
     numbers = json.loads(json.dumps(study.to_json(), allow_nan=False))
     assert numbers["overall"]["num_comparisons"] == 8
     assert numbers["overall"]["rows"][1]["found"]["gap"]["tau"] == 1
+
+
+def test_a_gap_beside_augmented_examples_is_no_absolute_number(study: RankStudy, tmp_path: Path) -> None:
+    assert "augmented" not in definitions(study)
+    assert "That one is of augmented examples" in definitions(rank_study([make(tmp_path / "a", augment="crop")]))
 
 
 def test_of_a_measure_and_its_parts_the_figure_shows_one(study: RankStudy) -> None:

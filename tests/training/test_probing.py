@@ -101,6 +101,17 @@ def test_the_probe_batch_follows_from_the_budget() -> None:
     assert examples(two, "trace") == [1]
 
 
+def test_measurements_start_from_a_random_vector_as_often_as_asked() -> None:
+    tables: dict[str, Any] = {
+        "sharpness": {"every_steps": 2, "cold_every": 1},
+        "preconditioned_sharpness": {"every_steps": 2, "cold_every": 4},
+    }
+    probes = TrainState.create(config(**tables)).monitor.probes
+    assert (probes["sharpness"].cold_every, probes["preconditioned_sharpness"].cold_every) == (1, 4)
+    with pytest.raises(UserError, match=r"cold_every. input should be greater than or equal to 1, got 0"):
+        config(sharpness={"every_steps": 2, "cold_every": 0})
+
+
 def test_several_batches_are_parts_of_one() -> None:
     state = TrainState.create(config(gradient_norms={"batch_size": 4, "num_batches": 3}))
     whole = TrainState.create(config(gradient_norms={"batch_size": 12}))

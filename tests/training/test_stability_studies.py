@@ -12,6 +12,7 @@ from landscape_ray.training import TrainConfig
 from landscape_ray.training.stability_studies import follow_edge, sgd_stability, sharpness_transfer
 
 FILES = Path(__file__).parents[2] / "search_spaces"
+CHEAP = {"probes__sharpness__cold_every": 10, "probes__sharpness__tolerance": 0.01}
 
 
 def from_file(name: str, **values: Any) -> TrainConfig:
@@ -28,7 +29,7 @@ def with_changes(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 def test_momentum_sharpens_progressively_and_then_stays_at_its_edge() -> None:
     """(2 + 2 beta) / lr = 76 at beta 0.9 and lr 0.05, within 10 % over the second half; it starts at 20."""
     seen: list[int] = []
-    run = follow_edge(from_file("edge_momentum", num_steps=2600), progress=seen.append)
+    run = follow_edge(from_file("edge_momentum", num_steps=2600, **CHEAP), progress=seen.append)
     assert run.probe == "sharpness"
     assert np.allclose(run.thresholds, 76.0)
     assert run.curvature[0] < 0.3 * 76
@@ -42,7 +43,7 @@ def test_momentum_sharpens_progressively_and_then_stays_at_its_edge() -> None:
 
 @pytest.mark.acceptance
 def test_with_clean_labels_momentum_stays_below_its_edge() -> None:
-    run = follow_edge(from_file("edge_momentum_below", num_steps=1200))
+    run = follow_edge(from_file("edge_momentum_below", num_steps=1200, **CHEAP))
     assert run.state.state == "below"
     assert run.state.ratio < 0.5
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from landscape_ray.probes.fixed_loss import FixedLoss
+from landscape_ray.probes.fixed_loss import FixedLoss, is_compiled
 
 MOST_BYTES = 2**30
 """Of slopes and places. Where a function has more, its kinks are left as they are."""
@@ -65,8 +65,8 @@ class Kinks:
     def taken_down(self, module: nn.Module) -> Iterator[None]:
         """Return a context for one evaluation of `module` at the weights, which comes out as without it."""
         self._pieces, self._bytes = [], 0
-        if any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in module.modules()):
-            yield  # compiled
+        if is_compiled(module):
+            yield
             return
         with _Calls(self._take_down):
             yield

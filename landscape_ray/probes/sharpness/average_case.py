@@ -39,9 +39,9 @@ def average_case_sharpness(
                                   or uniform on [-radius, radius] (linf)
 
     To second order that is `radius^2/2 tr(T H T)` for normal noise and a third of it for uniform noise, so
-    `radius^2/2 sum_i w_i^2 H_ii` for scaling elementwise. As in the paper the noise has the same size in each
-    coordinate, and its length is about `radius sqrt(d)`; with `per_dimension` it is divided by sqrt(d), d the number of
-    weights that move, for lengths about `radius` and `radius^2/2 tr(T H T) / d`, comparable across sizes.
+    `radius^2/2 sum_i w_i^2 H_ii` for scaling elementwise. As in the authors' code the noise has the same size in
+    each coordinate, and its length is about `radius sqrt(d)`; with `per_dimension` it is divided by sqrt(d), d the
+    number of weights that move, for lengths about `radius` and `radius^2/2 tr(T H T) / d`, comparable across sizes.
 
     The noise comes in pairs z, -z, whose mean is free of the gradient: all that it adds is variance. The error falls
     with the square root of the number of pairs.
@@ -51,6 +51,7 @@ def average_case_sharpness(
         loss: `loss(module, batch)`, the mean loss of one micro-batch; a `DetailedLoss` for normalised logits.
         batches: pairs `(batch, num_examples)`, batches with `num_examples`, or a single batch.
         radius: rho > 0, of one coordinate in units of T: 0.05 is noise of 5 % on each weight for scaling elementwise.
+            There the authors looked at 0.05 to 0.4 (linf: 0.1 to 0.8) for a ResNet-18, at 0.1 to 0.8 for a ViT.
         scaling: standard, elementwise or filterwise; see `perturbation`.
         norm: l2 for normal, linf for uniform noise.
         eta: added to T where it is not standard, >= 0.

@@ -219,7 +219,7 @@ def check_batch_sizes(batch_sizes: Sequence[int], num_examples: int) -> list[int
     if len(sizes) < 2 or sizes[0] < 1 or 2 * sizes[-1] > num_examples:
         raise UserError(
             f"batch_sizes must be two or more between 1 and {num_examples // 2}, half of the examples, got "
-            f"{list(batch_sizes)}; the error needs two disjoint batches"
+            f"{list(batch_sizes)}; its error needs two disjoint batches: take smaller ones, or more examples"
         )
     return sizes
 

@@ -176,8 +176,58 @@ def test_a_loss_that_draws_from_a_generator_out_of_reach_is_noticed(smooth_case)
     augmented = FixedLoss(module, lambda m, b: loss(m, b) + np.random.rand(), [batch])  # noqa: NPY002
     with pytest.raises(UserError, match=r"loss must be a fixed function of the weights, got .* and then .*"):
         augmented.check_deterministic()
+    inputs, targets = batch
+    many = [(torch.cat([inputs] * 64), torch.cat([targets] * 64))]
+    noisy = OutputLoss(lambda o, t: nn.functional.mse_loss(o, o.detach() + np.random.rand(), reduction="none"))  # noqa: NPY002
+    with pytest.raises(UserError, match=r"loss must be a fixed function of the weights, got .* and then .*"):
+        FixedLoss(module, noisy, many).check_deterministic()  # a few examples tell
     broken = FixedLoss(module, lambda m, b: loss(m, b) * float("nan"), [batch])
     broken.check_deterministic()  # nan is a value like any other
+
+
+class Sizes(nn.Linear):
+    """Notes how many examples it is given."""
+
+    def __init__(self):
+        super().__init__(2, 3, dtype=torch.float64)
+        self.seen = []
+
+    def append_norm(self):
+        self.norm = nn.BatchNorm1d(3, dtype=torch.float64)  # in train mode
+
+    def forward(self, inputs):
+        self.seen.append(len(inputs))
+        return super().forward(inputs)
+
+
+def test_whether_a_loss_is_fixed_is_asked_on_a_few_examples_where_they_can_be_cut_off():
+    def seen(loss, batches, change=lambda module: None):
+        module = Sizes()
+        change(module)
+        function = FixedLoss(module, loss, batches)
+        function.check_deterministic()
+        return module.seen, function.spent_gradients
+
+    def batch(num):
+        return normal(num, 2), torch.zeros(num, dtype=torch.long)
+
+    def whole(module, batch):
+        return CROSS_ENTROPY(module, batch)
+
+    few, price = seen(CROSS_ENTROPY, [batch(320)])
+    assert few == [40, 40]
+    assert price == pytest.approx(2 * FORWARD / 8)
+    few, price = seen(CROSS_ENTROPY, [(batch(320), 320), (batch(264), 264)])
+    assert few == [40, 33, 40, 33]
+    assert price == pytest.approx(2 * FORWARD * 73 / 584)
+    for loss, given, change in (
+        (whole, batch(320), lambda module: None),  # which may be of any kind
+        (CROSS_ENTROPY, batch(250), lambda module: None),  # too few
+        (CROSS_ENTROPY, batch(320), lambda module: module.compile(backend="eager")),
+        (CROSS_ENTROPY, batch(320), lambda module: module.append_norm()),
+    ):
+        _, price = seen(loss, [given], change)
+        assert price == pytest.approx(2 * FORWARD)
 
 
 def pictures(**settings: Any) -> nn.Module:
