@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,6 +64,10 @@ _GROUP_ROWS = 2000
 """Parts are put together until they have so many rows: what is done for a table is done once for many small parts."""
 _MAX_TAGS = 20
 """More than a request to a trial's run carries."""
+_ENDED_SECONDS = 30.0
+"""The thread looks at trials whose run has ended only so often: of many trials nearly all have ..."""
+_ENDED_SHARE = 30.0
+"""... and not sooner than so many times as long after as that takes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +119,8 @@ class Projector:
         self._patient = False
         self._parent = ParentRun(folder)
         self._problems: list[str] = []
-        self._total = 0
+        self._ended: set[str] = set()
+        self._look_at_ended = 0.0
         self._report = SyncReport()
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -198,7 +205,7 @@ class Projector:
 
     def _sync(self, *, closing: bool, patient: bool = False) -> SyncReport:
         with self._lock:
-            total, error = self._total, ""
+            total, error = self._total(), ""
             begun, self._patient = time.monotonic(), patient
             self._problems = []
             remaining = self._deadline - time.monotonic()
@@ -210,12 +217,18 @@ class Projector:
             except Exception as failure:
                 self._must_find_runs = True
                 error = server.describe(failure)
+                if self._runs is not None:
+                    self._runs.drop()
             self._pass_seconds = time.monotonic() - begun
             if self._problems and not error:
                 others = len(self._problems) - 1
                 error = self._problems[0] + (f" (and {others} more)" if others else "")
-            self._report = SyncReport(points=self._total - total, total=self._total, behind=self._behind(), error=error)
+            sent = self._total()
+            self._report = SyncReport(points=sent - total, total=sent, behind=self._behind(), error=error)
             return self._report
+
+    def _total(self) -> int:
+        return self._runs.num_points if self._runs is not None else 0
 
     def _project(self, closing: bool) -> None:
         # At the end the server is looked at again: it may have lost what it had, or a run whose creation seemed to
@@ -223,17 +236,12 @@ class Projector:
         found_anew = self._must_find_runs or closing or self._runs is None
         runs = self._find_runs() if found_anew or self._runs is None else self._runs
         runs.set_status(runs.parent, mlflow_status(str(self._folder.meta.get("status")), closing))
-        for trial in self._folder.trials():
-            self._pause_point(closing)
-            try:
-                self._project_trial(runs, trial, closing)
-            except Exception as failure:
-                # Of one trial only: its files cannot be read now, or the server refuses its run (deleted in the UI).
-                refused = server.is_refusal(failure)
-                if not (refused or isinstance(failure, (OSError, UserError))):
-                    raise
-                self._must_find_runs |= refused
-                self._problems.append(f"{trial.trial_id}: {server.describe(failure)}")
+        try:
+            self._project_trials(runs, closing, everything=found_anew or not self._patient)
+        except InterruptedSync:
+            self._try(runs.flush)
+            raise
+        self._try(runs.flush)
         self._parent.project(runs, closing, lambda: self._pause_point(closing))
         self._must_find_runs |= self._parent.refused
         self._problems += self._parent.problems
@@ -243,16 +251,46 @@ class Projector:
         self._must_find_runs = False
         return self._runs
 
+    def _project_trials(self, runs: SweepRuns, closing: bool, everything: bool) -> None:
+        begun = time.monotonic()
+        everything = everything or begun >= self._look_at_ended
+        for trial_id in self._folder.trial_ids():
+            if everything or trial_id not in self._ended:
+                self._pause_point(closing)
+                self._try(functools.partial(self._project_trial, runs, trial_id, closing), trial_id)
+                if runs.is_full:
+                    self._try(runs.flush)
+        if everything:
+            now = time.monotonic()
+            self._look_at_ended = now + max(_ENDED_SECONDS, _ENDED_SHARE * (now - begun))
+
+    def _try(self, action: Callable[[], None], which: str = "") -> None:
+        """Do something for one trial, or for a few: what is wrong with them keeps nobody else waiting."""
+        try:
+            action()
+        except Exception as failure:
+            # Its files cannot be read now, or the server refuses its run (deleted in the UI).
+            refused = server.is_refusal(failure)
+            if not (refused or isinstance(failure, (OSError, UserError))):
+                raise
+            self._must_find_runs |= refused
+            self._problems.append(f"{which}: {server.describe(failure)}" if which else server.describe(failure))
+
     def _pause_point(self, closing: bool) -> None:
         if time.monotonic() > self._deadline or (self._stopping.is_set() and not closing):
             raise InterruptedSync
 
-    def _project_trial(self, runs: SweepRuns, trial: TrialFolder, closing: bool) -> None:
+    def _project_trial(self, runs: SweepRuns, trial_id: str, closing: bool) -> None:
         """Bring one trial's run up to its trial.json."""
-        stamp = _stamp(trial)
-        run = runs.trials.get(trial.trial_id)
-        if stamp is None or (run and run.seen in ((stamp, closing), (stamp, True))):
+        stamp = self._stamp(trial_id)
+        run = runs.trials.get(trial_id)
+        if run is not None and run.seen == (stamp, True):
+            self._ended.add(trial_id)
             return
+        self._ended.discard(trial_id)
+        if stamp is None or (run and run.seen == (stamp, closing)):
+            return
+        trial = self._folder.trial(trial_id)
         commit = trial.read()
         if commit is None or (run and not closing and self._may_wait(run, commit)):
             return
@@ -265,6 +303,9 @@ class Projector:
         runs.set_status(run, mlflow_status(commit.summary.status, closing))
         # a run that has ended is the same whether this is the last time or not
         run.seen = stamp, closing or commit.summary.status in TERMINAL_STATUSES
+        if commit.summary.status in TERMINAL_STATUSES:
+            run.unload()
+            self._ended.add(trial_id)
 
     def _may_wait(self, run: TrackedRun, commit: Commit) -> bool:
         """Return whether what a trial has committed can go with what it will have committed a little later."""
@@ -362,23 +403,23 @@ class Projector:
         runs.log(run, params[0] if params else [], metrics, tags)
         if params:
             params.popleft()
-        self._total += len(metrics)
 
     def _behind(self) -> int:
         """Return how many committed parts MLflow does not have."""
         behind = 0
-        for trial in self._folder.trials():
-            run = self._runs.trials.get(trial.trial_id) if self._runs else None
-            if run is None or run.seen is None or run.seen[0] != _stamp(trial):
+        for trial_id in self._folder.trial_ids():
+            run = self._runs.trials.get(trial_id) if self._runs else None
+            if run is not None and run.seen is not None and trial_id in self._ended:
+                continue
+            if run is None or run.seen is None or run.seen[0] != self._stamp(trial_id):
                 with contextlib.suppress(UserError):
-                    behind += max(0, trial.num_parts() - (run.parts if run else 0))
+                    behind += max(0, self._folder.trial(trial_id).num_parts() - (run.parts if run else 0))
         return behind
 
-
-def _stamp(trial: TrialFolder) -> tuple[int, int, int] | None:
-    """Return what changes whenever trial.json is replaced, None when there is none."""
-    try:
-        stat = trial.commit_path.stat()
-    except OSError:
-        return None
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+    def _stamp(self, trial_id: str) -> tuple[int, int, int] | None:
+        """Return what changes whenever a trial.json is replaced, None when there is none."""
+        try:
+            stat = os.stat(f"{self._folder.trials_path}/{trial_id}/trial.json")
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
