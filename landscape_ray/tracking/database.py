@@ -297,7 +297,7 @@ def find_runs(store: Any, experiment_id: str, key: str, value: str) -> Iterator[
             rows = found[start : start + _CHUNK]
             named: dict[str, list[RunTag]] = {row.run_uuid: [] for row in rows}
             chosen = sqlalchemy.select(tags.run_uuid, tags.key, tags.value).where(tags.run_uuid.in_(list(named)))
-            for run_id, name, text in connection.execute(chosen):
+            for run_id, name, text in connection.execute(chosen).all():
                 named[run_id].append(RunTag(name, text))
             yield from (_run(row, experiment_id, named[row.run_uuid]) for row in rows)
 

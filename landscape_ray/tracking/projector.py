@@ -34,6 +34,7 @@ from landscape_ray.tracking import server
 from landscape_ray.tracking.folder import Commit, SweepFolder, TrialFolder
 from landscape_ray.tracking.parent_run import InterruptedSync, ParentRun
 from landscape_ray.tracking.parts import read_part
+from landscape_ray.tracking.pieces import Pieces
 from landscape_ray.tracking.points import (
     charted_rows,
     closing_metrics,
@@ -120,6 +121,8 @@ class Projector:
         self._parent = ParentRun(folder)
         self._problems: list[str] = []
         self._ended: set[str] = set()
+        self._pieces = Pieces()
+        self._read_last: tuple[Path, pa.Table] | None = None
         self._look_at_ended = 0.0
         self._report = SyncReport()
         self._thread: threading.Thread | None = None
@@ -242,7 +245,7 @@ class Projector:
             self._try(runs.flush)
             raise
         self._try(runs.flush)
-        self._parent.project(runs, closing, lambda: self._pause_point(closing))
+        self._parent.project(runs, closing, lambda: self._pause_point(closing), self._pieces)
         self._must_find_runs |= self._parent.refused
         self._problems += self._parent.problems
 
@@ -290,11 +293,11 @@ class Projector:
         self._ended.discard(trial_id)
         if stamp is None or (run and run.seen == (stamp, closing)):
             return
-        trial = self._folder.trial(trial_id)
+        trial, self._read_last = self._folder.trial(trial_id), None
         commit = trial.read()
         if commit is None or (run and not closing and self._may_wait(run, commit)):
             return
-        run = runs.for_trial(trial, commit)
+        run = runs.for_trial(trial, commit, self._read)
         # of a corpus that is searched over, each trial has another one
         same_data = not any(key.startswith("data.") for key in commit.initial_varied)
         corpus_id = self._folder.meta.get("corpus_id") if same_data else None
@@ -334,7 +337,8 @@ class Projector:
         limit = server.MAX_METRICS - server.MAX_PARAMS - _MAX_TAGS  # the limit of a request counts all of them
         pending: list[Metric] = []
         events = list(run.events)
-        for first, table in self._groups(trial, run.parts, commit.num_parts):
+        for first, stop, table in self._groups(trial, run.parts, commit.num_parts):
+            self._pieces.keep(trial.trial_id, commit.num_rewinds, first, stop, table)
             times = table["time_unix"]
             if first == 0:
                 begun_ms = round(times[0].as_py() * 1000)
@@ -364,20 +368,26 @@ class Projector:
         run.parts, run.events = commit.num_parts, events
         run.metrics |= {point.key: point.value for point in costs}
 
-    def _groups(self, trial: TrialFolder, first: int, stop: int) -> Iterator[tuple[int, pa.Table]]:
-        """Yield the rows of these parts, small parts together, each group with the number of its first part."""
+    def _groups(self, trial: TrialFolder, first: int, stop: int) -> Iterator[tuple[int, int, pa.Table]]:
+        """Yield the rows of these parts, small parts together, each group with its first part and the next group's."""
         waiting: list[pa.Table] = []
         begun = first
         for index in range(first, stop):
             try:
-                waiting.append(read_part(trial.part_path(index)))
+                waiting.append(self._read(trial.part_path(index)))
             except UserError as error:  # damaged for good: go on without its rows, as `collect` does
                 self._problems.append(str(error))
             if sum(map(len, waiting)) >= _GROUP_ROWS:
-                yield begun, pa.concat_tables(waiting)
+                yield begun, index + 1, pa.concat_tables(waiting)
                 waiting, begun = [], index + 1
         if waiting:
-            yield begun, pa.concat_tables(waiting)
+            yield begun, stop, pa.concat_tables(waiting)
+
+    def _read(self, path: Path) -> pa.Table:
+        """Return the rows of a part; of the one that was read last, without reading it again."""
+        if self._read_last is None or self._read_last[0] != path:
+            self._read_last = path, read_part(path)
+        return self._read_last[1]
 
     def _closing_points(self, run: TrackedRun, trial: TrialFolder, commit: Commit) -> list[Metric]:
         """Return what a trial cost in the end, at its last row."""

@@ -13,9 +13,11 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
@@ -152,8 +154,14 @@ class SweepRuns:
     def _whole(self, run: Run, whole: bool) -> TrackedRun:
         return _tracked(run if whole else self.client.get_run(run.info.run_id))
 
-    def for_trial(self, trial: TrialFolder, commit: Commit) -> TrackedRun:
-        """Return the run of a trial, made if there is none, or if it holds points of rows that were given up."""
+    def for_trial(self, trial: TrialFolder, commit: Commit, read: Callable[[Path], pa.Table] = read_part) -> TrackedRun:
+        """Return the run of a trial, made if there is none, or if it holds points of rows that were given up.
+
+        Args:
+            trial: its folder.
+            commit: what it has committed.
+            read: returns the rows of a part.
+        """
         run = self.trials.get(trial.trial_id)
         if run is not None and run.num_rewinds == commit.num_rewinds:
             return run if run.loaded else self._load(trial.trial_id, run)
@@ -163,7 +171,7 @@ class SweepRuns:
             del self.trials[trial.trial_id]
         start_ms = None
         if commit.num_parts:
-            first = read_part(trial.part_path(0)).slice(0, 1)
+            first = read(trial.part_path(0)).slice(0, 1)
             start_ms = round((first["time_unix"][0].as_py() - first["elapsed_seconds"][0].as_py()) * 1000)
         tags = {
             server.KIND: "trial",

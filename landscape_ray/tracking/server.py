@@ -126,7 +126,7 @@ class Client(MlflowClient):  # type: ignore[misc]
         return database.write_runs(self._tracking_client.store, experiment, writes)
 
     def runs_of(self, experiment: str, sweep_id: str) -> Iterator[tuple[Run, bool]]:
-        """Yield the runs of a sweep, oldest first, and whether parameters and metrics are with them; no deleted ones."""
+        """Yield the runs of a sweep, oldest first, and whether parameters and metrics are with them."""
         if self.writes_runs:
             found = database.find_runs(self._tracking_client.store, experiment, SWEEP_ID, sweep_id)
             yield from ((run, False) for run in found)
