@@ -270,7 +270,8 @@ def _set_statuses(connection: Any, writes: Sequence[RunWrite]) -> None:
     of = table.c.run_uuid == sqlalchemy.bindparam("of")
     begun = [{"of": w.run_id, "to": w.status} for w in writes if w.status is not None and w.end_ms is None]
     ended = [{"of": w.run_id, "to": w.status, "at": w.end_ms} for w in writes if w.status and w.end_ms is not None]
-    to, at = sqlalchemy.bindparam("to"), sqlalchemy.bindparam("at")
+    to: Any = sqlalchemy.bindparam("to")
+    at: Any = sqlalchemy.bindparam("at")
     _insert(connection, sqlalchemy.update(table).where(of).values(status=to), begun)
     _insert(connection, sqlalchemy.update(table).where(of).values(status=to, end_time=at), ended)
 

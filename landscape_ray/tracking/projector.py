@@ -297,6 +297,10 @@ class Projector:
         commit = trial.read()
         if commit is None or (run and not closing and self._may_wait(run, commit)):
             return
+        if run is not None and run.holds(commit):  # as an earlier driver has left it
+            run.seen = stamp, True
+            self._ended.add(trial_id)
+            return
         run = runs.for_trial(trial, commit, self._read)
         # of a corpus that is searched over, each trial has another one
         same_data = not any(key.startswith("data.") for key in commit.initial_varied)

@@ -23,10 +23,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from landscape_ray.config import config_id
+from landscape_ray.records import TERMINAL_STATUSES
 from landscape_ray.tracking import database, server
 from landscape_ray.tracking.folder import Commit, SweepFolder, TrialFolder
 from landscape_ray.tracking.labels import trial_tags
 from landscape_ray.tracking.parts import read_part
+from landscape_ray.tracking.points import mlflow_status, summary_text
 from landscape_ray.tracking.uris import mask_secrets, masked
 
 
@@ -57,6 +59,8 @@ class TrackedRun:
     """Whether parameters, tags, metrics and events are here: not those of a run that has nothing left to do."""
     digest: tuple[tuple[str, ...], bytes] = ((), b"")
     """Names of the tags that were sent, and a digest of their values, of a run that is not loaded."""
+    summary: bytes = b""
+    """Digest of the summary that a run has that is not loaded."""
 
     def missing(self, params: Mapping[str, str]) -> dict[str, str]:
         """Return the parameters that the run does not have."""
@@ -67,7 +71,21 @@ class TrackedRun:
         if self.loaded:
             names = _NAMES.setdefault(found := tuple(sorted(self.tags)), found)
             self.digest = names, _digest(self.tags, names)
+            self.summary = _digest(self.tags, [server.SUMMARY]) if server.SUMMARY in self.tags else b""
             self.params, self.tags, self.metrics, self.events, self.loaded = set(), {}, {}, [], False
+
+    def holds(self, commit: Commit) -> bool:
+        """Return whether a run that is not loaded has all of a trial that has ended.
+
+        The summary is sent with the last points, by a request that stores points first.
+        """
+        status = commit.summary.status
+        return (
+            (not self.loaded and status in TERMINAL_STATUSES)
+            and (self.num_rewinds, self.parts) == (commit.num_rewinds, commit.num_parts)
+            and self.status == mlflow_status(status, closing=True)
+            and self.summary == _digest({"": summary_text(commit.summary)}, [""])
+        )
 
     def agrees(self, found: TrackedRun) -> bool:
         """Return whether the server has what it was known to have, perhaps with tags of others."""
@@ -107,12 +125,12 @@ class SweepRuns:
         self.client: server.Client = server.open_client(tracking_uri)
         self._sweep_id = str(meta["sweep_id"])
         self.experiment_id = server.experiment_id(self.client, tracking_uri, experiment, folder.path.parent)
-        self._together = self.client.writes_runs and (before is None or before._together)
+        self._together: bool = self.client.writes_runs and (before is None or before._together)
         self._experiment: Experiment | None = None
         self._waiting: dict[str, tuple[TrackedRun, int, database.RunWrite]] = {}
         """What waits to be written, with the number of parts that the run has until then."""
         self._num_waiting = 0
-        self.num_points = before.num_points if before else 0
+        self.num_points: int = before.num_points if before else 0
         known = {run.run_id: run for run in before.trials.values()} if before else {}
         self.trials: dict[str, TrackedRun] = {}
         parents: list[tuple[Run, bool]] = []

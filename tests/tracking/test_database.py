@@ -206,6 +206,24 @@ def test_runs_that_have_ended_are_let_go_of_and_may_go_on(
     assert make.stored_points(results / "mlflow.db") == make.expected_points({"t1": 30, "t2": 5})
 
 
+def test_the_next_driver_asks_nothing_about_runs_that_have_ended(
+    folder: SweepFolder, uri: str, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, results: Path
+) -> None:
+    make.write(folder.trial("t1"), 1, 9, status="finished")
+    make.write(folder.trial("t2"), 1, 9, status="finished")
+    make.write(folder.trial("t3"), 1, 5)
+    assert Projector(folder, uri, "exp").close().error == ""
+    folder.trial("t2").set_status("finished", "looked at by hand")
+    asked: list[str] = []
+    get_run = server.Client.get_run
+    monkeypatch.setattr(server.Client, "get_run", lambda self, run_id: asked.append(run_id) or get_run(self, run_id))
+    assert Projector(folder, uri, "exp").sync().error == ""
+    runs = make.active_runs(results / "mlflow.db")
+    assert asked == [runs[name]["run_id"] for name in ("", "t2", "t3")]
+    assert "by hand" in runs["t2"]["landscape_ray.summary"]
+    assert make.stored_points(results / "mlflow.db") == make.expected_points({"t1": 9, "t2": 9, "t3": 5})
+
+
 def test_the_thread_looks_at_what_has_ended_now_and_then_only(
     folder: SweepFolder, uri: str, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
