@@ -352,9 +352,10 @@ def main() -> int:
             given = [*sys.argv[1:], "--only", name, "--out", str(path), "--alone"]
             subprocess.run([sys.executable, __file__, *given], check=True)
             found[name] = json.loads(path.read_text())
+            if options.out is not None:  # at once: the next one may be stopped
+                rows = [{"driver": name} | row for name, row in found.items()]
+                options.out.write_text(json.dumps(rows, indent=1) + "\n")
     show(found)
-    if options.out is not None:
-        options.out.write_text(json.dumps([{"driver": name} | row for name, row in found.items()], indent=1) + "\n")
     return 0
 
 

@@ -34,6 +34,7 @@ from landscape_ray.tracking import server
 from landscape_ray.tracking.folder import Commit, SweepFolder, TrialFolder
 from landscape_ray.tracking.parent_run import InterruptedSync, ParentRun
 from landscape_ray.tracking.parts import read_part
+from landscape_ray.tracking.patience import may_wait
 from landscape_ray.tracking.pieces import Pieces
 from landscape_ray.tracking.points import (
     charted_rows,
@@ -51,16 +52,6 @@ from landscape_ray.tracking.uris import resolve_tracking_uri
 _REQUEST_SECONDS = 10.0
 _FAILING_SECONDS = 5.0
 _MAX_BACKOFF_SECONDS = 60.0
-_BATCH_SHARE = 10.0
-"""A run that is training is sent to at most every so many times as long as the last pass over all runs took."""
-_BATCH_AGE = 0.1
-"""The pause between two requests to a run grows by this share of how long it is followed ..."""
-_LONGEST_BATCH = 3.0
-"""... up to so many times of what it is at first."""
-_BATCH_COMMITS = 10
-"""A request waits for so many commits of its trial: what it costs is shared between them ..."""
-_LONGEST_WAIT = 10.0
-"""... but by the same growth up to so many pauses at most, by default five minutes."""
 _GROUP_ROWS = 2000
 """Parts are put together until they have so many rows: what is done for a table is done once for many small parts."""
 _MAX_TAGS = 20
@@ -295,7 +286,9 @@ class Projector:
             return
         trial, self._read_last = self._folder.trial(trial_id), None
         commit = trial.read()
-        if commit is None or (run and not closing and self._may_wait(run, commit)):
+        if commit is None or (
+            run and not closing and self._patient and may_wait(run, commit, self._batch_seconds, self._pass_seconds)
+        ):
             return
         if run is not None and run.holds(commit):  # as an earlier driver has left it
             run.seen = stamp, True
@@ -313,18 +306,6 @@ class Projector:
         if commit.summary.status in TERMINAL_STATUSES:
             run.unload()
             self._ended.add(trial_id)
-
-    def _may_wait(self, run: TrackedRun, commit: Commit) -> bool:
-        """Return whether what a trial has committed can go with what it will have committed a little later."""
-        if not self._patient or commit.summary.status in TERMINAL_STATUSES or run.num_rewinds != commit.num_rewinds:
-            return False
-        now = time.monotonic()
-        few = commit.num_parts - run.parts < _BATCH_COMMITS
-        by_age = min(
-            (_LONGEST_WAIT if few else _LONGEST_BATCH) * self._batch_seconds, _BATCH_AGE * (now - run.found_at)
-        )
-        pause = max(self._batch_seconds, by_age, _BATCH_SHARE * self._pass_seconds)
-        return now - run.sent_at < pause
 
     def _send_rows(
         self,
