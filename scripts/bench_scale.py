@@ -1,12 +1,13 @@
 """What a driver costs for each trial and each result, beside Ray Tune itself in the same run.
 
-usage: python scripts/bench_scale.py [--trials 1000] [--results 3] [--seconds 0] [--out FILE.json]
+usage: python scripts/bench_scale.py [--trials 1000] [--results 3] [--seconds 0] [--num-cpus 2] [--out FILE.json]
 
-Trials do nothing but report; `--seconds` makes each sleep so long in all. Three drivers run the same number of trials
-and results in one Ray session: Ray Tune with a function, Ray Tune with a class whose actors are reused, and ours, with
-trial folders, Parquet, proposals, journal and MLflow switched on. Printed are wall-clock and CPU time of the driver
-process for each trial and each result, over all and once a fifth of the trials is done (the rest is what is paid once:
-imports, MLflow's tables, the first actors); what is left to do after the last trial; and the driver's memory.
+Trials do nothing but report; `--seconds` makes each sleep, or with `--compute` work, so long in all. Three drivers run
+the same number of trials and results one after the other, each in a process of its own: Ray Tune with a function, Ray
+Tune with a class whose actors are reused, and ours, with trial folders, Parquet, proposals, journal and MLflow switched
+on. Printed are wall-clock and CPU time of the driver process for each trial and each result, over all and once a fifth
+of the trials is done (the rest is what is paid once: MLflow's tables, the first actors), the memory that a trial more
+takes, what is left to do after the last trial, and how all of it goes over the run.
 
 Ray's release test runs 10,000 trials of 1 s on 16 CPUs in less than 800 s, of which 625 s are the trials: 28 %.
 """
@@ -19,6 +20,7 @@ import importlib
 import json
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +39,10 @@ import ray  # noqa: E402
 from ray import tune  # noqa: E402
 
 psutil: Any = importlib.import_module("psutil")  # comes with Ray, whose import puts it within reach
+
+TITLES = {"function": "Ray Tune, a function", "class": "Ray Tune, a class", "ours": "landscape_ray"}
+CURVE_TRIALS = 500
+"""A point of the curve is so many trials."""
 
 SPEC = """
 name = "scale"
@@ -68,44 +74,106 @@ class Marks(tune.Callback):
         self.workers.add(trial.last_result["pid"])
 
 
-def measured(
-    name: str, trials: int, results: int, ideal_seconds: float, run: Callable[[Marks], None]
-) -> dict[str, Any]:
+def measured(options: argparse.Namespace, run: Callable[[Marks], None]) -> dict[str, Any]:
     """Run a driver; return its time and memory: of all, and of a trial more once it is under way."""
+    trials, ideal_seconds = options.trials, options.seconds * options.trials * options.cpus / options.num_cpus
     process, marks = psutil.Process(), Marks()
     before, cpu, started = process.memory_info().rss, sum(process.cpu_times()[:2]), time.monotonic()
     run(marks)
     seconds, busy = time.monotonic() - started, sum(process.cpu_times()[:2]) - cpu
     begun, ended = marks.rows[trials // 5], marks.rows[-1]  # after imports, the making of tables, the first actors
     more = trials - 1 - trials // 5
-    found = {
-        "driver": name,
+    start_seconds = marks.rows[0][0] - started - options.seconds  # until the first trial began
+    return {
         "trials": trials,
-        "results": trials * results,
+        "results": trials * options.results,
         "seconds": seconds,
         "ideal_seconds": ideal_seconds,
-        "ms_per_trial": 1000 * (seconds - ideal_seconds) / trials,
+        "start_seconds": start_seconds,
+        "over_ideal_percent": 100 * ((seconds - start_seconds) / ideal_seconds - 1) if ideal_seconds else None,
         "driver_cpu_ms_per_trial": 1000 * busy / trials,
         "marginal_ms_per_trial": 1000 * (ended[0] - begun[0]) / more,
         "marginal_cpu_ms_per_trial": 1000 * (ended[1] - begun[1]) / more,
-        "marginal_cpu_ms_per_result": 1000 * (ended[1] - begun[1]) / (more * results),
-        "marginal_kib_per_trial": (ended[2] - begun[2]) / more / 2**10,
+        "marginal_cpu_ms_per_result": 1000 * (ended[1] - begun[1]) / (more * options.results),
+        "marginal_kib_per_trial": slope([row[2] for row in marks.rows[trials // 5 :]]) / 2**10,
         "workers": len(marks.workers),
         "closing_seconds": started + seconds - ended[0],
         "closing_cpu_seconds": cpu + busy - ended[1],
         "memory_start_mib": before / 2**20,
+        "memory_last_trial_mib": ended[2] / 2**20,
         "memory_end_mib": process.memory_info().rss / 2**20,
+        "curve": [point(marks.rows, started, stop) for stop in range(CURVE_TRIALS, trials + 1, CURVE_TRIALS)],
     }
-    print(
-        f"{name:<20} {seconds:7.1f} s, {found['ms_per_trial']:6.1f} ms over the ideal a trial; driver CPU "
-        f"{found['driver_cpu_ms_per_trial']:5.1f} ms a trial; under way {found['marginal_ms_per_trial']:5.1f} ms, CPU "
-        f"{found['marginal_cpu_ms_per_trial']:5.1f} ms a trial, {found['marginal_cpu_ms_per_result']:5.2f} ms a "
-        f"result, {found['marginal_kib_per_trial']:5.1f} KiB a trial; {found['workers']} workers; after the last "
-        f"{found['closing_seconds']:4.1f} s ({found['closing_cpu_seconds']:4.1f} s CPU); memory "
-        f"{found['memory_start_mib']:.0f} -> {found['memory_end_mib']:.0f} MiB",
-        flush=True,
+
+
+def slope(values: list[int]) -> float:
+    """Return the slope of the straight line through values at 0, 1, 2 ..., by least squares."""
+    middle = (len(values) - 1) / 2
+    return sum((i - middle) * value for i, value in enumerate(values)) / sum(
+        (i - middle) ** 2 for i in range(len(values))
     )
-    return found
+
+
+def point(rows: list[tuple[float, float, int]], started: float, stop: int) -> dict[str, float]:
+    """Return what the trials up to number `stop`, since the point before it, took of the driver each."""
+    first, last = rows[max(0, stop - CURVE_TRIALS)], rows[stop - 1]
+    count = min(stop, CURVE_TRIALS) - 1
+    return {
+        "trials": stop,
+        "seconds": last[0] - started,
+        "ms_per_trial": 1000 * (last[0] - first[0]) / count,
+        "cpu_ms_per_trial": 1000 * (last[1] - first[1]) / count,
+        "memory_mib": last[2] / 2**20,
+    }
+
+
+ROWS = (
+    ("wall clock, s", "seconds", "{:.1f}"),
+    ("until the first trial began, s", "start_seconds", "{:.1f}"),
+    ("from there, over the ideal, %", "over_ideal_percent", "{:.1f}"),
+    ("a trial more: wall, ms", "marginal_ms_per_trial", "{:.1f}"),
+    ("a trial more: driver CPU, ms", "marginal_cpu_ms_per_trial", "{:.1f}"),
+    ("a result more: driver CPU, ms", "marginal_cpu_ms_per_result", "{:.2f}"),
+    ("driver CPU over all, ms a trial", "driver_cpu_ms_per_trial", "{:.1f}"),
+    ("memory, KiB a trial", "marginal_kib_per_trial", "{:.1f}"),
+    ("memory at start, MiB", "memory_start_mib", "{:.0f}"),
+    ("memory at the last trial, MiB", "memory_last_trial_mib", "{:.0f}"),
+    ("memory at the end, MiB", "memory_end_mib", "{:.0f}"),
+    ("after the last trial, s", "closing_seconds", "{:.1f}"),
+    ("after the last trial, CPU s", "closing_cpu_seconds", "{:.1f}"),
+    ("workers", "workers", "{}"),
+)
+
+
+def show(found: dict[str, dict[str, Any]]) -> None:
+    """Print one table: a column for each driver, and ours over the peer's."""
+    names = list(found)
+    peer = next((name for name in ("class", "function") if name in found), None)
+    ratio = peer is not None and "ours" in found
+    print(f"{'':<32}" + "".join(f"{TITLES[name]:>22}" for name in names) + ("   ratio" if ratio else ""))
+    for title, key, form in ROWS:
+        values = [found[name][key] for name in names]
+        if None in values:
+            continue
+        over = f"{found['ours'][key] / found[peer][key]:8.2f}" if ratio and peer and found[peer][key] > 0 else ""
+        print(f"{title:<32}" + "".join(f"{form.format(value):>22}" for value in values) + over)
+    for name in names if max(len(each["curve"]) for each in found.values()) > 1 else ():
+        print(f"\n{TITLES[name]}: trials, s, ms a trial, driver CPU ms a trial, MiB")
+        for each in found[name]["curve"]:
+            print(
+                f"{each['trials']:8.0f} {each['seconds']:8.1f} {each['ms_per_trial']:8.1f} "
+                f"{each['cpu_ms_per_trial']:8.1f} {each['memory_mib']:8.0f}"
+            )
+
+
+def spend(seconds: float) -> None:
+    """Sleep, or compute: then so much processor time, however long that takes beside others."""
+    if os.environ.get("SCALE_COMPUTE") != "1":
+        time.sleep(seconds)
+        return
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        sum(range(1000))
 
 
 class Silent(tune.Trainable):
@@ -117,7 +185,7 @@ class Silent(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Return a result."""
-        time.sleep(self.given["seconds"] / self.given["results"])
+        spend(self.given["seconds"] / self.given["results"])
         return {"loss_nats": 1.0, "done": self.training_iteration + 1 >= self.given["results"]}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -145,7 +213,7 @@ def raw(trainable: Any, options: argparse.Namespace, folder: str, marks: Marks) 
 def function(config: dict[str, Any]) -> None:
     """Report as a function of Ray Tune does."""
     for _ in range(config["results"]):
-        time.sleep(config["seconds"] / config["results"])
+        spend(config["seconds"] / config["results"])
         tune.report({"loss_nats": 1.0})
 
 
@@ -166,7 +234,7 @@ class Recorded(Silent):
         """Record a result and return it."""
         from landscape_ray.records import EvalRecord, RunSummary, StepRecord
 
-        time.sleep(float(os.environ["SCALE_SECONDS"]) / int(os.environ["SCALE_RESULTS"]))
+        spend(float(os.environ["SCALE_SECONDS"]) / int(os.environ["SCALE_RESULTS"]))
         self.made += 1
         at = {
             "step": self.made,
@@ -223,24 +291,22 @@ def ours(options: argparse.Namespace, folder: str, marks: Marks) -> None:
         raise SystemExit(f"not all trials ended: {outcome.counts} {outcome.failures}")
 
 
-def main() -> int:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--results", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.0, help="that each trial sleeps")
-    parser.add_argument("--cpus", type=float, default=1.0, help="CPUs of a trial")
-    parser.add_argument("--num-cpus", type=int, default=2)
-    parser.add_argument("--only", default="function,class,ours")
-    parser.add_argument("--out", type=Path, default=None)
-    options = parser.parse_args()
-    os.environ |= {"SCALE_SECONDS": str(options.seconds), "SCALE_RESULTS": str(options.results)}  # for the trials
+def one(options: argparse.Namespace) -> dict[str, Any]:
+    """Run one driver in this process."""
+    name = options.only
+    compute = "1" if options.compute else "0"
+    # for the trials
+    os.environ |= {
+        "SCALE_SECONDS": str(options.seconds),
+        "SCALE_RESULTS": str(options.results),
+        "SCALE_COMPUTE": compute,
+    }
     ray.init(
         address="local", num_cpus=options.num_cpus, include_dashboard=False, log_to_driver=False,
         logging_level=logging.ERROR,
     )  # fmt: skip
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    if "ours" in options.only:  # what is loaded once is no cost of a trial
+    if name == "ours":  # what is loaded once is no cost of a trial
         for module in (
             "landscape_ray.sweep.tuner",
             "landscape_ray.sweep.session",
@@ -249,20 +315,47 @@ def main() -> int:
             "torch",
         ):
             importlib.import_module(module)
-    ideal = options.seconds * options.trials * options.cpus / options.num_cpus
-    rows = []
-    runs: dict[str, tuple[str, Callable[[str, Marks], None]]] = {
-        "function": ("Ray Tune, a function", functools.partial(raw, function, options)),
-        "class": ("Ray Tune, a class", functools.partial(raw, Silent, options)),
-        "ours": ("landscape_ray", functools.partial(ours, options)),
+    runs: dict[str, Callable[[str, Marks], None]] = {
+        "function": functools.partial(raw, function, options),
+        "class": functools.partial(raw, Silent, options),
+        "ours": functools.partial(ours, options),
     }
-    for name in options.only.split(","):
-        title, run = runs[name]
+    try:
         with tempfile.TemporaryDirectory(prefix="scale-") as folder:
-            rows.append(measured(title, options.trials, options.results, ideal, functools.partial(run, folder)))
-    ray.shutdown()
-    if options.out is not None:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+            return measured(options, functools.partial(runs[name], folder))
+    finally:
+        ray.shutdown()
+
+
+def main() -> int:
+    """Measure, each driver in a process of its own, one after the other, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--results", type=int, default=3, help="of each trial")
+    parser.add_argument("--seconds", type=float, default=0.0, help="that each trial sleeps")
+    parser.add_argument("--compute", action="store_true", help="trials compute for so long instead of sleeping")
+    parser.add_argument("--cpus", type=float, default=1.0, help="CPUs of a trial")
+    parser.add_argument(
+        "--num-cpus", type=int, default=2, help="of the cluster; more than there are for trials that sleep"
+    )
+    parser.add_argument("--only", default="function,class,ours")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--alone", action="store_true", help="in this process; --out is needed")
+    options = parser.parse_args()
+    if options.alone:
+        options.out.write_text(json.dumps(one(options)))
+        return 0
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+        for name in options.only.split(","):
+            path = Path(folder) / f"{name}.json"
+            given = [*sys.argv[1:], "--only", name, "--out", str(path), "--alone"]
+            subprocess.run([sys.executable, __file__, *given], check=True)
+            found[name] = json.loads(path.read_text())
+            if options.out is not None:  # at once: the next one may be stopped
+                rows = [{"driver": name} | row for name, row in found.items()]
+                options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    show(found)
     return 0
 
 

@@ -25,7 +25,11 @@ MAX_ROWS = 24
 PLAIN_SECONDS = 30.0
 """Without a terminal, a line at most this often while nothing ends ..."""
 NEWS_SECONDS = 1.0
-"""... and this often while trials do, beside a line for each of them: it counts all of them."""
+"""... and this often while trials do, beside a line for each of them: it counts all of them ..."""
+PAUSE_SHARE = 30.0
+"""... which of thousands takes a while: then after so many times as long. The table likewise."""
+MANY_ROWS = 1000
+"""From so many trials on, a table that has just been drawn may stand."""
 
 
 @dataclass
@@ -92,6 +96,9 @@ class Dashboard:
         self._started = time.monotonic()
         self._first_news: float | None = None
         self._last_plain = self._last_news = -math.inf
+        self._counted_seconds = 0.0
+        self._drawn: RenderableType | None = None
+        self._stands_until = -math.inf
         self._unsaid = False
         self._live = Live(self, console=console, refresh_per_second=2, transient=False)
 
@@ -103,6 +110,7 @@ class Dashboard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stands_until = -math.inf
         if self.console.is_terminal:
             self._live.stop()
         elif self._unsaid:
@@ -131,11 +139,13 @@ class Dashboard:
             now = time.monotonic()
             if news:
                 self._say(f"{trial_id} {status}: {_number(row.loss_nats)} {self.loss_unit}  {short_values(values)}")
-            if (news and now - self._last_news > NEWS_SECONDS) or now - self._last_plain > PLAIN_SECONDS:
+            pause = max(NEWS_SECONDS, PAUSE_SHARE * self._counted_seconds)
+            if (news and now - self._last_news > pause) or now - self._last_plain > PLAIN_SECONDS:
                 self._last_plain = now
                 self._last_news = now if news else self._last_news
                 self._unsaid = False
                 self._say(self.headline())
+                self._counted_seconds = time.monotonic() - now
             elif news:
                 self._unsaid = True
 
@@ -191,9 +201,14 @@ class Dashboard:
         return headline(self.name, self.rows.values(), self.num_trials, self.loss_unit, spent, self.remaining_seconds())
 
     def __rich__(self) -> RenderableType:
-        """Return the table as it stands."""
-        foot = [Text(self.note, style="yellow")] if self.note else []
-        return Group(Text(self.headline(), style="bold"), trial_table(self.rows.values()), *foot)
+        """Return the table as it stands, or as it stood just now where there are very many trials."""
+        begun = time.monotonic()
+        if self._drawn is None or len(self.rows) < MANY_ROWS or begun > self._stands_until:
+            foot = [Text(self.note, style="yellow")] if self.note else []
+            self._drawn = Group(Text(self.headline(), style="bold"), trial_table(self.rows.values()), *foot)
+            now = time.monotonic()
+            self._stands_until = now + PAUSE_SHARE * (now - begun)
+        return self._drawn
 
 
 def to_do_seconds(rows: Iterable[Row], num_trials: int, num_steps: int, done: int, seconds: float) -> float:

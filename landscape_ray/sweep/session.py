@@ -293,10 +293,14 @@ def conclude(
         summary = folder.trial(trial_id).summary()
         if summary is None or summary.status not in ENDED:  # of a cohort, some may have ended
             folder.trial(trial_id).set_status("failed", reason(error))
+    summaries = []
     for trial in folder.trials():
-        if (summary := trial.summary()) is not None and summary.status == "running":
+        summary = trial.summary()
+        if summary is not None and summary.status == "running":
             trial.set_status("pending", f"interrupted at step {summary.step}")
-    summaries = [s for trial in folder.trials() if (s := trial.summary()) is not None]
+            summary = trial.summary()
+        if summary is not None:
+            summaries.append(summary)
     counts: dict[str, int] = {}
     for summary in summaries:
         counts[summary.status] = counts.get(summary.status, 0) + 1

@@ -37,7 +37,7 @@ from landscape_ray.sweep.population.trainable import MemberTrainable
 from landscape_ray.sweep.reuse import careful_reuse
 from landscape_ray.sweep.run import trial_id_of
 from landscape_ray.sweep.searching.book import Book
-from landscape_ray.sweep.searching.searcher import OBJECTIVE, OptunaSearcher, StoppingScheduler
+from landscape_ray.sweep.searching.searcher import OBJECTIVE, OptunaSearcher, SearchScheduler, StoppingScheduler
 from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected, settle_stopped
 from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.sweep.storing import driver_mirror, stopping
@@ -129,9 +129,9 @@ def _fit(
     if spec.search is not None:
         book = Book(spec, folder, tracking_uri)
         searcher = OptunaSearcher(book, fixed, lambda: num_places(spec.resources))
+        stops = spec.search.stopping is not None
         tune_config |= {"search_alg": searcher, "num_samples": -1}
-        if spec.search.stopping is not None:
-            tune_config |= {"scheduler": StoppingScheduler(searcher)}
+        tune_config |= {"scheduler": StoppingScheduler(searcher) if stops else SearchScheduler()}
         if book.num_left() == 0:
             return {}, 0, ""
     else:

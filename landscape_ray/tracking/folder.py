@@ -311,12 +311,16 @@ class SweepFolder:
             raise UserError(f"trial_id must be made of A-Z a-z 0-9 _ . - and not begin with a dot, got {trial_id!r}")
         return TrialFolder(self.trials_path / trial_id)
 
-    def trials(self) -> list[TrialFolder]:
-        """Return the folders of all trials, sorted by identifier."""
+    def trial_ids(self) -> list[str]:
+        """Return the identifiers of all trials, sorted."""
         if not self.trials_path.is_dir():
             return []
-        names = sorted(entry.name for entry in os.scandir(self.trials_path) if entry.is_dir())
-        return [TrialFolder(self.trials_path / name) for name in names if is_trial_id(name)]
+        with os.scandir(self.trials_path) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and is_trial_id(entry.name))
+
+    def trials(self) -> list[TrialFolder]:
+        """Return the folders of all trials, sorted by identifier."""
+        return [TrialFolder(self.trials_path / name) for name in self.trial_ids()]
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -8,8 +8,9 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -19,8 +20,9 @@ import pyarrow.parquet as pq
 from landscape_ray.errors import UserError
 from landscape_ray.records import TERMINAL_STATUSES, RunSummary
 from landscape_ray.tracking import server
-from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.tracking.folder import Commit, SweepFolder
 from landscape_ray.tracking.parts import ARROW_SCHEMA, WRITE_OPTIONS, read_part
+from landscape_ray.tracking.pieces import Kept, Pieces
 from landscape_ray.tracking.points import EVENT_COLUMNS, to_event
 from landscape_ray.tracking.uris import mask_secrets, masked
 
@@ -70,18 +72,19 @@ def data_table(folder: SweepFolder) -> dict[str, Any]:
     return {}
 
 
-def summaries(folder: SweepFolder) -> list[RunSummary]:
-    """Return the committed summaries that can be read."""
-    found = []
+def commits_of(folder: SweepFolder) -> dict[str, Commit]:
+    """Return what trials have committed, by identifier, as far as it can be read."""
+    found = {}
     for trial in folder.trials():
         with contextlib.suppress(UserError):  # damaged: named where its rows are sent
-            if (summary := trial.summary()) is not None:
-                found.append(summary)
+            if (commit := trial.read()) is not None:
+                found[trial.trial_id] = commit
     return found
 
 
-def sweep_metrics(ended: Sequence[RunSummary]) -> dict[str, float]:
+def sweep_metrics(commits: Mapping[str, Commit]) -> dict[str, float]:
     """Return what a sweep's trials came to: how they ended, what they cost, the lowest loss."""
+    ended = [commit.summary for commit in commits.values()]
     values: dict[str, float] = {f"sweep/num_{status}": 0.0 for status in sorted(TERMINAL_STATUSES)}
     for summary in ended:
         if summary.status in TERMINAL_STATUSES:
@@ -95,62 +98,65 @@ def sweep_metrics(ended: Sequence[RunSummary]) -> dict[str, float]:
     return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
-def artifacts(folder: SweepFolder, closing: bool) -> Iterator[Artifact]:
-    """Yield the files that the sweep's run should have now: small ones at once, those of the whole at the end."""
+def artifacts(
+    folder: SweepFolder, commits: Mapping[str, Commit] | None = None, pieces: Pieces | None = None
+) -> Iterator[Artifact]:
+    """Yield the files that the sweep's run should have now.
+
+    Args:
+        folder: the sweep.
+        commits: of all trials, at the end of the sweep: then also the files that are made of the whole of it.
+        pieces: rows that were read already.
+    """
     yield _copy(folder.spec_path, mask=True)
     made = environment(folder.meta)
     text = json.dumps(made, sort_keys=True, default=str)
     yield Artifact("environment.json", _hash(text), lambda path: _write_json(path, made))
     if folder.report_path.is_file():
         yield _copy(folder.report_path)
-    if not closing:
+    if commits is None:
         return
-    commits = {}
-    for trial in folder.trials():
-        with contextlib.suppress(UserError):  # damaged: named where its rows are sent
-            if (commit := trial.read()) is not None:
-                commits[trial.trial_id] = commit
     state = _hash(json.dumps([(name, commit.num_parts, commit.num_rewinds) for name, commit in commits.items()]))
     sizes = [path.stat().st_size for path in folder.trials_path.glob("*/records/part-*.parquet")]
     if sizes and folder.meta.get("status") in _SETTLED and sum(sizes) <= MAX_RECORDS_BYTES:
-        yield Artifact(RECORDS, state, lambda path: write_records(folder, path))
+        yield Artifact(RECORDS, state, lambda path: write_records(folder, commits, path, pieces))
     # all rows in one file are read in a fraction of the time that the parts take
-    yield Artifact("events.json", state, lambda path: _write_json(path, list(_events(folder, path.parent / RECORDS))))
-    yield Artifact("checkpoints.json", state, lambda path: _write_json(path, checkpoints(folder)))
+    yield Artifact(
+        "events.json", state, lambda path: _write_json(path, list(_events(folder, commits, path.parent / RECORDS)))
+    )
+    yield Artifact("checkpoints.json", state, lambda path: _write_json(path, checkpoints(folder, commits)))
 
 
-def checkpoints(folder: SweepFolder) -> list[dict[str, Any]]:
+def checkpoints(folder: SweepFolder, commits: Mapping[str, Commit]) -> list[dict[str, Any]]:
     """Return the last checkpoint of each trial, by reference: where it is, how large, and of which update."""
     found = []
-    for trial in folder.trials():
-        summary = trial.summary()
-        for path in sorted(trial.checkpoint_path.glob("*")):
-            if summary is not None and path.is_file() and not path.name.startswith("."):
+    for name, commit in commits.items():
+        for path in sorted(folder.trial(name).checkpoint_path.glob("*")):
+            if path.is_file() and not path.name.startswith("."):
                 place = {"path": str(path.relative_to(folder.path)), "uri": path.as_uri()}
-                found.append({"run_id": trial.trial_id, "step": summary.step, **place, "bytes": path.stat().st_size})
+                found.append({"run_id": name, "step": commit.summary.step, **place, "bytes": path.stat().st_size})
     return found
 
 
-def write_records(folder: SweepFolder, path: Path) -> None:
+def write_records(folder: SweepFolder, commits: Mapping[str, Commit], path: Path, pieces: Pieces | None = None) -> None:
     """Write all committed rows of a sweep as one Parquet file, in memory for a few row groups; summaries beside them.
 
     Damaged parts are left out, as everywhere.
     """
-    rows, counts = [], {}
-    for trial in folder.trials():
-        with contextlib.suppress(UserError):
-            if (commit := trial.read()) is not None:
-                rows.append(dataclasses.asdict(commit.summary))
-                counts[trial.trial_id] = commit.num_parts
+    names = [field.name for field in dataclasses.fields(RunSummary)]
+    rows = [{name: getattr(commit.summary, name) for name in names} for commit in commits.values()]
+    counts = {name: commit.num_parts for name, commit in commits.items()}
     metadata = {**(ARROW_SCHEMA.metadata or {}), _SUMMARIES_KEY: json.dumps(masked(rows), default=str).encode()}
     metadata[_PARTS_KEY] = json.dumps(counts).encode()
     with pq.ParquetWriter(path, ARROW_SCHEMA.with_metadata(metadata), **WRITE_OPTIONS) as writer:
         waiting: list[pa.Table] = []
-        for table in _parts(folder, counts):
+        num_rows = 0
+        for table in _parts(folder, commits, pieces.take() if pieces is not None else {}):
             waiting.append(table)
-            if sum(map(len, waiting)) >= _ROW_GROUP:
+            num_rows += len(table)
+            if num_rows >= _ROW_GROUP:
                 writer.write_table(pa.concat_tables(waiting).replace_schema_metadata(metadata))
-                waiting = []
+                waiting, num_rows = [], 0
         if waiting:
             writer.write_table(pa.concat_tables(waiting).replace_schema_metadata(metadata))
 
@@ -173,18 +179,27 @@ def read_records(path: Path) -> tuple[pa.Table, list[RunSummary], dict[str, int]
     return table.replace_schema_metadata(ARROW_SCHEMA.metadata), runs, json.loads(metadata[_PARTS_KEY])
 
 
-def _parts(folder: SweepFolder, counts: Mapping[str, int]) -> Iterator[pa.Table]:
-    for name, num_parts in counts.items():
-        for index in range(num_parts):
+def _parts(
+    folder: SweepFolder, commits: Mapping[str, Commit], kept: Mapping[str, Kept] = MappingProxyType({})
+) -> Iterator[pa.Table]:
+    """Yield the rows of trials; what is kept of their first parts is not read again."""
+    for name, commit in commits.items():
+        known, begin = kept.get(name), 0
+        if known is not None and known.num_rewinds == commit.num_rewinds and known.num_parts <= commit.num_parts:
+            yield known.read()
+            begin = known.num_parts
+        trial = folder.trial(name)
+        for index in range(begin, commit.num_parts):
             with contextlib.suppress(UserError, OSError):
-                yield read_part(folder.trial(name).part_path(index))
+                yield read_part(trial.part_path(index))
 
 
-def _events(folder: SweepFolder, records: Path) -> Iterator[dict[str, Any]]:
+def _events(folder: SweepFolder, commits: Mapping[str, Commit], records: Path) -> Iterator[dict[str, Any]]:
     """Yield every event of every trial: who copied whom, when, and what changed - the lineage of the sweep.
 
     Args:
         folder: the sweep.
+        commits: of its trials.
         records: the file with all rows; where there is none, the parts are read.
     """
     if records.exists():
@@ -192,11 +207,7 @@ def _events(folder: SweepFolder, records: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(columns=_EVENT_COLUMNS, use_threads=False):
                 yield from _events_in(pa.Table.from_batches([batch]))
         return
-    counts = {}
-    for trial in folder.trials():
-        with contextlib.suppress(UserError):
-            counts[trial.trial_id] = trial.num_parts()
-    for table in _parts(folder, counts):
+    for table in _parts(folder, commits):
         yield from _events_in(table)
 
 

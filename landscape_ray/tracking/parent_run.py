@@ -14,8 +14,9 @@ from typing import Any
 from mlflow.entities import Metric
 
 from landscape_ray.tracking import parent, server
-from landscape_ray.tracking.folder import SweepFolder
+from landscape_ray.tracking.folder import Commit, SweepFolder
 from landscape_ray.tracking.model import log_model
+from landscape_ray.tracking.pieces import Pieces
 from landscape_ray.tracking.runs import SweepRuns, TrackedRun
 
 _MAX_ATTEMPTS = 3
@@ -47,23 +48,25 @@ class ParentRun:
         """Hand over files that are to be artifacts."""
         self._given |= {path.name: path for path in paths}
 
-    def project(self, runs: SweepRuns, closing: bool, pause: Callable[[], None]) -> None:
+    def project(self, runs: SweepRuns, closing: bool, pause: Callable[[], None], pieces: Pieces | None = None) -> None:
         """Bring the run up to the sweep folder.
 
         Args:
             runs: of the sweep.
             closing: whether this is the last time, when what sums the sweep up is sent.
             pause: called before each request; raises when the time is up.
+            pieces: rows that were read already.
         """
         now = (runs, self._stamps())  # a new object stands for runs that were looked up anew
         if now == self._done and not self._given and not closing:
             return
         self.problems, self.refused, self._done = [], False, None
         kept = self._folder.meta.get("parent_run", {})
+        commits = parent.commits_of(self._folder) if closing else None
         version = str(kept.get("time_unix"))
-        self._attempt("tags and metrics of the sweep", version, closing, lambda: self._log(runs, kept, closing, pause))
+        self._attempt("tags and metrics of the sweep", version, closing, lambda: self._log(runs, kept, commits, pause))
         with tempfile.TemporaryDirectory(prefix="landscape_ray-") as temporary:
-            self._log_artifacts(runs, Path(temporary), closing, pause)
+            self._log_artifacts(runs, Path(temporary), commits, pause, pieces)
         if closing and (self._folder.model_path / "MLmodel").is_file():
             pause()
             self._attempt("the best model", "", closing, lambda: log_model(runs, self._folder))
@@ -92,7 +95,13 @@ class ParentRun:
             return False
         return True
 
-    def _log(self, runs: SweepRuns, kept: Mapping[str, Any], closing: bool, pause: Callable[[], None]) -> None:
+    def _log(
+        self,
+        runs: SweepRuns,
+        kept: Mapping[str, Any],
+        commits: Mapping[str, Commit] | None,
+        pause: Callable[[], None],
+    ) -> None:
         run, meta = runs.parent, self._folder.meta
         params = deque(server.param_batches(run.missing(parent.spec_params(self._folder))))
         pause()
@@ -101,8 +110,8 @@ class ParentRun:
             pause()
             runs.log(run, params.popleft())
         values: dict[str, float] = dict(kept.get("metrics", {}))
-        if closing:
-            values = parent.sweep_metrics(parent.summaries(self._folder)) | values
+        if commits is not None:
+            values = parent.sweep_metrics(commits) | values
         at_ms = round(1000 * float(kept.get("time_unix") or meta["created_unix"]))
         new = {server.clean_key(key): value for key, value in values.items()}
         new = {key: value for key, value in new.items() if run.metrics.get(key) != value}
@@ -112,8 +121,15 @@ class ParentRun:
         runs.log(run, params[0] if params else (), points, tags)
         run.metrics |= new
 
-    def _log_artifacts(self, runs: SweepRuns, temporary: Path, closing: bool, pause: Callable[[], None]) -> None:
-        run = runs.parent
+    def _log_artifacts(
+        self,
+        runs: SweepRuns,
+        temporary: Path,
+        commits: Mapping[str, Commit] | None,
+        pause: Callable[[], None],
+        pieces: Pieces | None,
+    ) -> None:
+        run, closing = runs.parent, commits is not None
         made_of = _artifacts_of(run)
 
         def send(artifact: parent.Artifact) -> None:
@@ -121,7 +137,7 @@ class ParentRun:
             runs.client.log_artifact(run.run_id, str(temporary / artifact.name))
             made_of[artifact.name] = artifact.made_of
 
-        for artifact in parent.artifacts(self._folder, closing):
+        for artifact in parent.artifacts(self._folder, commits, pieces):
             if made_of.get(artifact.name) != artifact.made_of and artifact.name not in self._given:
                 pause()
                 self._attempt(f"artifact {artifact.name}", artifact.made_of, closing, functools.partial(send, artifact))

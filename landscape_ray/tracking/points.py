@@ -137,8 +137,8 @@ def closing_metrics(summary: RunSummary) -> dict[str, float]:
 
 def summary_text(summary: RunSummary) -> str:
     """Return the summary without its configuration as JSON, short enough for a tag: the message gives way first."""
-    content = dataclasses.asdict(summary)
-    del content["config"]
+    names = [field.name for field in dataclasses.fields(summary) if field.name != "config"]
+    content: dict[str, object] = {name: getattr(summary, name) for name in names}
     changes: tuple[dict[str, object], ...] = ({}, {"message": summary.message[:500]}, {"varied": {}})
     for change in changes:
         content |= change

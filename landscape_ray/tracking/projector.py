@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,6 +34,8 @@ from landscape_ray.tracking import server
 from landscape_ray.tracking.folder import Commit, SweepFolder, TrialFolder
 from landscape_ray.tracking.parent_run import InterruptedSync, ParentRun
 from landscape_ray.tracking.parts import read_part
+from landscape_ray.tracking.patience import may_wait
+from landscape_ray.tracking.pieces import Pieces
 from landscape_ray.tracking.points import (
     charted_rows,
     closing_metrics,
@@ -48,20 +52,14 @@ from landscape_ray.tracking.uris import resolve_tracking_uri
 _REQUEST_SECONDS = 10.0
 _FAILING_SECONDS = 5.0
 _MAX_BACKOFF_SECONDS = 60.0
-_BATCH_SHARE = 10.0
-"""A run that is training is sent to at most every so many times as long as the last pass over all runs took."""
-_BATCH_AGE = 0.1
-"""The pause between two requests to a run grows by this share of how long it is followed ..."""
-_LONGEST_BATCH = 3.0
-"""... up to so many times of what it is at first."""
-_BATCH_COMMITS = 10
-"""A request waits for so many commits of its trial: what it costs is shared between them ..."""
-_LONGEST_WAIT = 10.0
-"""... but by the same growth up to so many pauses at most, by default five minutes."""
 _GROUP_ROWS = 2000
 """Parts are put together until they have so many rows: what is done for a table is done once for many small parts."""
 _MAX_TAGS = 20
 """More than a request to a trial's run carries."""
+_ENDED_SECONDS = 30.0
+"""The thread looks at trials whose run has ended only so often: of many trials nearly all have ..."""
+_ENDED_SHARE = 30.0
+"""... and not sooner than so many times as long after as that takes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +111,10 @@ class Projector:
         self._patient = False
         self._parent = ParentRun(folder)
         self._problems: list[str] = []
-        self._total = 0
+        self._ended: set[str] = set()
+        self._pieces = Pieces()
+        self._read_last: tuple[Path, pa.Table] | None = None
+        self._look_at_ended = 0.0
         self._report = SyncReport()
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -198,7 +199,7 @@ class Projector:
 
     def _sync(self, *, closing: bool, patient: bool = False) -> SyncReport:
         with self._lock:
-            total, error = self._total, ""
+            total, error = self._total(), ""
             begun, self._patient = time.monotonic(), patient
             self._problems = []
             remaining = self._deadline - time.monotonic()
@@ -210,12 +211,18 @@ class Projector:
             except Exception as failure:
                 self._must_find_runs = True
                 error = server.describe(failure)
+                if self._runs is not None:
+                    self._runs.drop()
             self._pass_seconds = time.monotonic() - begun
             if self._problems and not error:
                 others = len(self._problems) - 1
                 error = self._problems[0] + (f" (and {others} more)" if others else "")
-            self._report = SyncReport(points=self._total - total, total=self._total, behind=self._behind(), error=error)
+            sent = self._total()
+            self._report = SyncReport(points=sent - total, total=sent, behind=self._behind(), error=error)
             return self._report
+
+    def _total(self) -> int:
+        return self._runs.num_points if self._runs is not None else 0
 
     def _project(self, closing: bool) -> None:
         # At the end the server is looked at again: it may have lost what it had, or a run whose creation seemed to
@@ -223,18 +230,13 @@ class Projector:
         found_anew = self._must_find_runs or closing or self._runs is None
         runs = self._find_runs() if found_anew or self._runs is None else self._runs
         runs.set_status(runs.parent, mlflow_status(str(self._folder.meta.get("status")), closing))
-        for trial in self._folder.trials():
-            self._pause_point(closing)
-            try:
-                self._project_trial(runs, trial, closing)
-            except Exception as failure:
-                # Of one trial only: its files cannot be read now, or the server refuses its run (deleted in the UI).
-                refused = server.is_refusal(failure)
-                if not (refused or isinstance(failure, (OSError, UserError))):
-                    raise
-                self._must_find_runs |= refused
-                self._problems.append(f"{trial.trial_id}: {server.describe(failure)}")
-        self._parent.project(runs, closing, lambda: self._pause_point(closing))
+        try:
+            self._project_trials(runs, closing, everything=found_anew or not self._patient)
+        except InterruptedSync:
+            self._try(runs.flush)
+            raise
+        self._try(runs.flush)
+        self._parent.project(runs, closing, lambda: self._pause_point(closing), self._pieces)
         self._must_find_runs |= self._parent.refused
         self._problems += self._parent.problems
 
@@ -243,20 +245,56 @@ class Projector:
         self._must_find_runs = False
         return self._runs
 
+    def _project_trials(self, runs: SweepRuns, closing: bool, everything: bool) -> None:
+        begun = time.monotonic()
+        everything = everything or begun >= self._look_at_ended
+        for trial_id in self._folder.trial_ids():
+            if everything or trial_id not in self._ended:
+                self._pause_point(closing)
+                self._try(functools.partial(self._project_trial, runs, trial_id, closing), trial_id)
+                if runs.is_full:
+                    self._try(runs.flush)
+        if everything:
+            now = time.monotonic()
+            self._look_at_ended = now + max(_ENDED_SECONDS, _ENDED_SHARE * (now - begun))
+
+    def _try(self, action: Callable[[], None], which: str = "") -> None:
+        """Do something for one trial, or for a few: what is wrong with them keeps nobody else waiting."""
+        try:
+            action()
+        except Exception as failure:
+            # Its files cannot be read now, or the server refuses its run (deleted in the UI).
+            refused = server.is_refusal(failure)
+            if not (refused or isinstance(failure, (OSError, UserError))):
+                raise
+            self._must_find_runs |= refused
+            self._problems.append(f"{which}: {server.describe(failure)}" if which else server.describe(failure))
+
     def _pause_point(self, closing: bool) -> None:
         if time.monotonic() > self._deadline or (self._stopping.is_set() and not closing):
             raise InterruptedSync
 
-    def _project_trial(self, runs: SweepRuns, trial: TrialFolder, closing: bool) -> None:
+    def _project_trial(self, runs: SweepRuns, trial_id: str, closing: bool) -> None:
         """Bring one trial's run up to its trial.json."""
-        stamp = _stamp(trial)
-        run = runs.trials.get(trial.trial_id)
-        if stamp is None or (run and run.seen in ((stamp, closing), (stamp, True))):
+        stamp = self._stamp(trial_id)
+        run = runs.trials.get(trial_id)
+        if run is not None and run.seen == (stamp, True):
+            self._ended.add(trial_id)
             return
+        self._ended.discard(trial_id)
+        if stamp is None or (run and run.seen == (stamp, closing)):
+            return
+        trial, self._read_last = self._folder.trial(trial_id), None
         commit = trial.read()
-        if commit is None or (run and not closing and self._may_wait(run, commit)):
+        if commit is None or (
+            run and not closing and self._patient and may_wait(run, commit, self._batch_seconds, self._pass_seconds)
+        ):
             return
-        run = runs.for_trial(trial, commit)
+        if run is not None and run.holds(commit):  # as an earlier driver has left it
+            run.seen = stamp, True
+            self._ended.add(trial_id)
+            return
+        run = runs.for_trial(trial, commit, self._read)
         # of a corpus that is searched over, each trial has another one
         same_data = not any(key.startswith("data.") for key in commit.initial_varied)
         corpus_id = self._folder.meta.get("corpus_id") if same_data else None
@@ -265,18 +303,9 @@ class Projector:
         runs.set_status(run, mlflow_status(commit.summary.status, closing))
         # a run that has ended is the same whether this is the last time or not
         run.seen = stamp, closing or commit.summary.status in TERMINAL_STATUSES
-
-    def _may_wait(self, run: TrackedRun, commit: Commit) -> bool:
-        """Return whether what a trial has committed can go with what it will have committed a little later."""
-        if not self._patient or commit.summary.status in TERMINAL_STATUSES or run.num_rewinds != commit.num_rewinds:
-            return False
-        now = time.monotonic()
-        few = commit.num_parts - run.parts < _BATCH_COMMITS
-        by_age = min(
-            (_LONGEST_WAIT if few else _LONGEST_BATCH) * self._batch_seconds, _BATCH_AGE * (now - run.found_at)
-        )
-        pause = max(self._batch_seconds, by_age, _BATCH_SHARE * self._pass_seconds)
-        return now - run.sent_at < pause
+        if commit.summary.status in TERMINAL_STATUSES:
+            run.unload()
+            self._ended.add(trial_id)
 
     def _send_rows(
         self,
@@ -293,7 +322,8 @@ class Projector:
         limit = server.MAX_METRICS - server.MAX_PARAMS - _MAX_TAGS  # the limit of a request counts all of them
         pending: list[Metric] = []
         events = list(run.events)
-        for first, table in self._groups(trial, run.parts, commit.num_parts):
+        for first, stop, table in self._groups(trial, run.parts, commit.num_parts):
+            self._pieces.keep(trial.trial_id, commit.num_rewinds, first, stop, table)
             times = table["time_unix"]
             if first == 0:
                 begun_ms = round(times[0].as_py() * 1000)
@@ -323,20 +353,26 @@ class Projector:
         run.parts, run.events = commit.num_parts, events
         run.metrics |= {point.key: point.value for point in costs}
 
-    def _groups(self, trial: TrialFolder, first: int, stop: int) -> Iterator[tuple[int, pa.Table]]:
-        """Yield the rows of these parts, small parts together, each group with the number of its first part."""
+    def _groups(self, trial: TrialFolder, first: int, stop: int) -> Iterator[tuple[int, int, pa.Table]]:
+        """Yield the rows of these parts, small parts together, each group with its first part and the next group's."""
         waiting: list[pa.Table] = []
         begun = first
         for index in range(first, stop):
             try:
-                waiting.append(read_part(trial.part_path(index)))
+                waiting.append(self._read(trial.part_path(index)))
             except UserError as error:  # damaged for good: go on without its rows, as `collect` does
                 self._problems.append(str(error))
             if sum(map(len, waiting)) >= _GROUP_ROWS:
-                yield begun, pa.concat_tables(waiting)
+                yield begun, index + 1, pa.concat_tables(waiting)
                 waiting, begun = [], index + 1
         if waiting:
-            yield begun, pa.concat_tables(waiting)
+            yield begun, stop, pa.concat_tables(waiting)
+
+    def _read(self, path: Path) -> pa.Table:
+        """Return the rows of a part; of the one that was read last, without reading it again."""
+        if self._read_last is None or self._read_last[0] != path:
+            self._read_last = path, read_part(path)
+        return self._read_last[1]
 
     def _closing_points(self, run: TrackedRun, trial: TrialFolder, commit: Commit) -> list[Metric]:
         """Return what a trial cost in the end, at its last row."""
@@ -362,23 +398,23 @@ class Projector:
         runs.log(run, params[0] if params else [], metrics, tags)
         if params:
             params.popleft()
-        self._total += len(metrics)
 
     def _behind(self) -> int:
         """Return how many committed parts MLflow does not have."""
         behind = 0
-        for trial in self._folder.trials():
-            run = self._runs.trials.get(trial.trial_id) if self._runs else None
-            if run is None or run.seen is None or run.seen[0] != _stamp(trial):
+        for trial_id in self._folder.trial_ids():
+            run = self._runs.trials.get(trial_id) if self._runs else None
+            if run is not None and run.seen is not None and trial_id in self._ended:
+                continue
+            if run is None or run.seen is None or run.seen[0] != self._stamp(trial_id):
                 with contextlib.suppress(UserError):
-                    behind += max(0, trial.num_parts() - (run.parts if run else 0))
+                    behind += max(0, self._folder.trial(trial_id).num_parts() - (run.parts if run else 0))
         return behind
 
-
-def _stamp(trial: TrialFolder) -> tuple[int, int, int] | None:
-    """Return what changes whenever trial.json is replaced, None when there is none."""
-    try:
-        stat = trial.commit_path.stat()
-    except OSError:
-        return None
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+    def _stamp(self, trial_id: str) -> tuple[int, int, int] | None:
+        """Return what changes whenever a trial.json is replaced, None when there is none."""
+        try:
+            stat = os.stat(f"{self._folder.trials_path}/{trial_id}/trial.json")
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size

@@ -7,21 +7,28 @@ parts, and the server stores points before tags. Any process that finds the run 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+import pyarrow as pa
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from landscape_ray.config import config_id
-from landscape_ray.tracking import server
+from landscape_ray.records import TERMINAL_STATUSES
+from landscape_ray.tracking import database, server
 from landscape_ray.tracking.folder import Commit, SweepFolder, TrialFolder
 from landscape_ray.tracking.labels import trial_tags
 from landscape_ray.tracking.parts import read_part
+from landscape_ray.tracking.points import mlflow_status, summary_text
 from landscape_ray.tracking.uris import mask_secrets, masked
 
 
@@ -48,67 +55,142 @@ class TrackedRun:
     """When a request went to this run, by the monotonic clock."""
     found_at: float = dataclasses.field(default_factory=time.monotonic)
     """When the run was found or made, by the same clock."""
+    loaded: bool = True
+    """Whether parameters, tags, metrics and events are here: not those of a run that has nothing left to do."""
+    digest: tuple[tuple[str, ...], bytes] = ((), b"")
+    """Names of the tags that were sent, and a digest of their values, of a run that is not loaded."""
+    summary: bytes = b""
+    """Digest of the summary that a run has that is not loaded."""
 
     def missing(self, params: Mapping[str, str]) -> dict[str, str]:
         """Return the parameters that the run does not have."""
         return {key: value for key, value in params.items() if key not in self.params}
 
+    def unload(self) -> None:
+        """Forget what is only needed to send more: a sweep may have ten thousand runs."""
+        if self.loaded:
+            names = _NAMES.setdefault(found := tuple(sorted(self.tags)), found)
+            self.digest = names, _digest(self.tags, names)
+            self.summary = _digest(self.tags, [server.SUMMARY]) if server.SUMMARY in self.tags else b""
+            self.params, self.tags, self.metrics, self.events, self.loaded = set(), {}, {}, [], False
+
+    def holds(self, commit: Commit) -> bool:
+        """Return whether a run that is not loaded has all of a trial that has ended.
+
+        The summary is sent with the last points, by a request that stores points first.
+        """
+        status = commit.summary.status
+        return (
+            (not self.loaded and status in TERMINAL_STATUSES)
+            and (self.num_rewinds, self.parts) == (commit.num_rewinds, commit.num_parts)
+            and self.status == mlflow_status(status, closing=True)
+            and self.summary == _digest({"": summary_text(commit.summary)}, [""])
+        )
+
+    def agrees(self, found: TrackedRun) -> bool:
+        """Return whether the server has what it was known to have, perhaps with tags of others."""
+        if (self.parts, self.status) != (found.parts, found.status):
+            return False
+        if self.loaded:
+            return self.tags.items() <= found.tags.items()
+        names, digest = self.digest
+        return found.tags.keys() >= set(names) and _digest(found.tags, names) == digest
+
+
+_NAMES: dict[tuple[str, ...], tuple[str, ...]] = {}
+"""The names of tags are the same for nearly all runs: one object for all of them."""
+
+
+def _digest(tags: Mapping[str, str], names: Iterable[str]) -> bytes:
+    return hashlib.sha256(json.dumps([tags[name] for name in names]).encode()).digest()[:16]
+
 
 class SweepRuns:
     """The parent run of a sweep and the runs of its trials.
+
+    Where the store is a database, what is written of trials waits for :meth:`flush`.
 
     Args:
         folder: the sweep.
         tracking_uri: address of the store.
         experiment: name of the experiment, made when there is none.
         before: the runs as they were known; what was sent completely is not compared again where the server agrees.
+
+    Attributes:
+        num_points: metric points of trials that were written, by `before` as well.
     """
 
     def __init__(self, folder: SweepFolder, tracking_uri: str, experiment: str, before: SweepRuns | None = None):
         meta = folder.meta
-        self.client: MlflowClient = server.open_client(tracking_uri)
+        self.client: server.Client = server.open_client(tracking_uri)
         self._sweep_id = str(meta["sweep_id"])
         self.experiment_id = server.experiment_id(self.client, tracking_uri, experiment, folder.path.parent)
-        runs = server.find_runs(self.client, self.experiment_id, self._sweep_id)
-        parents = [run for run in runs if run.data.tags.get(server.KIND) == "sweep"]
-        if not parents:
-            start_ms = round(float(meta["created_unix"]) * 1000)
-            parents = [self._create(start_ms, str(meta["name"]), {server.KIND: "sweep"})]
-        self._delete(parents[1:])
-        self.parent = _tracked(parents[0])
+        self._together: bool = self.client.writes_runs and (before is None or before._together)
+        self._experiment: Experiment | None = None
+        self._waiting: dict[str, tuple[TrackedRun, int, database.RunWrite]] = {}
+        """What waits to be written, with the number of parts that the run has until then."""
+        self._num_waiting = 0
+        self.num_points: int = before.num_points if before else 0
         known = {run.run_id: run for run in before.trials.values()} if before else {}
         self.trials: dict[str, TrackedRun] = {}
-        for run in sorted(runs, key=lambda run: -_num_rewinds(run)):  # stable: of equals the oldest comes first
+        parents: list[tuple[Run, bool]] = []
+        of_others: dict[str, str] = {}
+        doubles: list[str] = []
+        for run, whole in self.client.runs_of(self.experiment_id, self._sweep_id):
             trial_id = run.data.tags.get(server.TRIAL_ID)
+            if run.data.tags.get(server.KIND) == "sweep":
+                parents.append((run, whole))
             if trial_id is None:
                 continue
-            if trial_id in self.trials:
-                self._delete([run])
+            found = _tracked(run)
+            other = self.trials.get(trial_id)
+            if other is not None and other.num_rewinds >= found.num_rewinds:  # of equals the oldest stays
+                doubles.append(found.run_id)
                 continue
-            if run.data.tags.get(server.PARENT) != self.parent.run_id:
-                self.client.set_tag(run.info.run_id, server.PARENT, self.parent.run_id)
-                run.data.tags[server.PARENT] = self.parent.run_id
-            found = self.trials[trial_id] = _tracked(run)
+            if other is not None:
+                doubles.append(other.run_id)
+            self.trials[trial_id] = found
+            of_others[found.run_id] = sys.intern(run.data.tags.get(server.PARENT, ""))
             same = known.get(found.run_id)
-            if (
-                same is not None
-                and (same.parts, same.status) == (found.parts, found.status)
-                and (same.tags.items() <= found.tags.items())
-            ):
+            if same is not None and same.agrees(found):
                 found.seen, found.sent_at, found.found_at = same.seen, same.sent_at, same.found_at
+            if not whole:
+                found.unload()
+        if not parents:
+            start_ms = round(float(meta["created_unix"]) * 1000)
+            parents = [(self._create(start_ms, str(meta["name"]), {server.KIND: "sweep"}), True)]
+        self.parent = self._whole(*parents[0])
+        self._delete([run.info.run_id for run, _ in parents[1:]] + doubles)
+        for found in self.trials.values():
+            if of_others[found.run_id] != self.parent.run_id:
+                self.client.set_tag(found.run_id, server.PARENT, self.parent.run_id)
+                if found.loaded:
+                    found.tags[server.PARENT] = self.parent.run_id
+                else:
+                    found.digest = (), b""  # of tags that were there before
 
-    def for_trial(self, trial: TrialFolder, commit: Commit) -> TrackedRun:
-        """Return the run of a trial, made if there is none, or if it holds points of rows that were given up."""
+    def _whole(self, run: Run, whole: bool) -> TrackedRun:
+        return _tracked(run if whole else self.client.get_run(run.info.run_id))
+
+    def for_trial(self, trial: TrialFolder, commit: Commit, read: Callable[[Path], pa.Table] = read_part) -> TrackedRun:
+        """Return the run of a trial, made if there is none, or if it holds points of rows that were given up.
+
+        Args:
+            trial: its folder.
+            commit: what it has committed.
+            read: returns the rows of a part.
+        """
         run = self.trials.get(trial.trial_id)
         if run is not None and run.num_rewinds == commit.num_rewinds:
-            return run
+            return run if run.loaded else self._load(trial.trial_id, run)
         if run is not None:
+            self.flush()
             self.client.delete_run(run.run_id)
             del self.trials[trial.trial_id]
         start_ms = None
         if commit.num_parts:
-            first = read_part(trial.part_path(0)).slice(0, 1).to_pylist()[0]
-            start_ms = round((first["time_unix"] - first["elapsed_seconds"]) * 1000)
+            first = read(trial.part_path(0)).slice(0, 1)
+            start_ms = round((first["time_unix"][0].as_py() - first["elapsed_seconds"][0].as_py()) * 1000)
         tags = {
             server.KIND: "trial",
             server.TRIAL_ID: trial.trial_id,
@@ -116,8 +198,26 @@ class SweepRuns:
             server.PARENT: self.parent.run_id,
             **trial_tags(commit.summary),
         }
-        run = _tracked(self._create(start_ms, server.run_name(trial.trial_id, commit.initial_varied), tags))
-        self.trials[trial.trial_id] = run
+        name = server.run_name(trial.trial_id, commit.initial_varied)
+        self.trials[trial.trial_id] = run = self._begin(start_ms, name, tags)
+        return run
+
+    def _load(self, trial_id: str, run: TrackedRun) -> TrackedRun:
+        """Return a run that is not loaded as the server has it."""
+        self.flush()
+        self.trials[trial_id] = found = _tracked(self.client.get_run(run.run_id))
+        found.seen, found.sent_at, found.found_at = run.seen, run.sent_at, run.found_at
+        return found
+
+    def _begin(self, start_ms: int | None, name: str, tags: dict[str, str]) -> TrackedRun:
+        """Return a new run of a trial."""
+        if not self._together:
+            return _tracked(self._create(start_ms, name, tags))
+        run = TrackedRun(uuid.uuid4().hex, "RUNNING", set(), {}, {}, int(tags[server.NUM_REWINDS]))
+        write = self._write(run)
+        write.created = (start_ms or round(time.time() * 1000), name)
+        write.tags |= (sent := {tag.key: tag.value for tag in to_tags({server.SWEEP_ID: self._sweep_id} | tags)})
+        run.tags |= sent
         return run
 
     def log(
@@ -127,15 +227,27 @@ class SweepRuns:
         metrics: Iterable[Metric] = (),
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Send one request; what a run is known to have is kept up to date."""
+        """Send one request, or let it wait for others; what a run is known to have is kept up to date."""
         given = [tag for tag in to_tags(tags or {}) if run.tags.get(tag.key) != tag.value]
         params, metrics = list(params), list(metrics)
         if not (given or params or metrics):
             return
-        self.client.log_batch(run.run_id, metrics=metrics, params=params, tags=given, synchronous=True)
+        if self._together and run is not self.parent:
+            for name in [each.key for each in (*params, *metrics, *given)]:
+                database.check_name(name)
+            write = self._write(run)
+            write.params |= {param.key: param.value for param in params}
+            write.metrics += metrics
+            write.tags |= {tag.key: tag.value for tag in given}
+            self._num_waiting += len(metrics)
+        else:
+            self.client.log_batch(run.run_id, metrics=metrics, params=params, tags=given, synchronous=True)
+            self.num_points += len(metrics) if run is not self.parent else 0
         run.params.update(sys.intern(param.key) for param in params)  # the same names for every run of a sweep
         run.tags.update((tag.key, tag.value) for tag in given)
         run.sent_at = time.monotonic()
+        if self._num_waiting >= database.MAX_POINTS:
+            self.flush()
 
     def log_dataset(self, run: TrackedRun, data: Mapping[str, Any], corpus_id: str | None) -> dict[str, str]:
         """Name the data as an input of the run, once, and return the tags that say so, which the caller sends.
@@ -152,27 +264,79 @@ class SweepRuns:
             source = json.dumps(masked(data), default=str)
             name = mask_secrets(str(data.get("source") or data.get("name") or "text"))[:500]
             dataset = Dataset(name, digest, "landscape_ray", source, profile=source)
-            context = InputTag("mlflow.data.context", "train")
-            self.client.log_inputs(run.run_id, datasets=[DatasetInput(dataset, [context])])
+            if self._together and run is not self.parent:
+                self._write(run).datasets.append(dataset)
+            else:
+                context = InputTag("mlflow.data.context", "train")
+                self.client.log_inputs(run.run_id, datasets=[DatasetInput(dataset, [context])])
         return {server.DATASET: digest}
 
     def set_status(self, run: TrackedRun, status: str) -> None:
         """Give the run this status, if it has another one."""
         if status == run.status:
             return
-        if status == "RUNNING":
+        if self._together and run is not self.parent:
+            write = self._write(run)
+            write.status = status
+            write.end_ms = None if status == "RUNNING" else run.end_ms or round(time.time() * 1000)
+        elif status == "RUNNING":
             self.client.update_run(run.run_id, status=status)
         else:
             self.client.set_terminated(run.run_id, status=status, end_time=run.end_ms)
         run.status = status
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as much waits as one transaction should be of."""
+        return len(self._waiting) >= database.MAX_RUNS
+
+    def flush(self) -> None:
+        """Write what waits, in one transaction.
+
+        Raises:
+            MlflowException: the store failed, or some of the runs are deleted there; the others are written then. In
+                both cases the runs must be looked up anew.
+        """
+        writes = [write for _, _, write in self._waiting.values()]
+        if not writes:
+            return
+        try:
+            if self._experiment is None:
+                self._experiment = self.client.get_experiment(self.experiment_id)
+            gone = self.client.write_runs(self._experiment, writes)
+        except BaseException as error:
+            if isinstance(error, MlflowException) and error.error_code == "BAD_REQUEST":
+                self._together = False  # a row that does not fit: the store says of which run, one by one
+            self.drop()
+            raise
+        self._waiting, self._num_waiting = {}, 0
+        self.num_points += sum(len(write.metrics) for write in writes if write.run_id not in gone)
+        if gone:
+            raise MlflowException(
+                f"{len(gone)} runs of the sweep were not found or are deleted in MLflow, {min(gone)} among them",
+                RESOURCE_DOES_NOT_EXIST,
+            )
+
+    def drop(self) -> None:
+        """Give up what waits; the runs must be looked up anew."""
+        for run, parts, _ in self._waiting.values():
+            run.seen, run.parts = None, parts
+        self._waiting, self._num_waiting = {}, 0
+
+    def _write(self, run: TrackedRun) -> database.RunWrite:
+        """Return what waits to be written of a run."""
+        held = self._waiting.get(run.run_id)
+        if held is None:
+            held = self._waiting[run.run_id] = run, run.parts, database.RunWrite(run.run_id)
+        return held[2]
+
     def _create(self, start_ms: int | None, name: str, tags: dict[str, str]) -> Run:
         tags = {server.SWEEP_ID: self._sweep_id} | tags
         return self.client.create_run(self.experiment_id, start_time=start_ms, run_name=name, tags=tags)
 
-    def _delete(self, runs: list[Run]) -> None:
-        for run in runs:
-            self.client.delete_run(run.info.run_id)
+    def _delete(self, run_ids: Iterable[str]) -> None:
+        for run_id in run_ids:
+            self.client.delete_run(run_id)
 
 
 def to_tags(tags: Mapping[str, str]) -> list[RunTag]:

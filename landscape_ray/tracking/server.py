@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import sqlalchemy
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag, ViewType
+from mlflow.entities import Experiment, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.protos.service_pb2 import LogBatch
 from mlflow.store.tracking.rest_store import RestStore
@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from landscape_ray.config import flatten
 from landscape_ray.errors import UserError
+from landscape_ray.tracking import database
 from landscape_ray.tracking.uris import MASK, is_postgres, mask_secrets, masked, sqlite_path
 
 SWEEP_ID: Final = "landscape_ray.sweep_id"
@@ -114,6 +115,23 @@ class Client(MlflowClient):  # type: ignore[misc]
             "tags": [{"key": tag.key, "value": tag.value} for tag in tags],
         }
         store._call_endpoint(LogBatch, json.dumps(content, allow_nan=False))
+
+    @property
+    def writes_runs(self) -> bool:
+        """Whether the store is a database that :meth:`write_runs` knows."""
+        return database.is_known(self._tracking_client.store)
+
+    def write_runs(self, experiment: Experiment, writes: Sequence[database.RunWrite]) -> set[str]:
+        """Write many runs at once; see `database.write_runs`."""
+        return database.write_runs(self._tracking_client.store, experiment, writes)
+
+    def runs_of(self, experiment: str, sweep_id: str) -> Iterator[tuple[Run, bool]]:
+        """Yield the runs of a sweep, oldest first, and whether parameters and metrics are with them."""
+        if self.writes_runs:
+            found = database.find_runs(self._tracking_client.store, experiment, SWEEP_ID, sweep_id)
+            yield from ((run, False) for run in found)
+        else:
+            yield from ((run, True) for run in _pages(self, experiment, sweep_id))
 
 
 def open_client(tracking_uri: str) -> Client:
@@ -247,7 +265,10 @@ def experiment_id(client: MlflowClient, tracking_uri: str, name: str, results: P
 
 def find_runs(client: MlflowClient, experiment: str, sweep_id: str | None = None) -> list[Run]:
     """Return the runs of an experiment, or of one sweep in it, oldest first; deleted ones are left out."""
-    found: list[Run] = []
+    return list(_pages(client, experiment, sweep_id))
+
+
+def _pages(client: MlflowClient, experiment: str, sweep_id: str | None) -> Iterator[Run]:
     token = None
     while True:
         page = client.search_runs(
@@ -255,12 +276,13 @@ def find_runs(client: MlflowClient, experiment: str, sweep_id: str | None = None
             filter_string=f"tags.`{SWEEP_ID}` = '{sweep_id}'" if sweep_id else "",
             run_view_type=ViewType.ACTIVE_ONLY,
             max_results=1000,
+            order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
             page_token=token,
         )
-        found.extend(page)
+        yield from page
         token = page.token
         if not token:
-            return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+            return
 
 
 def clean_key(name: str) -> str:

@@ -76,3 +76,44 @@ def test_divergence_and_failure_are_counted_in_the_headline() -> None:
     assert "1 diverged" in dashboard.headline()
     assert "1 failed" in dashboard.headline()
     assert "best - nats/token" in dashboard.headline()
+
+
+def test_of_thousands_of_trials_the_whole_is_told_rarely(monkeypatch: Any) -> None:
+    """Counting them takes a while, and would take it every second."""
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.01
+        return now[0]
+
+    monkeypatch.setattr("landscape_ray.sweep.display.time.monotonic", clock)
+    told = Dashboard(console(False), "mine", 500, 1)
+    headline = told.headline
+
+    def slow() -> str:
+        now[0] += 0.5
+        return headline()
+
+    monkeypatch.setattr(told, "headline", slow)
+    with told:
+        for number in range(300):
+            now[0] += 0.1
+            told.update(f"t{number:04d}", {}, "finished", {"step": 1, "loss_nats": 1.0})
+    out: Any = told.console.file
+    lines = out.getvalue().splitlines()
+    assert sum(line.startswith("t0") for line in lines) == 300
+    assert 2 <= sum(line.startswith("mine: ") for line in lines) <= 4
+    assert "300/500" in lines[-1]
+
+    monkeypatch.setattr("landscape_ray.sweep.display.MANY_ROWS", 2)
+    shown = Dashboard(console(True), "mine", 3, 1)
+    shown.update("t0", {}, "running", {})
+    assert shown.__rich__() is not shown.__rich__(), "of few trials it is as it is now"
+    shown.update("t1", {}, "running", {})
+    drawn_once = shown.__rich__()
+    assert shown.__rich__() is drawn_once
+    now[0] += 60.0
+    again = shown.__rich__()
+    assert again is not drawn_once
+    shown.__exit__(None, None, None)
+    assert shown.__rich__() is not again, "the end is shown as it is"

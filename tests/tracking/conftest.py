@@ -190,7 +190,16 @@ class FaultyClient:
     """A client whose k-th writing call fails, before it reaches the server or after the server has done it."""
 
     WRITING = frozenset(
-        {"create_experiment", "create_run", "log_batch", "set_tag", "set_terminated", "update_run", "delete_run"}
+        {
+            "create_experiment",
+            "create_run",
+            "log_batch",
+            "set_tag",
+            "set_terminated",
+            "update_run",
+            "delete_run",
+            "write_runs",
+        }
     )
 
     def __init__(self, client: Any, state: SimpleNamespace):
@@ -229,6 +238,14 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleName
 
     yield arm
     monkeypatch.setattr(server, "open_client", original)
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes a database a store whose tables are not known: each request goes through MLflow's own client."""
+    from landscape_ray.tracking import database
+
+    return lambda: monkeypatch.setattr(database, "is_known", lambda store: False)
 
 
 @pytest.fixture

@@ -266,11 +266,11 @@ def test_what_comes_in_quickly_goes_in_one_request(
     assert projector._sync(closing=False, patient=True).behind == 10
     run.sent_at -= 20.0
     assert projector._sync(closing=False, patient=True).behind == 0
-    assert state.calls == ["log_batch"]
+    assert state.calls == ["write_runs"]
     state.calls.clear()
     make.write(folder.trial("t1"), 16, 20, status="finished")
     assert projector._sync(closing=False, patient=True).behind == 0
-    assert state.calls == ["log_batch", "set_terminated"]
+    assert state.calls == ["write_runs"]
     assert make.stored_points(database) == make.expected_points({"t1": 20})
 
 

@@ -1,6 +1,7 @@
 """The book under Ray Tune's interfaces; the rest of what it does is in test_book.py."""
 
 import math
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from optuna.trial import TrialState
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
 
 from landscape_ray.domains import Domain
 from landscape_ray.sweep.searching.book import Book
-from landscape_ray.sweep.searching.searcher import OptunaSearcher
+from landscape_ray.sweep.searching.searcher import OptunaSearcher, SearchScheduler
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.folder import SweepFolder
 
@@ -138,3 +141,35 @@ def test_one_trial_more_than_there_is_room_for_is_out(
     now[0] = module.ROOM_SECONDS + 1
     suggested(searcher, "ray3")
     searcher.book.close()
+
+
+def test_trials_run_in_the_order_of_ray_tunes_own_scheduler() -> None:
+    """Ours asks nobody about trials that have ended: that would be all of them at each event."""
+    ours, theirs = SearchScheduler(), FIFOScheduler()
+    assert pickle.dumps(ours)
+    trials: list[Any] = []
+    controller = SimpleNamespace(get_trials=lambda: trials)
+    asked: list[int] = []
+
+    class Asked(SimpleNamespace):
+        def is_finished(self) -> bool:
+            asked.append(self.number)
+            return self.status in (Trial.TERMINATED, Trial.ERROR)
+
+    generator = np.random.default_rng(0)
+    ends = [Trial.PENDING, Trial.PAUSED, Trial.RUNNING, Trial.TERMINATED, Trial.ERROR]
+    for number in range(300):
+        trials.append(trial := Asked(number=number, status=Trial.PENDING))
+        ours.on_trial_add(controller, trial)
+        for changed in trials[-6:]:  # those that have ended stay so
+            if changed.status not in ends[3:]:
+                changed.status = ends[generator.integers(5)]
+        if number >= 6 and trials[-7].status not in ends[3:]:
+            trials[-7].status = Trial.TERMINATED
+        assert ours.choose_trial_to_run(controller) is theirs.choose_trial_to_run(controller)
+    asked.clear()
+    ours.choose_trial_to_run(controller)
+    assert len(asked) < 8
+    for trial in trials:
+        trial.status = Trial.ERROR
+    assert ours.choose_trial_to_run(controller) is None
