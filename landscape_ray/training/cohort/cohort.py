@@ -28,7 +28,6 @@ from landscape_ray.training.cohort.plan import Choice, Plan, choose, given
 from landscape_ray.training.cohort.routes import untrained
 from landscape_ray.training.cohort.routes import why_not as no_route
 from landscape_ray.training.cohort.shared import check_shared
-from landscape_ray.training.cohort.updates import clip
 from landscape_ray.training.config import TrainConfig
 from landscape_ray.training.manifest import read_manifest
 from landscape_ray.training.precision import autocast
@@ -157,17 +156,19 @@ class Cohort:
             for k in active:
                 yield k, loop.update(self._members[k], self._values[k].schedule)
             return
-        values = {k: self._values[k].apply() for k in active}
-        before = {k: probing.weights_before(self._members[k]) for k in active}
+        values = [self._values[k].apply() for k in active]
+        probed = [k for k in active if self._members[k].monitor.probes]
+        before = {k: probing.weights_before(self._members[k]) for k in probed}
         losses, norms = self._apply(active, self._batch())
-        cost = (time.perf_counter() - start) / len(active)
-        for k in active:
-            member, (lr, momentum) = self._members[k], values[k]
-            if not (math.isfinite(losses[k]) and math.isfinite(norms[k])):
-                how = f"loss {losses[k]}, gradient norm {norms[k]} in update {member.step + 1}"
+        cost, now = (time.perf_counter() - start) / len(active), time.time()
+        for k, (lr, momentum) in zip(active, values, strict=True):
+            member, loss, norm = self._members[k], losses[k], norms[k]
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                how = f"loss {loss}, gradient norm {norm} in update {member.step + 1}"
                 yield k, loop.diverge(member, how, lr=lr)
                 continue
-            probing.remember_update(member, before[k])
+            if k in before:
+                probing.remember_update(member, before[k])
             member.step += 1
             if member.averager is not None:
                 member.averager.update(member.module, member.step)
@@ -177,10 +178,14 @@ class Cohort:
             yield (
                 k,
                 StepRecord(
-                    **loop.progress(member),
+                    step=member.step,
+                    num_tokens=member.num_tokens,
+                    flops=member.flops,
+                    elapsed_seconds=member.elapsed_seconds,
+                    time_unix=now,
                     cost_seconds=cost,
-                    loss_nats=losses[k],
-                    grad_norm=norms[k],
+                    loss_nats=loss,
+                    grad_norm=norm,
                     lr=lr,
                     weight_decay=member.config.optimizer.weight_decay,
                     momentum=momentum,
@@ -190,9 +195,10 @@ class Cohort:
     def _apply(self, active: list[int], batch: Batch) -> tuple[list[float], list[float]]:
         """Update the active members; return loss and gradient norm of each member, as they were for those."""
         inputs, targets = batch
-        is_active = torch.zeros(len(self), dtype=torch.bool)
-        is_active[active] = True
-        moving, is_active = is_active.tolist(), is_active.to(inputs.device, non_blocking=True)
+        moving = [False] * len(self)
+        for k in active:
+            moving[k] = True
+        is_active = torch.tensor(moving).to(inputs.device, non_blocking=True)
         seen: list[Tensor] = []
         for program, update in self._programs():
             rows = program.rows
@@ -200,7 +206,7 @@ class Cohort:
                 seen.append(torch.zeros(2, len(program.members), device=inputs.device))
                 continue
             losses = program.gradient(inputs[rows], targets[rows], [member.step for member in program.members])
-            norms = clip(program.gradients, program.members, moving[rows])
+            norms = update.clip(moving[rows])
             update(losses.isfinite() & norms.isfinite() & is_active[rows])
             seen.append(torch.stack((losses.float(), norms)))
         # one transfer: on a GPU each one waits for everything before it
@@ -231,7 +237,11 @@ class Cohort:
         due = [k for k in waiting if loop.due(self._members[k], self._members[k].config.eval.every_steps)]
         losses = self._evaluate(due) if due else {}
         for k in waiting:
-            for record in loop.observe(self._members[k], losses.get(k)):
+            member = self._members[k]
+            if k not in due and not member.monitor.probes:  # asking costs a small network a share of its update
+                member.observed_step = member.step
+                continue
+            for record in loop.observe(member, losses.get(k)):
                 yield k, record
 
     @torch.no_grad()

@@ -22,38 +22,46 @@ from landscape_ray.training.cohort.buffers import Buffers, Section
 from landscape_ray.training.state import TrainState
 
 
-def clip(gradients: Tensor, members: Sequence[TrainState], active: Sequence[bool]) -> Tensor:
-    """Clip the gradient of each member as its configuration says, in place; return the norms before, (c,).
+class Clip:
+    """Clips the gradients of some members, as the configuration of each says.
 
     Args:
-        gradients: (c, P).
         members: c runs.
-        active: which of them are to be updated; the norms of others do not enter their histories.
+        gradients: (c, P), where the gradients will be.
     """
-    kinds = {member.config.clipping.name for member in members}
-    if not kinds <= {"none", "norm"}:
-        return torch.stack(
-            [
-                _clip_row(row, member) if moves else row.new_zeros(())
-                for row, member, moves in zip(gradients.unbind(), members, active, strict=True)
-            ]
-        )
-    norms: Tensor = torch.linalg.vector_norm(gradients, dim=1)
-    if kinds == {"none"}:
+
+    def __init__(self, members: Sequence[TrainState], gradients: Tensor) -> None:
+        self._members, self._gradients = members, gradients
+        clippings = [member.config.clipping for member in members]
+        self._kinds = {clipping.name for clipping in clippings}
+        bounds = [clipping.threshold if clipping.name == "norm" else math.inf for clipping in clippings]
+        self._bounds = torch.tensor(bounds, device=gradients.device)
+
+    @torch.no_grad()
+    def __call__(self, active: Sequence[bool]) -> Tensor:
+        """Clip the gradient of each member in place; return the norms before, (c,).
+
+        Args:
+            active: who is to be updated; the norms of others do not enter their histories.
+        """
+        gradients = self._gradients
+        if not self._kinds <= {"none", "norm"}:
+            rows = zip(gradients.unbind(), self._members, active, strict=True)
+            return torch.stack([_clip_row(row, member) if moves else row.new_zeros(()) for row, member, moves in rows])
+        norms: Tensor = torch.linalg.vector_norm(gradients, dim=1)
+        if self._kinds == {"none"}:
+            return norms
+        scales = torch.where(norms.isfinite(), (self._bounds / (norms + 1e-6)).clamp_(max=1.0), 1.0)
+        if gradients.device.type != "cpu":
+            gradients.mul_(scales[:, None])
+            return norms
+        clipped = [row for row, scale in enumerate(scales.tolist()) if scale < 1.0]
+        if 2 * len(clipped) > len(self._members):
+            gradients.mul_(scales[:, None])
+        else:  # most are not clipped late in training, and a pass over memory is what an update costs
+            for row in clipped:
+                gradients[row].mul_(scales[row])
         return norms
-    bounds = [m.config.clipping.threshold if m.config.clipping.name == "norm" else math.inf for m in members]
-    scales = (torch.tensor(bounds, device=norms.device) / (norms + 1e-6)).clamp(max=1.0)
-    scales = torch.where(norms.isfinite(), scales, 1.0)
-    if gradients.device.type != "cpu":
-        gradients.mul_(scales[:, None])
-        return norms
-    clipped = [row for row, scale in enumerate(scales.tolist()) if scale < 1.0]
-    if 2 * len(clipped) > len(members):
-        gradients.mul_(scales[:, None])
-    else:  # most are not clipped late in training, and a pass over memory is what an update costs
-        for row in clipped:
-            gradients[row].mul_(scales[row])
-    return norms
 
 
 def _clip_row(row: Tensor, member: TrainState) -> Tensor:
@@ -65,15 +73,14 @@ def _clip_row(row: Tensor, member: TrainState) -> Tensor:
 class Updater:
     """Applies updates to some neighbouring rows.
 
-    Args:
-        buffers: of the cohort.
-        members: all of the cohort's.
-        rows: which of them.
-        gradients: (c, P), where the gradients will be.
+    Attributes:
+        clip: what clips their gradients before.
     """
 
     def __init__(self, buffers: Buffers, members: Sequence[TrainState], rows: slice, gradients: Tensor) -> None:
+        """Take the rows of `members` (all of the cohort's), and the place of their gradients, (c, P)."""
         self._members = members[rows]
+        self.clip = Clip(self._members, gradients)
         self._updates = buffers.updates[rows]
         kinds: dict[type[torch.optim.Optimizer], Callable[..., None]] = {
             torch.optim.AdamW: self._adamw,
