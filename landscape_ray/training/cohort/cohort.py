@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import shutil
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,26 +16,19 @@ from landscape_ray.config import parse
 from landscape_ray.data import Batch, Data, open_data
 from landscape_ray.data.prefetch import Prefetcher
 from landscape_ray.errors import UserError
-from landscape_ray.files import write_atomic
 from landscape_ray.records import Record, StepRecord
-from landscape_ray.schedules import Schedule
 from landscape_ray.training import loop, probing
 from landscape_ray.training.cohort.buffers import Buffers, why_not
+from landscape_ray.training.cohort.evaluation import evaluations, held_out
+from landscape_ray.training.cohort.folder import read_folder, write_folder
 from landscape_ray.training.cohort.plan import Choice, Plan, choose, given
 from landscape_ray.training.cohort.routes import untrained
 from landscape_ray.training.cohort.routes import why_not as no_route
 from landscape_ray.training.cohort.shared import check_shared
+from landscape_ray.training.cohort.updates import Values
 from landscape_ray.training.config import TrainConfig
-from landscape_ray.training.manifest import read_manifest
-from landscape_ray.training.precision import autocast
+from landscape_ray.training.loop import Measured
 from landscape_ray.training.state import TrainState, read_checkpoint
-
-COHORT_VERSION = 1
-
-MANIFEST = "cohort.json"
-
-BLOCK = 256
-"""Updates for which a schedule is evaluated at once."""
 
 
 class Cohort:
@@ -61,7 +51,7 @@ class Cohort:
         for index, member in enumerate(members):
             check_shared(members[0].config, member.config, index)
         self._members = list(members)
-        self._values = [_Values(member) for member in members]
+        self._values = [Values(member) for member in members]
         first = members[0]
         self._loader = Prefetcher(first.data, first.device)
         self._units = first.config.batch_size * first.data.signature.units_per_example
@@ -244,36 +234,13 @@ class Cohort:
             for record in loop.observe(member, losses.get(k)):
                 yield k, record
 
-    @torch.no_grad()
-    def _evaluate(self, due: list[int]) -> dict[int, tuple[float, float | None, float]]:
-        """Return held-out loss, accuracy and share of the cost for these members, where they are evaluated together."""
-        if (
-            self.choice is None
-            or self.choice.route in ("alone", "single")
-            or len(set(map(_evaluation, self._members))) > 1
-        ):
+    def _evaluate(self, due: list[int]) -> dict[int, Measured]:
+        """Return the evaluations of these members by their places, where they are evaluated together."""
+        if self.choice is None or self.choice.route in ("alone", "single"):
             return {}
-        start = time.perf_counter()
-        first, found = self._members[0], {}
-        for program, _ in self._programs():
-            members = [k for k in range(program.rows.start, program.rows.stop) if k in due]
-            if not members:
-                continue
-            scores = []
-            for inputs, targets in first.validation:
-                with autocast(first.device, first.config.precision):
-                    outputs = program.outputs(inputs)
-                stacked = targets.expand(len(program.members), *targets.shape)
-                scores.append(first.objective.score(outputs, stacked, len(program.members)))
-            num_targets = sum(score.num_targets for score in scores)
-            losses = (torch.stack([score.loss for score in scores]).sum(0) / num_targets).tolist()
-            correct = [score.correct for score in scores if score.correct is not None]
-            shares = (torch.stack(correct).sum(0).double() / num_targets).tolist() if correct else None
-            for k in members:
-                row = k - program.rows.start
-                found[k] = losses[row], None if shares is None else shares[row]
-        cost = (time.perf_counter() - start) / len(due)
-        return {k: (loss, accuracy, cost) for k, (loss, accuracy) in found.items()}
+        if len(set(map(held_out, self._members))) > 1:
+            return {}
+        return evaluations([program for program, _ in self._programs()], due)
 
     # members
 
@@ -348,7 +315,7 @@ class Cohort:
         member.restore(payload)
         self._check_route([*self._members[:k], member, *self._members[k + 1 :]], k)
         self._share(member)
-        self._members[k], self._values[k] = member, _Values(member)
+        self._members[k], self._values[k] = member, Values(member)
         if self._buffers is not None:
             self._buffers.adopt(k, member)
         self._plan = None  # programs know their members
@@ -370,7 +337,7 @@ class Cohort:
     def _share(self, member: TrainState) -> None:
         """Have the held-out data of equal evaluations in memory once."""
         first = self._members[0]
-        if _evaluation(member) == _evaluation(first):
+        if held_out(member) == held_out(first):
             member.validation = first.validation
 
     def _apart(self, k: int) -> contextlib.AbstractContextManager[None]:
@@ -390,21 +357,8 @@ class Cohort:
         Raises:
             UserError: no space left, or no permission.
         """
-        part = f"members-{uuid.uuid4().hex[:8]}"
-        for k in range(len(self)):
-            self.leave(k, folder / part / f"{k}.pt")
         choice = None if self.choice is None else {"route": self.choice.route, "chunk": self.choice.chunk}
-        manifest = {
-            "version": COHORT_VERSION,
-            "members": part,
-            "num_members": len(self),
-            "choice": choice,
-            "extra": extra,
-        }
-        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
-        for old in folder.glob("members-*"):
-            if old.name != part:
-                shutil.rmtree(old, ignore_errors=True)
+        write_folder(folder, len(self), self.leave, {"choice": choice, "extra": extra})
 
     @classmethod
     def load(
@@ -420,10 +374,7 @@ class Cohort:
         Raises:
             UserError: missing, damaged or foreign files, an unknown version, or another number of configurations.
         """
-        manifest = read_manifest(
-            folder / MANIFEST, COHORT_VERSION, of="a cohort", writer="a folder that Cohort.save wrote"
-        )
-        payloads = [read_checkpoint(folder / manifest["members"] / f"{k}.pt") for k in range(manifest["num_members"])]
+        payloads, manifest = read_folder(folder)
         if configs is None:
             configs = [parse(TrainConfig, payload["config"], f"checkpoint {folder}") for payload in payloads]
         if len(configs) != len(payloads):
@@ -439,33 +390,3 @@ class Cohort:
         if route is None and choice is not None:
             return cls(members, choice["route"], choice["chunk"]), manifest["extra"]
         return cls(members, route or "auto"), manifest["extra"]
-
-
-class _Values:
-    """The hyperparameters of a member's next updates, from its schedule."""
-
-    def __init__(self, member: TrainState) -> None:
-        self._member = member
-        self.schedule: Schedule = member.config.schedule.build(member.config.num_steps)
-        self._start = 0
-        self._block: list[tuple[float, float]] = []
-        self._written: tuple[float, float] | None = None
-
-    def apply(self) -> tuple[float, float]:
-        """Write the values of the next update into the optimizer; return learning rate and momentum."""
-        member = self._member
-        if not self._start <= member.step < self._start + len(self._block):
-            self._start, base = member.step, member.config.optimizer.momentum
-            steps = range(self._start, self._start + BLOCK)
-            rates, momenta = self.schedule(steps), self.schedule.momentum(steps, base)
-            self._block = list(zip(rates.tolist(), momenta.tolist(), strict=True))  # type: ignore[union-attr]
-        lr, momentum = values = self._block[member.step - self._start]
-        if values != self._written:
-            member.optimizer.set_values(lr=lr, weight_decay=member.config.optimizer.weight_decay, momentum=momentum)
-            self._written = values
-        return lr, momentum
-
-
-def _evaluation(member: TrainState) -> tuple[int | None, int]:
-    """Return what the held-out batches depend on, besides the data."""
-    return member.config.eval.limit, member.config.eval.batch_size
