@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,6 +42,7 @@ def _halved(x: Tensor) -> Tensor:
     return x
 
 
+@settings(deadline=None)  # what the first recording of a process imports takes seconds
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12),
     st.lists(st.integers(0, 13), min_size=1, max_size=3),
