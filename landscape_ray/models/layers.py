@@ -58,12 +58,7 @@ class _StackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        if bias is None:
-            return torch.bmm(x, weight.mT)
-        if x.device.type == "cpu" and x.dtype == torch.float32:
-            # the batched product with an addend takes the CPU half as long again as without
-            return torch.bmm(x, weight.mT).add_(bias[:, None, :])
-        return torch.baddbmm(bias[:, None, :], x, weight.mT)
+        return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None, :], x, weight.mT)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:

@@ -239,7 +239,11 @@ class _Candidate:
 
     def _update(self, program: Program, update: Updater) -> None:
         losses = self._run(program)
-        update(losses.isfinite() & torch.linalg.vector_norm(program.gradients, dim=1).isfinite())
+        if update.clip.together:
+            norms = update.clip([True] * len(program.members))
+        else:  # some remember their norms
+            norms = torch.linalg.vector_norm(program.gradients, dim=1)
+        update(losses.isfinite() & norms.isfinite())
 
     def _run(self, program: Program) -> Tensor:
         rows = program.rows

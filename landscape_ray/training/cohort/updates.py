@@ -54,15 +54,16 @@ class Values:
 class Clip:
     """Clips the gradients of some members, as the configuration of each says.
 
-    Args:
-        members: c runs.
-        gradients: (c, P), where the gradients will be.
+    Attributes:
+        together: whether all are clipped at once, by their norms if at all, so that nothing is remembered.
     """
 
     def __init__(self, members: Sequence[TrainState], gradients: Tensor) -> None:
+        """Take c runs, and where their gradients will be, (c, P)."""
         self._members, self._gradients = members, gradients
         clippings = [member.config.clipping for member in members]
         self._kinds = {clipping.name for clipping in clippings}
+        self.together = self._kinds <= {"none", "norm"}
         bounds = [clipping.threshold if clipping.name == "norm" else math.inf for clipping in clippings]
         self._bounds = torch.tensor(bounds, device=gradients.device)
 
@@ -74,7 +75,7 @@ class Clip:
             active: who is to be updated; the norms of others do not enter their histories.
         """
         gradients = self._gradients
-        if not self._kinds <= {"none", "norm"}:
+        if not self.together:
             rows = zip(gradients.unbind(), self._members, active, strict=True)
             return torch.stack([_clip_row(row, member) if moves else row.new_zeros(()) for row, member, moves in rows])
         norms: Tensor = torch.linalg.vector_norm(gradients, dim=1)
