@@ -1,7 +1,7 @@
 """Which program computes which rows; the choice of the fastest by measurement.
 
 Candidates are every route that the members can take, on chunks of 2, 4, 8 ... members for the joint ones, and `single`,
-which is always among them. What is measured is the time of one gradient for each member, on the members' own weights
+which is always among them. What is measured is the time of one update of each member, on the members' own weights
 and batches; nothing of the members changes. A joint route must also give the gradients of `single`, or it is out.
 """
 
