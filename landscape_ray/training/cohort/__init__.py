@@ -2,12 +2,14 @@
 
     cohort.py     Cohort: members that advance, are observed, copied, replaced and saved
     shared.py     what members have in common
+    evaluation.py held-out losses of many members at once
+    folder.py     the files of a checkpoint
     buffers.py    weights and optimizer states of all members as rows of matrices
     memory.py     where these are
     routes.py     gradients of several members: stacked, by vmap, or one by one
     recording.py  what a program does, to be done again at a lower price
     plan.py       which route on how many members at once, by measurement
-    updates.py    clipping and optimizer by rows
+    updates.py    hyperparameters, clipping and optimizer by rows
 
 `Cohort` is the way in.
 """

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import shutil
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,27 +16,19 @@ from landscape_ray.config import parse
 from landscape_ray.data import Batch, Data, open_data
 from landscape_ray.data.prefetch import Prefetcher
 from landscape_ray.errors import UserError
-from landscape_ray.files import write_atomic
 from landscape_ray.records import Record, StepRecord
-from landscape_ray.schedules import Schedule
 from landscape_ray.training import loop, probing
 from landscape_ray.training.cohort.buffers import Buffers, why_not
+from landscape_ray.training.cohort.evaluation import evaluations, held_out
+from landscape_ray.training.cohort.folder import read_folder, write_folder
 from landscape_ray.training.cohort.plan import Choice, Plan, choose, given
 from landscape_ray.training.cohort.routes import untrained
 from landscape_ray.training.cohort.routes import why_not as no_route
 from landscape_ray.training.cohort.shared import check_shared
-from landscape_ray.training.cohort.updates import clip
+from landscape_ray.training.cohort.updates import Values
 from landscape_ray.training.config import TrainConfig
-from landscape_ray.training.manifest import read_manifest
-from landscape_ray.training.precision import autocast
+from landscape_ray.training.loop import Measured
 from landscape_ray.training.state import TrainState, read_checkpoint
-
-COHORT_VERSION = 1
-
-MANIFEST = "cohort.json"
-
-BLOCK = 256
-"""Updates for which a schedule is evaluated at once."""
 
 
 class Cohort:
@@ -62,7 +51,7 @@ class Cohort:
         for index, member in enumerate(members):
             check_shared(members[0].config, member.config, index)
         self._members = list(members)
-        self._values = [_Values(member) for member in members]
+        self._values = [Values(member) for member in members]
         first = members[0]
         self._loader = Prefetcher(first.data, first.device)
         self._units = first.config.batch_size * first.data.signature.units_per_example
@@ -157,17 +146,19 @@ class Cohort:
             for k in active:
                 yield k, loop.update(self._members[k], self._values[k].schedule)
             return
-        values = {k: self._values[k].apply() for k in active}
-        before = {k: probing.weights_before(self._members[k]) for k in active}
+        values = [self._values[k].apply() for k in active]
+        probed = [k for k in active if self._members[k].monitor.probes]
+        before = {k: probing.weights_before(self._members[k]) for k in probed}
         losses, norms = self._apply(active, self._batch())
-        cost = (time.perf_counter() - start) / len(active)
-        for k in active:
-            member, (lr, momentum) = self._members[k], values[k]
-            if not (math.isfinite(losses[k]) and math.isfinite(norms[k])):
-                how = f"loss {losses[k]}, gradient norm {norms[k]} in update {member.step + 1}"
+        cost, now = (time.perf_counter() - start) / len(active), time.time()
+        for k, (lr, momentum) in zip(active, values, strict=True):
+            member, loss, norm = self._members[k], losses[k], norms[k]
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                how = f"loss {loss}, gradient norm {norm} in update {member.step + 1}"
                 yield k, loop.diverge(member, how, lr=lr)
                 continue
-            probing.remember_update(member, before[k])
+            if k in before:
+                probing.remember_update(member, before[k])
             member.step += 1
             if member.averager is not None:
                 member.averager.update(member.module, member.step)
@@ -177,10 +168,14 @@ class Cohort:
             yield (
                 k,
                 StepRecord(
-                    **loop.progress(member),
+                    step=member.step,
+                    num_tokens=member.num_tokens,
+                    flops=member.flops,
+                    elapsed_seconds=member.elapsed_seconds,
+                    time_unix=now,
                     cost_seconds=cost,
-                    loss_nats=losses[k],
-                    grad_norm=norms[k],
+                    loss_nats=loss,
+                    grad_norm=norm,
                     lr=lr,
                     weight_decay=member.config.optimizer.weight_decay,
                     momentum=momentum,
@@ -190,9 +185,10 @@ class Cohort:
     def _apply(self, active: list[int], batch: Batch) -> tuple[list[float], list[float]]:
         """Update the active members; return loss and gradient norm of each member, as they were for those."""
         inputs, targets = batch
-        is_active = torch.zeros(len(self), dtype=torch.bool)
-        is_active[active] = True
-        moving, is_active = is_active.tolist(), is_active.to(inputs.device, non_blocking=True)
+        moving = [False] * len(self)
+        for k in active:
+            moving[k] = True
+        is_active = torch.tensor(moving).to(inputs.device, non_blocking=True)
         seen: list[Tensor] = []
         for program, update in self._programs():
             rows = program.rows
@@ -200,7 +196,7 @@ class Cohort:
                 seen.append(torch.zeros(2, len(program.members), device=inputs.device))
                 continue
             losses = program.gradient(inputs[rows], targets[rows], [member.step for member in program.members])
-            norms = clip(program.gradients, program.members, moving[rows])
+            norms = update.clip(moving[rows])
             update(losses.isfinite() & norms.isfinite() & is_active[rows])
             seen.append(torch.stack((losses.float(), norms)))
         self._loader.prepare()
@@ -232,39 +228,20 @@ class Cohort:
         due = [k for k in waiting if loop.due(self._members[k], self._members[k].config.eval.every_steps)]
         losses = self._evaluate(due) if due else {}
         for k in waiting:
-            for record in loop.observe(self._members[k], losses.get(k)):
+            member = self._members[k]
+            if k not in due and not member.monitor.probes:  # asking costs a small network a share of its update
+                member.observed_step = member.step
+                continue
+            for record in loop.observe(member, losses.get(k)):
                 yield k, record
 
-    @torch.no_grad()
-    def _evaluate(self, due: list[int]) -> dict[int, tuple[float, float | None, float]]:
-        """Return held-out loss, accuracy and share of the cost for these members, where they are evaluated together."""
-        if (
-            self.choice is None
-            or self.choice.route in ("alone", "single")
-            or len(set(map(_evaluation, self._members))) > 1
-        ):
+    def _evaluate(self, due: list[int]) -> dict[int, Measured]:
+        """Return the evaluations of these members by their places, where they are evaluated together."""
+        if self.choice is None or self.choice.route in ("alone", "single"):
             return {}
-        start = time.perf_counter()
-        first, found = self._members[0], {}
-        for program, _ in self._programs():
-            members = [k for k in range(program.rows.start, program.rows.stop) if k in due]
-            if not members:
-                continue
-            scores = []
-            for inputs, targets in first.validation:
-                with autocast(first.device, first.config.precision):
-                    outputs = program.outputs(inputs)
-                stacked = targets.expand(len(program.members), *targets.shape)
-                scores.append(first.objective.score(outputs, stacked, len(program.members)))
-            num_targets = sum(score.num_targets for score in scores)
-            losses = (torch.stack([score.loss for score in scores]).sum(0) / num_targets).tolist()
-            correct = [score.correct for score in scores if score.correct is not None]
-            shares = (torch.stack(correct).sum(0).double() / num_targets).tolist() if correct else None
-            for k in members:
-                row = k - program.rows.start
-                found[k] = losses[row], None if shares is None else shares[row]
-        cost = (time.perf_counter() - start) / len(due)
-        return {k: (loss, accuracy, cost) for k, (loss, accuracy) in found.items()}
+        if len(set(map(held_out, self._members))) > 1:
+            return {}
+        return evaluations([program for program, _ in self._programs()], due)
 
     # members
 
@@ -339,7 +316,7 @@ class Cohort:
         member.restore(payload)
         self._check_route([*self._members[:k], member, *self._members[k + 1 :]], k)
         self._share(member)
-        self._members[k], self._values[k] = member, _Values(member)
+        self._members[k], self._values[k] = member, Values(member)
         if self._buffers is not None:
             self._buffers.adopt(k, member)
         self._plan = None  # programs know their members
@@ -361,7 +338,7 @@ class Cohort:
     def _share(self, member: TrainState) -> None:
         """Have the held-out data of equal evaluations in memory once."""
         first = self._members[0]
-        if _evaluation(member) == _evaluation(first):
+        if held_out(member) == held_out(first):
             member.validation = first.validation
 
     def _apart(self, k: int) -> contextlib.AbstractContextManager[None]:
@@ -381,21 +358,8 @@ class Cohort:
         Raises:
             UserError: no space left, or no permission.
         """
-        part = f"members-{uuid.uuid4().hex[:8]}"
-        for k in range(len(self)):
-            self.leave(k, folder / part / f"{k}.pt")
         choice = None if self.choice is None else {"route": self.choice.route, "chunk": self.choice.chunk}
-        manifest = {
-            "version": COHORT_VERSION,
-            "members": part,
-            "num_members": len(self),
-            "choice": choice,
-            "extra": extra,
-        }
-        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
-        for old in folder.glob("members-*"):
-            if old.name != part:
-                shutil.rmtree(old, ignore_errors=True)
+        write_folder(folder, len(self), self.leave, {"choice": choice, "extra": extra})
 
     @classmethod
     def load(
@@ -412,10 +376,7 @@ class Cohort:
         Raises:
             UserError: missing, damaged or foreign files, an unknown version, or another number of configurations.
         """
-        manifest = read_manifest(
-            folder / MANIFEST, COHORT_VERSION, of="a cohort", writer="a folder that Cohort.save wrote"
-        )
-        payloads = [read_checkpoint(folder / manifest["members"] / f"{k}.pt") for k in range(manifest["num_members"])]
+        payloads, manifest = read_folder(folder)
         if configs is None:
             configs = [parse(TrainConfig, payload["config"], f"checkpoint {folder}") for payload in payloads]
         if len(configs) != len(payloads):
@@ -433,33 +394,3 @@ class Cohort:
         if route is None and choice is not None and not moved:
             return cls(members, choice["route"], choice["chunk"]), manifest["extra"]
         return cls(members, route or "auto"), manifest["extra"]
-
-
-class _Values:
-    """The hyperparameters of a member's next updates, from its schedule."""
-
-    def __init__(self, member: TrainState) -> None:
-        self._member = member
-        self.schedule: Schedule = member.config.schedule.build(member.config.num_steps)
-        self._start = 0
-        self._block: list[tuple[float, float]] = []
-        self._written: tuple[float, float] | None = None
-
-    def apply(self) -> tuple[float, float]:
-        """Write the values of the next update into the optimizer; return learning rate and momentum."""
-        member = self._member
-        if not self._start <= member.step < self._start + len(self._block):
-            self._start, base = member.step, member.config.optimizer.momentum
-            steps = range(self._start, self._start + BLOCK)
-            rates, momenta = self.schedule(steps), self.schedule.momentum(steps, base)
-            self._block = list(zip(rates.tolist(), momenta.tolist(), strict=True))  # type: ignore[union-attr]
-        lr, momentum = values = self._block[member.step - self._start]
-        if values != self._written:
-            member.optimizer.set_values(lr=lr, weight_decay=member.config.optimizer.weight_decay, momentum=momentum)
-            self._written = values
-        return lr, momentum
-
-
-def _evaluation(member: TrainState) -> tuple[int | None, int]:
-    """Return what the held-out batches depend on, besides the data."""
-    return member.config.eval.limit, member.config.eval.batch_size

@@ -1,7 +1,7 @@
 """Which program computes which rows; the choice of the fastest by measurement.
 
 Candidates are every route that the members can take, on chunks of 2, 4, 8 ... members for the joint ones, and `single`,
-which is always among them. What is measured is the time of one gradient for each member, on the members' own weights
+which is always among them. What is measured is the time of one update of each member, on the members' own weights
 and batches; nothing of the members changes. A joint route must also give the gradients of `single`, or it is out.
 """
 
@@ -239,7 +239,11 @@ class _Candidate:
 
     def _update(self, program: Program, update: Updater) -> None:
         losses = self._run(program)
-        update(losses.isfinite() & torch.linalg.vector_norm(program.gradients, dim=1).isfinite())
+        if update.clip.together:
+            norms = update.clip([True] * len(program.members))
+        else:  # some remember their norms
+            norms = torch.linalg.vector_norm(program.gradients, dim=1)
+        update(losses.isfinite() & norms.isfinite())
 
     def _run(self, program: Program) -> Tensor:
         rows = program.rows

@@ -1,4 +1,4 @@
-"""One update of several members from their gradients: clipping, then the optimizer, by rows.
+"""One update of several members: its hyperparameters, and from gradients clipping, then the optimizer, by rows.
 
 The values of an update (learning rate, weight decay, betas) are read from the parameter groups of each member's own
 optimizer, so that factors of the parametrisation and the coupling of the decay are what they are in a run alone. The
@@ -18,46 +18,84 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landscape_ray.schedules import Schedule
 from landscape_ray.training.cohort import across
 from landscape_ray.training.cohort.buffers import Buffers, Section
 from landscape_ray.training.state import TrainState
+
+BLOCK = 256
+"""Updates for which a schedule is evaluated at once."""
 
 BY_ROW = ("cpu",)
 """Devices on which a kernel for each member is faster than one for all."""
 
 
-def clip(gradients: Tensor, members: Sequence[TrainState], active: Sequence[bool]) -> Tensor:
-    """Clip the gradient of each member as its configuration says, in place; return the norms before, (c,).
+class Values:
+    """The hyperparameters of a member's next updates, from its schedule."""
 
-    Args:
-        gradients: (c, P).
-        members: c runs.
-        active: which of them are to be updated; the norms of others do not enter their histories.
+    def __init__(self, member: TrainState) -> None:
+        self._member = member
+        self.schedule: Schedule = member.config.schedule.build(member.config.num_steps)
+        self._start = 0
+        self._block: list[tuple[float, float]] = []
+        self._written: tuple[float, float] | None = None
+
+    def apply(self) -> tuple[float, float]:
+        """Write the values of the next update into the optimizer; return learning rate and momentum."""
+        member = self._member
+        if not self._start <= member.step < self._start + len(self._block):
+            self._start, base = member.step, member.config.optimizer.momentum
+            steps = range(self._start, self._start + BLOCK)
+            rates, momenta = self.schedule(steps), self.schedule.momentum(steps, base)
+            self._block = list(zip(rates.tolist(), momenta.tolist(), strict=True))  # type: ignore[union-attr]
+        lr, momentum = values = self._block[member.step - self._start]
+        if values != self._written:
+            member.optimizer.set_values(lr=lr, weight_decay=member.config.optimizer.weight_decay, momentum=momentum)
+            self._written = values
+        return lr, momentum
+
+
+class Clip:
+    """Clips the gradients of some members, as the configuration of each says.
+
+    Attributes:
+        together: whether all are clipped at once, by their norms if at all, so that nothing is remembered.
     """
-    kinds = {member.config.clipping.name for member in members}
-    if not kinds <= {"none", "norm"}:
-        return torch.stack(
-            [
-                _clip_row(row, member) if moves else row.new_zeros(())
-                for row, member, moves in zip(gradients.unbind(), members, active, strict=True)
-            ]
-        )
-    norms: Tensor = torch.linalg.vector_norm(gradients, dim=1)
-    if kinds == {"none"}:
+
+    def __init__(self, members: Sequence[TrainState], gradients: Tensor) -> None:
+        """Take c runs, and where their gradients will be, (c, P)."""
+        self._members, self._gradients = members, gradients
+        clippings = [member.config.clipping for member in members]
+        self._kinds = {clipping.name for clipping in clippings}
+        self.together = self._kinds <= {"none", "norm"}
+        bounds = [clipping.threshold if clipping.name == "norm" else math.inf for clipping in clippings]
+        self._bounds = torch.tensor(bounds, device=gradients.device)
+
+    @torch.no_grad()
+    def __call__(self, active: Sequence[bool]) -> Tensor:
+        """Clip the gradient of each member in place; return the norms before, (c,).
+
+        Args:
+            active: who is to be updated; the norms of others do not enter their histories.
+        """
+        gradients = self._gradients
+        if not self.together:
+            rows = zip(gradients.unbind(), self._members, active, strict=True)
+            return torch.stack([_clip_row(row, member) if moves else row.new_zeros(()) for row, member, moves in rows])
+        norms: Tensor = torch.linalg.vector_norm(gradients, dim=1)
+        if self._kinds == {"none"}:
+            return norms
+        scales = torch.where(norms.isfinite(), (self._bounds / (norms + 1e-6)).clamp_(max=1.0), 1.0)
+        if gradients.device.type != "cpu":
+            gradients.mul_(scales[:, None])
+            return norms
+        clipped = [row for row, scale in enumerate(scales.tolist()) if scale < 1.0]
+        if 2 * len(clipped) > len(self._members):
+            gradients.mul_(scales[:, None])
+        else:  # most are not clipped late in training, and a pass over memory is what an update costs
+            for row in clipped:
+                gradients[row].mul_(scales[row])
         return norms
-    bounds = [m.config.clipping.threshold if m.config.clipping.name == "norm" else math.inf for m in members]
-    scales = (torch.tensor(bounds, device=norms.device) / (norms + 1e-6)).clamp(max=1.0)
-    scales = torch.where(norms.isfinite(), scales, 1.0)
-    if gradients.device.type != "cpu":
-        gradients.mul_(scales[:, None])
-        return norms
-    clipped = [row for row, scale in enumerate(scales.tolist()) if scale < 1.0]
-    if 2 * len(clipped) > len(members):
-        gradients.mul_(scales[:, None])
-    else:  # most are not clipped late in training, and a pass over memory is what an update costs
-        for row in clipped:
-            gradients[row].mul_(scales[row])
-    return norms
 
 
 def _clip_row(row: Tensor, member: TrainState) -> Tensor:
@@ -69,15 +107,14 @@ def _clip_row(row: Tensor, member: TrainState) -> Tensor:
 class Updater:
     """Applies updates to some neighbouring rows.
 
-    Args:
-        buffers: of the cohort.
-        members: all of the cohort's.
-        rows: which of them.
-        gradients: (c, P), where the gradients will be.
+    Attributes:
+        clip: what clips their gradients before.
     """
 
     def __init__(self, buffers: Buffers, members: Sequence[TrainState], rows: slice, gradients: Tensor) -> None:
+        """Take the rows of `members` (all of the cohort's), and the place of their gradients, (c, P)."""
         self._members = members[rows]
+        self.clip = Clip(self._members, gradients)
         self._updates = buffers.updates[rows]
         kinds: dict[type[torch.optim.Optimizer], Callable[..., None]] = {
             torch.optim.AdamW: self._adamw,

@@ -21,7 +21,7 @@ from landscape_ray.records import EvalRecord, EventRecord, ProbeRecord, Record, 
 from landscape_ray.signature import Signature
 from landscape_ray.training import TrainConfig, train
 from landscape_ray.training.cohort import Choice, Cohort
-from landscape_ray.training.cohort.cohort import MANIFEST
+from landscape_ray.training.cohort.folder import MANIFEST
 from landscape_ray.training.state import TrainState
 
 from .conftest import DIGITS, Configs, memory, weights

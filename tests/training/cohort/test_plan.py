@@ -124,3 +124,10 @@ def test_measuring_changes_nothing(configs: Configs, norm: str) -> None:
     plan.choose(cohort._buffers, cohort.members, cohort._batch())
     for k in range(3):
         assert all(map(torch.equal, before[k], memory(cohort, k)))
+
+
+def test_measuring_leaves_the_histories_of_norms_alone(configs: Configs) -> None:
+    cohort = Cohort.create(configs(clipping__name="auto"))
+    assert cohort._buffers is not None
+    plan.choose(cohort._buffers, cohort.members, cohort._batch())
+    assert [int(member.clipper.state_dict()["count"]) for member in cohort.members] == [0, 0, 0]

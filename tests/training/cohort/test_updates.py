@@ -9,7 +9,7 @@ import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from landscape_ray.training.cohort.buffers import Buffers
-from landscape_ray.training.cohort.updates import Updater, clip, orthogonalised
+from landscape_ray.training.cohort.updates import Clip, Updater, orthogonalised
 from landscape_ray.training.state import TrainState
 
 from .conftest import Configs, weights
@@ -78,7 +78,7 @@ def test_rows_are_clipped_like_runs_alone(configs: Configs, name: str) -> None:
         gradients = torch.randn(3, 50, generator=generator)
         gradients[1, 7] = math.nan
         expected = gradients.clone()
-        norms = clip(gradients, members, [True, True, True])
+        norms = Clip(members, gradients)([True, True, True])
         for row, twin in enumerate(twins):
             holder = torch.zeros(50)
             holder.grad = expected[row]
@@ -89,6 +89,6 @@ def test_rows_are_clipped_like_runs_alone(configs: Configs, name: str) -> None:
 def test_a_member_that_is_not_updated_keeps_its_history_of_norms(configs: Configs) -> None:
     members = [TrainState.create(config) for config in configs(clipping__name="auto")]
     gradients = torch.ones(3, 4)
-    norms = clip(gradients, members, [True, False, True])
+    norms = Clip(members, gradients)([True, False, True])
     assert norms.tolist() == [2.0, 0.0, 2.0]
     assert [int(member.clipper.state_dict()["count"]) for member in members] == [1, 0, 1]
