@@ -19,11 +19,11 @@ from landscape_ray.errors import UserError
 from landscape_ray.records import Record, StepRecord
 from landscape_ray.training import loop, probing
 from landscape_ray.training.cohort.buffers import Buffers, why_not
+from landscape_ray.training.cohort.eligibility import untrained
+from landscape_ray.training.cohort.eligibility import why_not as no_route
 from landscape_ray.training.cohort.evaluation import evaluations, held_out
 from landscape_ray.training.cohort.folder import read_folder, write_folder
 from landscape_ray.training.cohort.plan import Choice, Plan, choose, given
-from landscape_ray.training.cohort.routes import untrained
-from landscape_ray.training.cohort.routes import why_not as no_route
 from landscape_ray.training.cohort.shared import check_shared
 from landscape_ray.training.cohort.updates import Values
 from landscape_ray.training.config import TrainConfig

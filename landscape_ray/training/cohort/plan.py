@@ -19,8 +19,9 @@ from torch import Tensor
 from landscape_ray.data import Batch
 from landscape_ray.errors import UserError
 from landscape_ray.training.cohort.buffers import Buffers
+from landscape_ray.training.cohort.eligibility import why_not
 from landscape_ray.training.cohort.memory import zeros
-from landscape_ray.training.cohort.routes import ROUTES, Program, why_not
+from landscape_ray.training.cohort.routes import ROUTES, Program
 from landscape_ray.training.cohort.updates import Updater
 from landscape_ray.training.state import TrainState
 
