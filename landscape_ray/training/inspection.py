@@ -30,6 +30,7 @@ from landscape_ray.training.probing import (
 )
 from landscape_ray.training.spectra import Spectra, spectra
 from landscape_ray.training.state import TrainState
+from landscape_ray.training.values import Values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,7 +230,7 @@ def _one_more(checkpoint: Path) -> tuple[TrainState, Host]:
         schedule = dataclasses.replace(schedule, name="constant", warmup_steps=0)
     lr, before = float(schedule(state.step)), probed_weights(state)
     if state.diverged is None:
-        update(state, schedule)
+        update(state, Values(state, schedule))
     if state.diverged is None:
         remember_update(state, before)
     return state, dataclasses.replace(host_of(state), lr=lr)

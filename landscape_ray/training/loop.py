@@ -14,13 +14,13 @@ from torch import Tensor
 
 from landscape_ray.data import Batch
 from landscape_ray.records import EvalRecord, EventRecord, ProbeRecord, Record, StepRecord, VariantRecord
-from landscape_ray.schedules import Schedule
 from landscape_ray.training.loss import Score
 from landscape_ray.training.parallel import total
 from landscape_ray.training.precision import autocast, simulate
 from landscape_ray.training.probing import host_of, remember_update, weights_before
 from landscape_ray.training.sam import ascend
 from landscape_ray.training.state import TrainState
+from landscape_ray.training.values import Values
 
 
 def train(state: TrainState, until_step: int | None = None) -> Iterator[Record]:
@@ -38,19 +38,18 @@ def train(state: TrainState, until_step: int | None = None) -> Iterator[Record]:
     """
     config = state.config
     end = config.num_steps if until_step is None else min(until_step, config.num_steps)
-    schedule = config.schedule.build(config.num_steps)
+    values = Values(state)
     yield from observe(state)
     while state.step < end and state.diverged is None:
-        yield update(state, schedule)
+        yield update(state, values)
         yield from observe(state)
 
 
-def update(state: TrainState, schedule: Schedule) -> Record:
+def update(state: TrainState, values: Values) -> Record:
     """Do one optimizer update; return its record, or the event that it could not be done."""
     start = time.perf_counter()
     config, optimizer = state.config, state.optimizer
-    lr, momentum = float(schedule(state.step)), schedule.momentum(state.step, config.optimizer.momentum)
-    optimizer.set_values(lr=lr, weight_decay=config.optimizer.weight_decay, momentum=momentum)
+    lr, momentum = values.apply()
 
     batch = state.loader.get(config.seed, state.step, config.batch_size)
     parameters = optimizer.parameters

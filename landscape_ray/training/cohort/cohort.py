@@ -25,10 +25,10 @@ from landscape_ray.training.cohort.evaluation import evaluations, held_out
 from landscape_ray.training.cohort.folder import read_folder, write_folder
 from landscape_ray.training.cohort.plan import Choice, Plan, choose, given
 from landscape_ray.training.cohort.shared import check_shared
-from landscape_ray.training.cohort.updates import Values
 from landscape_ray.training.config import TrainConfig
 from landscape_ray.training.loop import Measured
 from landscape_ray.training.state import TrainState, read_checkpoint
+from landscape_ray.training.values import Values
 
 
 class Cohort:
@@ -144,7 +144,7 @@ class Cohort:
             start = time.perf_counter()  # a measurement is not part of a run
         if self.choice is not None and self.choice.route == "alone":
             for k in active:
-                yield k, loop.update(self._members[k], self._values[k].schedule)
+                yield k, loop.update(self._members[k], self._values[k])
             return
         values = [self._values[k].apply() for k in active]
         probed = [k for k in active if self._members[k].monitor.probes]

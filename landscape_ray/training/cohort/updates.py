@@ -18,41 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landscape_ray.schedules import Schedule
 from landscape_ray.training.cohort import across
 from landscape_ray.training.cohort.buffers import Buffers, Section
 from landscape_ray.training.state import TrainState
 
-BLOCK = 256
-"""Updates for which a schedule is evaluated at once."""
-
 BY_ROW = ("cpu",)
 """Devices on which a kernel for each member is faster than one for all."""
-
-
-class Values:
-    """The hyperparameters of a member's next updates, from its schedule."""
-
-    def __init__(self, member: TrainState) -> None:
-        self._member = member
-        self.schedule: Schedule = member.config.schedule.build(member.config.num_steps)
-        self._start = 0
-        self._block: list[tuple[float, float]] = []
-        self._written: tuple[float, float] | None = None
-
-    def apply(self) -> tuple[float, float]:
-        """Write the values of the next update into the optimizer; return learning rate and momentum."""
-        member = self._member
-        if not self._start <= member.step < self._start + len(self._block):
-            self._start, base = member.step, member.config.optimizer.momentum
-            steps = range(self._start, self._start + BLOCK)
-            rates, momenta = self.schedule(steps), self.schedule.momentum(steps, base)
-            self._block = list(zip(rates.tolist(), momenta.tolist(), strict=True))  # type: ignore[union-attr]
-        lr, momentum = values = self._block[member.step - self._start]
-        if values != self._written:
-            member.optimizer.set_values(lr=lr, weight_decay=member.config.optimizer.weight_decay, momentum=momentum)
-            self._written = values
-        return lr, momentum
 
 
 class Clip:
