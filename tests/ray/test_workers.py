@@ -22,7 +22,8 @@ from tests.ray.test_sweep import check_records, drive, start
 
 SweepText = Callable[..., str]
 pytestmark = [pytest.mark.usefixtures("ray_session", "ready_store")]
-TWO = {"cpus_per_trial": 2, "workers": 2}
+TWO = {"cpus_per_trial": 2, "workers": 2, "max_failures": 0}
+"""An attempt that failed would be made good by the next one, which has new processes."""
 
 
 def trained(folder: SweepFolder, trial_id: str = "t0000") -> dict[str, Any]:
