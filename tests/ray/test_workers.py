@@ -91,6 +91,7 @@ def test_what_a_worker_failed_of_reaches_the_user(order: str, said: str, sweep_t
     limit = {"max_report_seconds": 40.0} if order == "hang-1" else {}
     _, outcome = run(sweep_text, tmp_path, [f"{order}.1"], max_failures=0, **limit)
     assert outcome.counts == {"failed": 1}
+    assert list((tmp_path / "orders").iterdir()) == [], "it failed of what it was told to"
     (error,) = outcome.failures.values()
     assert said in reason(error)
 
