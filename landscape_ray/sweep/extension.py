@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from landscape_ray.config import flatten, parse, read_toml, with_values
+from landscape_ray.config import parse, read_toml, with_values
 from landscape_ray.errors import UserError
 from landscape_ray.sweep.run import index_of
 from landscape_ray.sweep.spec import CHANGES, SweepSpec
@@ -54,7 +53,7 @@ def extend(
         after = with_values(after, {name: value for name, value in wanted.items() if value is not None})
         old = parse(SweepSpec, before, str(folder.spec_path))
         new = parse(SweepSpec, after, str(file or folder.spec_path))
-        changes = _differences(old.params(), new.params())
+        changes = _differences(old, new)
         for name, value in changes.items():
             if name == NUM_TRIALS:
                 _check_num_trials(folder, value)
@@ -75,10 +74,20 @@ def extend(
     return changes
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the new values of what differs; None for what is no longer there."""
-    left, right = flatten(old), flatten(new)
+def _differences(old: SweepSpec, new: SweepSpec) -> dict[str, Any]:
+    """Return the new values of what differs, by dotted name; None for what is no longer there."""
+    left, right = _fields(old), _fields(new)
     return {name: right.get(name) for name in [*left, *right] if left.get(name) != right.get(name)}
+
+
+def _fields(spec: SweepSpec) -> dict[str, Any]:
+    """Return the whole file under dotted names, in which tables with names of the user's choice are one value.
+
+    Such names may have dots, as Ray's own labels have, and may be gone from the new file.
+    """
+    tables = {"resources.labels": spec.resources.labels, "resources.custom": spec.resources.custom}
+    parts = tuple(f"{name}." for name in tables)
+    return {name: value for name, value in spec.params().items() if not name.startswith(parts)} | tables
 
 
 def _check_num_trials(folder: SweepFolder, value: int | None) -> None:

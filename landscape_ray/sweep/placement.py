@@ -35,7 +35,7 @@ class Node(NamedTuple):
 
 def request(wanted: ResourcesConfig) -> PlacementGroupFactory:
     """Return what Ray Tune is to set aside for a trial: a bundle for each of its workers."""
-    more = {"bundle_label_selector": [dict(wanted.labels)] * wanted.workers} if wanted.labels else {}
+    more = {"bundle_label_selector": [wanted.label_selector] * wanted.workers} if wanted.labels else {}
     return PlacementGroupFactory([wanted.share] * wanted.workers, wanted.placement.upper(), **more)
 
 

@@ -15,7 +15,10 @@ ACCELERATOR = "accelerator_type:"
 GRAIN = 1e-4
 """Ray counts resources in ten-thousandths."""
 
-_LABEL = re.compile(r"!?(in\([\w. ,-]+\)|[\w.-]+)")
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL = re.compile(rf"!?(?:in\({_NAME}(?:, *{_NAME})*\)|{_NAME})")
+_LABEL_NAME = re.compile(rf"(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]{{0,251}}[A-Za-z0-9])?/)?{_NAME}")
+"""What Ray takes (_private/label_utils.py of 2.60)."""
 
 
 class ResourcesConfig(Model):
@@ -65,6 +68,8 @@ class ResourcesConfig(Model):
                     f"custom.{name} must be a whole number, or between {GRAIN} and 1,{each} got {amount:g}"
                 )
         for name, wanted in self.labels.items():
+            if not _LABEL_NAME.fullmatch(name):
+                raise ValueError(f"labels must have names of letters, digits, '-', '_', '.' and one '/', got '{name}'")
             if not _LABEL.fullmatch(wanted):
                 raise ValueError(f"labels.{name} must be value, !value, in(a, b) or !in(a, b), got '{wanted}'")
         return self
@@ -78,6 +83,11 @@ class ResourcesConfig(Model):
     def gpus_per_worker(self) -> float:
         """Ray GPUs of a worker."""
         return self.gpus_per_trial / self.workers
+
+    @property
+    def label_selector(self) -> dict[str, str]:
+        """Labels as Ray asks nodes for them. It would take a space after a comma for a part of the value."""
+        return {name: wanted.replace(" ", "") for name, wanted in self.labels.items()}
 
     @property
     def share(self) -> dict[str, float]:

@@ -41,7 +41,6 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch's 
 from landscape_ray.config import parse
 from landscape_ray.records import Record
 from landscape_ray.sweep.limits import confine
-from landscape_ray.sweep.population.member import applied_while_training
 from landscape_ray.sweep.resources import ResourcesConfig
 from landscape_ray.training import TrainConfig, TrainState, read_checkpoint, train
 from landscape_ray.training.parallel import fingerprint
@@ -71,16 +70,22 @@ class Follower:
         store = TCPStore(address, port, size, False, timeout=timedelta(seconds=JOIN_SECONDS))
         _initialise(store, rank, size, backend, seconds)
 
-    def open(self, content: np.ndarray[Any, Any]) -> None:
-        """Become a replica of a state, given as the content of a checkpoint."""
+    def open(self, content: np.ndarray[Any, Any], same: bool) -> None:
+        """Become a replica of a state.
+
+        Args:
+            content: of a checkpoint.
+            same: whether it is the state object of before in the first process. Only then it is here too: what an
+                object learns in its first update (`Reducer`) is asked of all processes at the same time.
+        """
         payload = read_checkpoint(Path("of the first worker"), content.tobytes())
         config = parse(TrainConfig, payload["config"], "the first worker's configuration")
         state = self._state
-        if state is not None and applied_while_training(state.config, config):
+        if state is not None and same:
             state.config = config
         else:
-            same = state is not None and state.config.data == config.data
-            self._state = state = TrainState.create(config, state.data if same and state is not None else None)
+            data = state.data if state is not None and state.config.data == config.data else None
+            self._state = state = TrainState.create(config, data)
         state.restore(payload)
 
     def train(self, until: int) -> tuple[int, int]:
@@ -174,14 +179,13 @@ class Workers:
 
     def _bring(self, state: TrainState) -> None:
         """Send the state where it is not what the others have been trained to."""
-        if self._known is not None:
-            known, config, num_restores = self._known
-            if known() is state and config == state.config and num_restores == state.num_restores:
-                return
+        same = self._known is not None and self._known[0]() is state
+        if same and self._known is not None and self._known[1:] == (state.config, state.num_restores):
+            return
         file = io.BytesIO()
         torch.save(state.payload(), file)
         content = ray.put(np.frombuffer(file.getbuffer(), dtype=np.uint8))
-        _results([follower.open.remote(content) for follower in self._followers])
+        _results([follower.open.remote(content, same) for follower in self._followers])
         self._known = weakref.ref(state), state.config, state.num_restores
 
     def close(self) -> None:

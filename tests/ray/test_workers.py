@@ -22,7 +22,8 @@ from tests.ray.test_sweep import check_records, drive, start
 
 SweepText = Callable[..., str]
 pytestmark = [pytest.mark.usefixtures("ray_session", "ready_store")]
-TWO = {"cpus_per_trial": 2, "workers": 2}
+TWO = {"cpus_per_trial": 2, "workers": 2, "max_failures": 0}
+"""An attempt that failed would be made good by the next one, which has new processes."""
 
 
 def trained(folder: SweepFolder, trial_id: str = "t0000") -> dict[str, Any]:
@@ -90,21 +91,31 @@ def test_what_a_worker_failed_of_reaches_the_user(order: str, said: str, sweep_t
     limit = {"max_report_seconds": 40.0} if order == "hang-1" else {}
     _, outcome = run(sweep_text, tmp_path, [f"{order}.1"], max_failures=0, **limit)
     assert outcome.counts == {"failed": 1}
+    assert list((tmp_path / "orders").iterdir()) == [], "it failed of what it was told to"
     (error,) = outcome.failures.values()
     assert said in reason(error)
 
 
 @pytest.mark.slow
 @pytest.mark.acceptance
-def test_a_population_of_members_of_two_processes(sweep_text: SweepText, tmp_path: Path) -> None:
-    """Copies of weights and changed values reach the second process of a member."""
-    population = {"num_members": 2, "interval_steps": 5, "quantile_fraction": 0.5}
-    folder = start(sweep_text("population", population=population, resources=TWO), tmp_path)
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_a_population_of_members_of_two_processes(
+    cpus: int, sweep_text: SweepText, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    """Copies of weights and changed values reach the second process, of a member that stays, and of two in turns.
+
+    That both processes have the same weights is looked at after every training.
+    """
+    population = {"num_members": 2, "interval_steps": 5, "quantile_fraction": 0.5, "synchronous": True}
+    text = sweep_text(
+        "population", train={**tiny, "num_steps": 20}, population=population, resources={**TWO, "cpus_per_trial": cpus}
+    )
+    folder = start(text, tmp_path)
     outcome, shown = drive(folder)
     assert outcome.counts == {"finished": 2}, shown
     rows = collect(folder.path).records.to_pylist()
-    assert any(row["event"] == "exploit" for row in rows)
-    check_records(folder, 2, 10)
+    assert sum(row["event"] == "exploit" for row in rows) == 3
+    check_records(folder, 2, 20)
 
 
 def test_more_workers_than_the_cluster_holds_are_refused(

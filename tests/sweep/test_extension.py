@@ -92,6 +92,23 @@ def test_another_file_may_differ_in_the_budget_only(
     assert spec_of(folder).resources.max_failures == 3, "what was refused changed nothing"
 
 
+def test_names_of_nodes_and_resources_may_have_dots_and_may_go(sweep_text: SweepText, tmp_path: Path) -> None:
+    """Ray's own labels have dots: ray.io/region. Changes are kept under dotted names."""
+    folder = launched(sweep_text(resources={"labels": {"ray.io/region": "eu", "zone": "a"}}), tmp_path)
+    file = tmp_path / "new.toml"
+    for given in (
+        {"labels": {"ray.io/region": "us", "a.b": "!c"}, "custom": {"site.fast": 1.0}},
+        {"labels": {"a.b": "d"}, "custom": {"site.slow": 0.5, "x": 2.0}},
+        {"labels": {}},
+    ):
+        file.write_text(sweep_text(resources=given))
+        changes = extend(folder, file)
+        found = spec_of(folder).resources
+        assert (found.labels, found.custom) == (given["labels"], given.get("custom", {}))
+        assert changes["resources.labels"] == given["labels"], "a table in one piece"
+        assert extend(folder, file) == {}
+
+
 def test_an_edited_copy_is_noticed(sweep_text: SweepText, tmp_path: Path) -> None:
     folder = launched(sweep_text(), tmp_path)
     folder.spec_path.write_text(sweep_text(seed=5))

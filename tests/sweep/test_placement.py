@@ -34,7 +34,8 @@ def test_workers_share_what_a_trial_gets() -> None:
 def test_a_trial_asks_for_a_bundle_for_each_worker() -> None:
     wanted = request(resources(cpus_per_trial=4, workers=2, placement="strict_spread", labels={"zone": "in(eu, us)"}))
     assert (wanted.bundles, wanted.strategy) == ([{"CPU": 2}, {"CPU": 2}], "STRICT_SPREAD")
-    assert wanted._bound.kwargs == {"bundle_label_selector": [{"zone": "in(eu, us)"}] * 2}
+    # with a space Ray would look for nodes whose zone is " us"
+    assert wanted._bound.kwargs == {"bundle_label_selector": [{"zone": "in(eu,us)"}] * 2}
     alone = request(resources())
     assert (alone.bundles, alone.strategy, alone._bound.kwargs) == ([{"CPU": 1}], "PACK", {})
 
@@ -135,6 +136,9 @@ def test_a_node_is_described_by_what_can_be_asked_of_it() -> None:
         ({"gpus_per_trial": 1.5}, r"gpus_per_trial must be a whole number, or at most 1, got 1.5"),
         ({"custom": {"GPU": 1}}, r"custom.GPU must be a resource of yours"),
         ({"custom": {"fast": 1.5}}, r"custom.fast must be a whole number, or between 0.0001 and 1, got 1.5"),
+        ({"labels": {"zone/": "eu"}}, r"labels must have names of letters, digits, .* got 'zone/'"),
+        ({"labels": {"zone": "in(a,)"}}, r"labels.zone must be value, .* got 'in\(a,\)'"),
+        ({"labels": {"zone": "-a"}}, r"labels.zone must be value, .* got '-a'"),
         ({"labels": {"zone": "in("}}, r"labels.zone must be value, !value, in\(a, b\) or !in\(a, b\), got 'in\('"),
         ({"workers": 3}, r"batch_size must be a multiple of workers x accumulation_steps = 3 x 1, got 4"),
         ({"workers": 4}, r"probes.sharpness.batch_size must be at least the number of workers, 4, got 2"),

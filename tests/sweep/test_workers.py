@@ -14,7 +14,7 @@ from torch import distributed
 from landscape_ray.errors import UserError
 from landscape_ray.sweep import workers
 from landscape_ray.sweep.resources import ResourcesConfig
-from landscape_ray.sweep.workers import Workers, lost_peer, use_interface, workers_of
+from landscape_ray.sweep.workers import Follower, Workers, lost_peer, use_interface, workers_of
 from landscape_ray.training import TrainConfig, TrainState
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:22222"
@@ -57,6 +57,40 @@ def test_other_weights_are_an_error(team: Workers, tiny_config: TrainConfig, mon
     monkeypatch.setattr(workers, "_results", lambda calls: [(1, mine[1] + 1)])
     with pytest.raises(RuntimeError, match="worker 1 of the trial has other weights than worker 0 after step 1"):
         list(team.train(state, 1))
+
+
+def test_a_replica_lives_as_long_as_the_state_of_the_first_process(
+    tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An object that has made an update is no match for a new one, which has yet to ask which parameters are used."""
+    follower, team = object.__new__(Follower), object.__new__(Workers)
+    follower._state, team._known, sent = None, None, []
+
+    def remote(*given: Any) -> None:
+        sent.append(given)
+        follower.open(*given)
+
+    team._followers = [SimpleNamespace(open=SimpleNamespace(remote=remote))]
+    monkeypatch.setattr(workers.ray, "put", lambda content: content)
+    monkeypatch.setattr(workers, "_results", lambda calls: calls)
+    state = TrainState.create(tiny_config)
+    team._bring(state)
+    first: Any = follower._state
+    team._bring(state)
+    assert len(sent) == 1, "there is nothing new"
+    schedule = tiny_config.schedule.model_copy(update={"peak_lr": 0.5})
+    state.config = tiny_config.model_copy(update={"schedule": schedule})
+    team._bring(state)
+    assert follower._state is first
+    assert first.config == state.config
+    state.restore(state.payload())
+    team._bring(state)
+    assert (len(sent), follower._state) == (3, first)
+    team._bring(TrainState.create(tiny_config))
+    last: Any = follower._state
+    assert last is not first
+    assert last.data is first.data
+    assert last.config == tiny_config
 
 
 def test_the_first_cause_is_told(team: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
