@@ -82,7 +82,7 @@ def _show_parts(
         "band": f"{CLASS_NOTE} {BAND_NOTE}",
     }
     plurals = {"layer": "layers", "class": "classes", "band": "bands of frequency"}
-    console.print(part_table(f"spectra of the {plurals[what]}", what, size, rows), highlight=False)
+    console.print(part_table(f"spectra of the {plurals[what]}", what, size, rows), highlight=False, crop=False)
     key = f"spectrum-{'layers' if what == 'layer' else 'classes'}-{run_id}"
     figure = parts_figure(key, f"Spectra of the {plurals[what]}: {run_id}", what, rows, note=notes[what])
     numbers = {row.name: {"size": row.size, "largest": row.largest, "smallest": row.smallest} for row in rows}
@@ -116,9 +116,9 @@ def _show_batch_sizes(effect: BatchSizeEffect, run_id: str, out: Path, console: 
     high, low = effect.full_largest, effect.full_smallest
     whole = effect.predict(effect.num_examples)
     rows.append(SizeRow(effect.num_examples, (high.value, high.standard_error), (low.value, low.standard_error), whole))
-    console.print(batch_size_table("extremal eigenvalues by batch size", rows), highlight=False)
-    sizes = np.unique(np.geomspace(effect.batch_sizes[0], effect.num_examples, 60).round().astype(int))
-    law = np.array([effect.predict(int(size)) for size in sizes])
+    console.print(batch_size_table("extremal eigenvalues by batch size", rows), highlight=False, crop=False)
+    sizes = np.geomspace(effect.batch_sizes[0], effect.num_examples, 60).clip(max=effect.num_examples)
+    law = np.array([effect.predict(float(size)) for size in sizes])
     misfit = effect.fit_error_largest, effect.fit_error_smallest
     numbers = {
         "num_examples": effect.num_examples,

@@ -153,6 +153,12 @@ class TextData(Data):
         """
         return _bytes_per_token(self.manifest) if self.manifest is not None else None
 
+    def text_of(self, tokens: Sequence[int]) -> str | None:
+        """Return the text of tokens, with a sign of replacement for what is no UTF-8; None where nobody knows it."""
+        if self.tokenizer is not None:
+            return self.tokenizer.decode(tokens).decode("utf-8", "replace")
+        return bytes(tokens).decode("utf-8", "replace") if self.vocab_size <= NUM_BYTE_VALUES else None
+
     @property
     def shifts(self) -> tuple[str, ...]:
         """Names of the other domains."""

@@ -16,6 +16,12 @@ from landscape_ray.reports.figures import Axis, Figure, Panel, Series, series
 MAX_DRAWN = 20
 """Parts in a figure: those with the largest eigenvalues; the table has all."""
 
+WIDE = 30.0
+"""Between the largest eigenvalues of two parts: from here on the axis is logarithmic."""
+
+ROUNDING = 1e-6
+"""Of the largest eigenvalue of all: what is below has no place on a logarithmic axis."""
+
 Value = tuple[float, float]
 """An eigenvalue and its error."""
 
@@ -51,13 +57,13 @@ def part_table(title: str, what: str, size: str, parts: Sequence[Part]) -> Table
     """
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     table.add_column(what, no_wrap=True)
-    table.add_column(size, justify="right")
+    table.add_column(size, justify="right", no_wrap=True)
     num_largest = max(len(part.largest) for part in parts)
     num_smallest = max(len(part.smallest) for part in parts)
-    names = ["largest", *(f"{place}." for place in range(2, num_largest + 1))]
+    names = ["largest", *(text.ordinal(place) for place in range(2, num_largest + 1))]
     names += ["smallest"] if num_smallest else []
     for name in (*names, "± error", "gradients"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for part in parts:
         shown = [*_padded(part.largest, num_largest), *(_padded(part.smallest, num_smallest)[:1])]
@@ -70,6 +76,13 @@ def part_table(title: str, what: str, size: str, parts: Sequence[Part]) -> Table
             f"{part.price_gradients:.0f}",
             "" if part.converged else "rough",
         )
+    return _at_full_width(table)
+
+
+def _at_full_width(table: Table) -> Table:
+    """Return the table with a width of its own, in a narrow terminal and in a file: numbers cut off are none."""
+    widths = [max(len(str(cell)) for cell in (column.header, *column.cells)) for column in table.columns]
+    table.width = sum(widths) + 2 * len(widths)
     return table
 
 
@@ -94,35 +107,51 @@ def parts_figure(key: str, title: str, what: str, parts: Sequence[Part], *, note
     drawn = [whole, *(part for part in own if part.name in kept)]  # in their own order
     rows = np.arange(len(drawn), dtype=np.float64)
     places = max(len(part.largest) for part in drawn)
-    marks = [_marks(drawn, rows, 0, "largest", "c0", "circle", 9.0)]
+    tops = [part.largest[0][0] for part in drawn]
+    wide = min(tops) > 0 and max(tops) > WIDE * min(tops)
+    least = ROUNDING * max(tops) if wide else -math.inf
+    marks = [_marks(drawn, rows, 0, "largest", "c0", "circle", 9.0, least)]
     if places > 1:
-        name = "2. largest" if places == 2 else f"2. to {places}. largest"
-        further = [_marks(drawn, rows, place, name, "c5", "circle", 6.0) for place in range(1, places)]
+        name = "2nd largest" if places == 2 else f"2nd {'and' if places == 3 else 'to'} {text.ordinal(places)} largest"
+        further = [_marks(drawn, rows, place, name, "c5", "circle", 6.0, least) for place in range(1, places)]
         marks = [*further, *marks]
     if any(part.smallest for part in drawn):
-        marks.insert(0, _marks(drawn, rows, -1, "smallest", "c1", "square", 8.0))
+        name = "size of the smallest, where negative" if wide else "smallest"
+        marks.insert(0, _marks(drawn, rows, -1, name, "c1", "square", 8.0, least))
     left_out = len(own) - len(shown)
     labels = tuple(f"{part.name}, {part.size}" if part.size else part.name for part in drawn)
     return Figure(
         key=key,
         title=title,
         takeaway=_takeaway(what, whole, own),
-        x=Axis(label="eigenvalue of the Hessian"),
+        x=Axis(label="eigenvalue of the Hessian", scale="log" if wide else "linear"),
         panels=(Panel(y=Axis(label="", categories=labels), series=tuple(marks)),),
         note=note + (f" Not drawn: {text.plural(left_out, what)} with smaller eigenvalues." if left_out else ""),
     )
 
 
 def _marks(
-    parts: Sequence[Part], rows: np.ndarray, place: int, name: str, color: str, symbol: str, size: float
+    parts: Sequence[Part],
+    rows: np.ndarray,
+    place: int,
+    name: str,
+    color: str,
+    symbol: str,
+    size: float,
+    least: float,
 ) -> Series:
-    """Return one mark a part: its largest eigenvalue of this place, or its smallest one for -1."""
+    """Return one mark a part: its largest eigenvalue of this place, or its smallest one for -1.
+
+    `least` is the least that can be drawn; where that is positive, on a logarithmic axis, the smallest eigenvalues are
+    drawn without their sign.
+    """
+    sign = -1.0 if place < 0 and least > 0 else 1.0
     x, y, said = [], [], []
     for part, row in zip(parts, rows.tolist(), strict=True):
         values = part.smallest[:1] if place < 0 else part.largest[place : place + 1]
         for value, _ in values:
-            if math.isfinite(value):
-                x.append(value)
+            if math.isfinite(value) and sign * value > least:
+                x.append(sign * value)
                 y.append(row)
                 said.append(part.name)
     return series("points", x, y, name=name, color=color, symbol=symbol, size=size, hover=tuple(said))
@@ -171,7 +200,7 @@ def batch_size_table(title: str, rows: Sequence[SizeRow]) -> Table:
         for (value, error), law in zip((row.largest, row.smallest), row.expected, strict=True):
             cells += [text.number(value), text.number(error, 2), "" if whole else text.number(law)]
         table.add_row(f"{row.batch_size:,}" + (" (all)" if whole else ""), *cells)
-    return table
+    return _at_full_width(table)
 
 
 def batch_size_figure(

@@ -83,7 +83,9 @@ def render(figure: Figure, kind: Literal["png", "svg"] = "png", theme: Theme = "
         _colorbar(canvas, axes, figure, colors)
     _legend(canvas, figure, colors)
     canvas.suptitle(_literal(figure.title), x=0.012, ha="left", fontsize=13, fontweight="bold", color=colors["text"])
-    axes[0].set_title(_literal(_wrapped(figure.takeaway)), loc="left", fontsize=9.5, color=colors["faint"], pad=8)
+    axes[0].set_title(
+        _literal(_wrapped(figure.takeaway, _characters(figure))), loc="left", fontsize=9.5, color=colors["faint"], pad=8
+    )
     out = io.BytesIO()
     # no date and no random identifiers: equal figures are equal bytes
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
@@ -209,11 +211,18 @@ def _legend(canvas: Canvas, figure: Figure, colors: dict[str, str]) -> None:
         canvas.legend(handles=handles, labelcolor=colors["text"], **where)
 
 
+def _characters(figure: Figure) -> int:
+    """Return how many characters fit above the axes: names at the vertical axis take room from about 20 on."""
+    longest = max(len(name) for panel in figure.panels for name in (*panel.y.categories, ""))
+    return max(40, min(100, 118 - longest))
+
+
 def _wrapped(text: str, width: int = 100) -> str:
     words: list[str] = []
     for word in text.split():
         # what stands in parentheses is a formula or an interval, and stays on one line unless it is long
-        if words and len(words[-1]) < 30 and words[-1].count("(") > words[-1].count(")"):
+        inside = bool(words) and len(words[-1]) < 30 and words[-1].count("(") > words[-1].count(")")
+        if inside or (words and word.startswith("%")):
             words[-1] += f" {word}"
         else:
             words.append(word)

@@ -210,9 +210,9 @@ def _outliers(state: TrainState, batches: list[tuple[Batch, int]], update: Seque
     found = opposing_groups(state.module, state.objective, batches, update, seed=state.config.seed)
     inputs, targets = examples_at(batches, torch.cat([found.decreasing, found.increasing]))
     texts: tuple[str, ...] | None = None
-    if isinstance(state.data, TextData) and (state.data.tokenizer is not None or state.data.vocab_size <= 256):
-        decode = bytes if state.data.tokenizer is None else state.data.tokenizer.decode
-        texts = tuple(decode(row).decode("utf-8", "replace") for row in inputs.tolist())
+    if isinstance(state.data, TextData):
+        known = [state.data.text_of(row) for row in inputs.tolist()]
+        texts = tuple(row for row in known if row is not None) or None
     return OutlyingExamples(
         found=found,
         inputs=inputs.cpu(),

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from landscape_ray.data import Batch
+from landscape_ray import text
+from landscape_ray.data import Batch, Data, TextData
 from landscape_ray.probes.operators.blocks import by_class, frequency_bands, layers
 from landscape_ray.probes.spectrum.batch_size import BatchSizeEffect, batch_size_effect
 from landscape_ray.probes.spectrum.eigenpairs import Eigenvalues, eigenvalues
@@ -18,6 +19,9 @@ MAX_CLASSES = 20
 """Of what a network tells apart, each by itself; more, such as the tokens of a vocabulary, are put into bands."""
 
 NUM_BANDS = 8
+
+MAX_NAMED = 4
+"""Tokens that the name of a band spells out."""
 
 Progress = Callable[[str], None]
 
@@ -115,7 +119,10 @@ def spectra(
         bands = int((torch.bincount(targets) > 0).sum()) > MAX_CLASSES
         groups = frequency_bands(targets, NUM_BANDS) if bands else None
         shares = {number: part.share for number, part in by_class(loss, batches, groups).items()}
-        names = {number: _band(targets, groups, number) if groups is not None else str(number) for number in shares}
+        names = {
+            number: _band(state.data, targets, groups, number) if groups is not None else str(number)
+            for number in shares
+        }
         by_number = class_eigenvalues(
             module,
             loss,
@@ -140,8 +147,13 @@ def spectra(
     )
 
 
-def _band(targets: torch.Tensor, groups: torch.Tensor, number: int) -> str:
-    """Return a band's name: its place, and how many values that occur are in it."""
-    present = torch.bincount(targets.cpu()).nonzero().flatten()
-    count = int((groups[present] == number).sum())
-    return f"{number + 1} ({count} {'value' if count == 1 else 'values'})"
+def _band(data: Data, targets: torch.Tensor, groups: torch.Tensor, number: int) -> str:
+    """Return a band's name: its place, and the values in it that occur: a few as text, or how many."""
+    counts = torch.bincount(targets.flatten().cpu())
+    present = [value for value in counts.argsort(descending=True, stable=True).tolist() if counts[value] > 0]
+    own = [value for value in present if int(groups[value]) == number]
+    if isinstance(data, TextData) and len(own) <= MAX_NAMED:
+        texts = [data.text_of([value]) for value in own]
+        if None not in texts:
+            return f"{number + 1} ({' '.join(repr(own_text) for own_text in texts)})"
+    return f"{number + 1} ({text.plural(len(own), 'token' if isinstance(data, TextData) else 'value')})"

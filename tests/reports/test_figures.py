@@ -20,7 +20,7 @@ from landscape_ray.reports.figures import (
     thin,
     visible,
 )
-from landscape_ray.reports.static import _wrapped
+from landscape_ray.reports.static import _characters, _wrapped
 
 # Machado, Oliveira and Fernandes 2009, severity 1, for linear RGB
 DEFICIENCIES = {
@@ -156,3 +156,15 @@ def test_formulas_and_intervals_stay_on_one_line() -> None:
     assert _wrapped(f"{ahead} τ (+0.44 to +0.79).").split("\n") == [f"{ahead} τ", "(+0.44 to +0.79)."]
     long = "(" + " ".join(["word"] * 40) + ")"
     assert max(len(line) for line in _wrapped(long).split("\n")) <= 100
+    assert _wrapped(f"{ahead} off by 1.7 % at").split("\n") == [f"{ahead} off by", "1.7 % at"]
+
+
+def test_long_names_at_the_axis_leave_less_room_for_the_takeaway() -> None:
+    def widest(name: str) -> int:
+        panel = Panel(y=Axis(label="", categories=(name, "b")), series=(series("points", [1, 2], [0, 1]),))
+        figure = Figure(key="k", title="t", takeaway="word " * 60, x=Axis(label="x"), panels=(panel,))
+        return _characters(figure)
+
+    assert widest("a") == 100
+    assert widest("blocks.0.attention.qkv, 12,288") == 88
+    assert widest("x" * 200) == 40

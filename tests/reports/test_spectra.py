@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
+from rich.console import Console
 
 from landscape_ray.reports.spectra import (
     MAX_DRAWN,
@@ -35,9 +37,35 @@ def test_layers_are_beside_the_whole():
     assert panel.y.categories == ("whole network, 10", "0, 10", "2, 10")
     drawn = {item.name: item for item in panel.series}
     assert drawn["largest"].x.tolist() == [20.0, 5.0, 15.0]
-    assert drawn["2. largest"].x.tolist() == [9.0, 1.0, 4.0]
+    assert drawn["2nd largest"].x.tolist() == [9.0, 1.0, 4.0]
     assert drawn["smallest"].x.tolist() == [-1.0, -1.0, -0.5]
     assert render(figure)[1:4] == b"PNG"
+
+
+def test_far_apart_layers_are_on_a_logarithmic_axis_with_the_sizes_of_negative_eigenvalues():
+    rows = [part("whole", 50.0, 20.0, 9.0), part("a", 40.0, 10.0, 5.0), part("b", 0.1, 0.05, -0.01, smallest=0.001)]
+    figure = parts_figure("spectrum-layers-t0", "Spectra", "layer", rows, note="")
+    assert figure.x.scale == "log"
+    drawn = {item.name: item for item in figure.panels[0].series}
+    assert drawn["size of the smallest, where negative"].x.tolist() == [1.0, 1.0]
+    assert drawn["largest"].x.tolist() == [50.0, 40.0, 0.1]
+    assert sorted(x for s in figure.panels[0].series if s.name == "2nd and 3rd largest" for x in s.x.tolist()) == [
+        0.05,
+        5.0,
+        9.0,
+        10.0,
+        20.0,
+    ]
+    assert render(figure)[1:4] == b"PNG"
+
+
+def test_a_table_keeps_its_numbers_in_a_narrow_terminal():
+    values = (55.123, 28.222, 20.811, 19.755, 18.666)
+    table = part_table("found", "layer", "parameters", [part("blocks.0.attention.qkv", *values, size="16,384")] * 2)
+    out = io.StringIO()
+    Console(file=out, width=60).print(table, crop=False)
+    for value in ("55.12", "28.22", "20.81", "19.75", "18.67", "16,384", "blocks.0.attention.qkv"):
+        assert out.getvalue().count(value) == 2
 
 
 def test_classes_are_compared():
@@ -60,7 +88,7 @@ def test_few_parameters_and_unknown_values():
     rows = [part("whole", 3.0, 2.0, 1.0), part("tiny", 1.0), part("lost", math.nan, converged=False)]
     table = part_table("found", "layer", "parameters", rows)
     assert cells(table, "largest") == ["3", "1", "unknown"]
-    assert cells(table, "3.") == ["1", "", ""]
+    assert cells(table, "3rd") == ["1", "", ""]
     assert cells(table, "± error") == ["0.02"] * 3
     assert cells(table, "") == ["", "", "rough"]
     assert "lost" not in "".join(parts_figure("k", "t", "layer", rows, note="").panels[0].y.categories)

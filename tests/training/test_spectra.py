@@ -32,7 +32,8 @@ def test_a_vocabulary_is_measured_in_bands_that_sum_to_the_whole() -> None:
     assert found.bands
     assert 2 <= len(found.classes) <= NUM_BANDS
     assert sum(part.size for part in found.classes.values()) == pytest.approx(1.0)
-    assert all(" value" in name for name in found.classes)
+    assert all(name.startswith(f"{place} (") for place, name in enumerate(found.classes, start=1))
+    assert any("'" in name or " tokens)" in name for name in found.classes)
     assert told[0] == "spectrum of the whole network"
     assert told[1:] == [f"spectrum of band {name}" for name in found.classes]
     assert found.whole is not None

@@ -53,7 +53,7 @@ class BatchSizeEffect:
     price_gradients: float
     cost_seconds: float
 
-    def predict(self, batch_size: int) -> tuple[float, float]:
+    def predict(self, batch_size: float) -> tuple[float, float]:
         """Return the largest and the smallest eigenvalue that the fit expects on batches of this size.
 
         Args:
@@ -224,7 +224,7 @@ def check_batch_sizes(batch_sizes: Sequence[int], num_examples: int) -> list[int
     return sizes
 
 
-def _shortage(batch_size: int, num_examples: int) -> float:
+def _shortage(batch_size: float, num_examples: int) -> float:
     """Return 1/B - 1/N: the variance of a mean over B of N examples, drawn without replacement."""
     return 1.0 / batch_size - 1.0 / num_examples
 

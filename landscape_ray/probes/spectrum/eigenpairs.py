@@ -217,10 +217,12 @@ def solve(
     )
     if not (bool(pairs.values.isfinite().all()) and math.isfinite(operator.mean_loss)):
         return dataclasses.replace(unknown(k, num_smallest), num_matvecs=pairs.num_matvecs)
+    # residuals go on shrinking while other pairs are waited for; products are no better than their rounding
+    rounding = torch.finfo(function.dtype).eps * float(pairs.ritz_values.abs().max())
     found = tuple(
         Estimate(
             value=value,
-            standard_error=residual,
+            standard_error=max(residual, rounding),
             num_matvecs=pairs.num_matvecs,
             converged=pairs.converged or residual < tol * max(abs(value), FLOOR * float(pairs.ritz_values.abs().max())),
             vector=vector,

@@ -25,8 +25,17 @@ def student(degrees: float) -> float:
 
 
 def random_signs(size: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a vector of signs, the same on every device."""
-    return torch.randint(2, (size,), generator=generator, dtype=torch.int8).to(device, dtype).mul_(2).sub_(1)
+    """Return a vector of signs, the same on every device: those of the bits of random words.
+
+    Drawing each sign by itself takes five times as long on a processor, and eight times as much goes to a device.
+    """
+    words = torch.randint(-(2**63), 2**63 - 1, (-(-size // 64),), generator=generator)
+    octets = words.view(torch.uint8).to(device, torch.int32)
+    return SIGNS_OF_BYTES.to(device, dtype).index_select(0, octets).view(-1)[:size]
+
+
+SIGNS_OF_BYTES = (2 * (torch.arange(256)[:, None] >> torch.arange(8) & 1) - 1).to(torch.int8)
+"""Row i holds the bits of i as signs, (256, 8)."""
 
 
 def error_of_mean(values: Sequence[float]) -> float:

@@ -13,6 +13,7 @@ from landscape_ray.probes.losses import OutputLoss
 from landscape_ray.probes.probe import Host
 from landscape_ray.probes.spectrum.density import SpectralDensityProbe, spectral_density
 from landscape_ray.probes.spectrum.quadrature import lanczos_quadrature
+from landscape_ray.probes.spectrum.sign_samples import random_signs
 
 CROSS_ENTROPY = OutputLoss(nn.CrossEntropyLoss(reduction="none"), "categorical")
 NUM_SEEDS = 200
@@ -43,7 +44,7 @@ def test_moments_of_a_run_are_those_of_its_vector():
     found = quadrature(A, num_steps=8, num_vectors=3, seed=5)
     generator = torch.Generator().manual_seed(5)
     for nodes, weights in zip(found.nodes, found.weights, strict=True):
-        v = torch.randint(2, (len(A),), generator=generator, dtype=torch.int8).double() * 2 - 1
+        v = random_signs(len(A), generator, torch.float64, torch.device("cpu"))
         power = v
         for degree in range(16):  # exact below 2 m
             assert float((weights * nodes**degree).sum()) == pytest.approx(float(v @ power) / len(A), rel=1e-9)

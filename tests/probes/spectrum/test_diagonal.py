@@ -58,7 +58,7 @@ def test_known_outliers_are_no_error():
     helped = diagonal(lambda v: matrix @ v, low_rank=(spectrum[:3], axes.T[:3]), **settings)
     assert (plain.num_matvecs, plain.converged) == (100, False)
     assert (helped.num_matvecs, helped.converged) == (3, True)
-    assert float((helped.values - matrix.diagonal()).norm()) < 0.01 * float((plain.values - matrix.diagonal()).norm())
+    assert float((helped.values - matrix.diagonal()).norm()) < 0.02 * float((plain.values - matrix.diagonal()).norm())
     # a part that is not one of the matrix leaves the result unbiased, and its error true
     off = diagonal(lambda v: matrix @ v, low_rank=(2 * spectrum[:3], axes.T[:3]), **settings)
     assert float((off.values - matrix.diagonal()).norm()) <= 2 * float(off.standard_errors.norm())

@@ -189,9 +189,15 @@ def test_train_mode_takes_each_micro_batch_as_a_whole():
     module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).double()
     batch = (torch.randn(16, 6).double(), torch.randint(4, (16,)))
     truth = dense_trace(module.train(), cross_entropy, [batch])
-    estimate = ggn_trace(module, cross_entropy, [batch], tol=0.05, max_gradients=400, eval_mode=False)
-    assert estimate.route == "chunks"
-    assert abs(estimate.value - truth) <= 4 * estimate.standard_error
+    # sixteen examples tell so little of their own spread that one estimate in twenty is four of its errors off
+    estimates = [
+        ggn_trace(module, cross_entropy, [batch], tol=0.05, max_gradients=400, eval_mode=False, seed=seed)
+        for seed in range(10)
+    ]
+    assert {estimate.route for estimate in estimates} == {"chunks"}
+    values = torch.tensor([estimate.value for estimate in estimates])
+    assert abs(float(values.mean()) - truth) <= 4 * float(values.std()) / math.sqrt(10)
+    assert float(values.std()) < 0.2 * truth
     alone = ggn_trace(module, cross_entropy, [batch], max_gradients=0.1, eval_mode=False)
     assert math.isinf(alone.standard_error)  # nothing to compare one sample with
     assert alone.converged is False
