@@ -55,6 +55,7 @@ def some_done_some_not(found: dict[str, RunSummary]) -> bool:
     return statuses["finished"] >= 1 and any(10 <= step <= STEPS // 2 for step in under_way)
 
 
+@pytest.mark.slow
 @pytest.mark.acceptance
 def test_kill_9_in_the_middle_of_a_search(sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path) -> None:
     train = {**tiny, "num_steps": STEPS, "batch_size": 32}
@@ -111,8 +112,9 @@ def test_kill_9_in_the_middle_of_a_population(
         assert history(folder) == history(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.acceptance
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(
     sweep_text: Callable[..., str], tiny: dict[str, Any], tmp_path: Path, number: signal.Signals
 ) -> None:
