@@ -487,6 +487,27 @@ def test_members_on_a_gpu_are_what_they_are_alone(configs: Configs, name: str, r
     assert_same(cohort, list(cohort.train()), alone(settings), BF16 if name == "muon" else 1e-4)
 
 
+def test_a_checkpoint_goes_on_where_its_route_is_not_to_be_had(configs: Configs, tmp_path: Path) -> None:
+    """As where a cohort moves from a GPU to a machine without one."""
+    settings = configs()
+    whole = Cohort.create(settings, route="stacked")
+    list(whole.train())
+    part = Cohort.create(settings, route="stacked")
+    list(part.train(5))
+    part.save(tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    manifest["choice"] = {"route": "graphed", "chunk": 3}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    rest, _ = Cohort.load(tmp_path)
+    list(rest.train())
+    assert rest.choice is not None
+    assert rest.choice.route != "graphed"
+    for ours, theirs in zip(rest.members, whole.members, strict=True):
+        torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="route must suit the members, got 'graphed' where graphs are for CUDA"):
+        Cohort.create(settings, route="graphed")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_graph_is_repeated_to_the_bit_over_a_checkpoint(configs: Configs, tmp_path: Path) -> None:
