@@ -147,7 +147,9 @@ def rank(
     ] = None,
 ) -> None:
     """Rank study: which probe tells how a run generalises, over all runs and at equal settings?"""
-    from landscape_ray.reports.ranking import main_setting, rank_figure, rank_study, rank_tables
+    from landscape_ray.reports.rank_figure import rank_figure
+    from landscape_ray.reports.rank_tables import rank_tables
+    from landscape_ray.reports.ranking import main_setting, rank_study
 
     console = new_console()
     folders = open_all(sweeps, results)

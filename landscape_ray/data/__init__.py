@@ -19,14 +19,15 @@ from landscape_ray.data.algorithmic import (
 )
 from landscape_ray.data.custom import CustomDataConfig, open_custom
 from landscape_ray.data.dataset import Batch, Data
+from landscape_ray.data.drift import DriftConfig, open_drift
 from landscape_ray.data.images import ImageConfig, open_images
-from landscape_ray.data.streams import DriftConfig, TaskSequenceConfig, open_drift, open_task_sequence
 from landscape_ray.data.synthetic import (
     RandomFeaturesConfig,
     TeacherConfig,
     open_random_features,
     open_teacher,
 )
+from landscape_ray.data.task_sequence import TaskSequenceConfig, open_task_sequence
 from landscape_ray.data.text import TextConfig, TextData, open_text
 
 DataConfig: TypeAlias = Annotated[

@@ -24,8 +24,10 @@ from torch import Tensor
 from landscape_ray.data.cache import default_cache
 from landscape_ray.data.corruption import Corruption, Integers, corrupt, stratified_order
 from landscape_ray.data.dataset import AUGMENT_STREAM, PROBE_STREAM, TRAIN_STREAM, Batch, Data, generator_for
-from landscape_ray.data.image_files import Advance, LabelledImages, Pixels, read_images
+from landscape_ray.data.image_files import read_images
+from landscape_ray.data.image_sets import LabelledImages, Pixels
 from landscape_ray.data.image_shifts import SHIFTS, shifted
+from landscape_ray.data.pictures import Advance
 from landscape_ray.errors import UserError
 from landscape_ray.signature import Images
 

@@ -29,7 +29,8 @@ from landscape_ray.reports.figures import Figure, palette
 from landscape_ray.reports.importance_figure import importance
 from landscape_ray.reports.interactive import legend, plotly_js, specification
 from landscape_ray.reports.markup import prose
-from landscape_ray.reports.ranking import RankStudy, rank_figure
+from landscape_ray.reports.rank_figure import rank_figure
+from landscape_ray.reports.ranking import RankStudy
 from landscape_ray.reports.template import PAGE, POLICY, SCRIPT, STYLE
 from landscape_ray.reports.views import Sweep, open_sweep
 

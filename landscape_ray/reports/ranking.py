@@ -15,18 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from landscape_ray import text
 from landscape_ray.analysis.runs import Run
 from landscape_ray.config import flatten
 from landscape_ray.errors import UserError
 from landscape_ray.laws.ranking import MIN_RUNS, Association, conditional, holm, kendall
-from landscape_ray.reports.charts import describe
-from landscape_ray.reports.figures import Axis, ColorBar, Figure, Panel, sequential, series
-from landscape_ray.reports.views import Sweep, label, loss_unit, open_sweep
+from landscape_ray.reports.views import Sweep, label, open_sweep
 
 if TYPE_CHECKING:
     from landscape_ray.tracking.folder import SweepFolder
@@ -42,8 +37,6 @@ NO_SETTINGS = ("probes", "eval", "device", "compile")
 """Tables and fields that do not change what is trained; nor do seeds, beyond noise."""
 
 SIGNIFICANT = 0.05
-
-MAX_PANELS = 3
 
 Found = Association | str
 """A correlation, or why there is none."""
@@ -85,7 +78,7 @@ class RankStudy:
 
     def significant(self, rows: Sequence[Row]) -> set[tuple[int, str]]:
         """Return (row, target) of the cells with p < 0.05 after Holm's correction for all cells of the table."""
-        cells = _correlations(rows)
+        cells = correlations(rows)
         adjusted = holm([found.p_value for _, _, found in cells])
         return {(k, name) for (k, name, _), p in zip(cells, adjusted, strict=True) if p < SIGNIFICANT}
 
@@ -113,7 +106,7 @@ class RankStudy:
                 }
                 for k, row in enumerate(rows)
             ]
-            return {"num_comparisons": len(_correlations(rows)), "rows": lines}
+            return {"num_comparisons": len(correlations(rows)), "rows": lines}
 
         return {
             "sweeps": [sweep.name for sweep in self.sweeps],
@@ -193,82 +186,9 @@ def definitions(study: RankStudy) -> str:
     )
 
 
-def rank_figure(study: RankStudy) -> Figure:
-    """Return the measures that rank the gap best against it, one mark a run, coloured by its peak learning rate."""
-    ranked = _ranked(study)
-    peaks = [run.peak_lr for run in study.runs.values()]
-    coloured = min(peaks) > 0 and max(peaks) > 1.0001 * min(peaks)
-    low, high = (math.log10(min(peaks)), math.log10(max(peaks))) if coloured else (0.0, 0.0)
-    panels = []
-    for row in _shown(study, ranked) or ranked[:1]:
-        marks, shown = [], []
-        for (name, run), measured, target in zip(
-            study.runs.items(), study.measures[row.measure], study.targets[study.headline], strict=True
-        ):
-            if math.isfinite(measured) and math.isfinite(target):
-                color = sequential(math.log10(run.peak_lr), low, high) if coloured else "c0"
-                hover = f"{describe(run, name)} · {row.measure}"
-                marks.append(series("points", [target], [measured], color=color, size=10, hover=hover))
-                shown.append(measured)
-        wide = min(shown, default=0.0) > 0 and max(shown) > 8 * min(shown)
-        found = row.cells[study.headline]
-        tau = "–" if isinstance(found, str) else text.signed(found.tau, 2)
-        axis = Axis(label=f"{row.measure} (τ {tau})", scale="log" if wide else "linear")
-        panels.append(Panel(y=axis, series=tuple(marks)))
-    return Figure(
-        key="rank",
-        title=f"How measures rank the {_spoken(study)}",
-        takeaway=_takeaway(study, ranked),
-        x=Axis(label=_spoken(study), unit=loss_unit(study.sweeps)),
-        panels=tuple(panels),
-        note=definitions(study),
-        colorbar=ColorBar(label="log₁₀ of the peak learning rate", best=low, worst=high) if coloured else None,
-    )
-
-
 def main_setting(study: RankStudy) -> str | None:
     """Return the setting that measures follow most often: the learning rate, or the first; None without any."""
     return next((name for name in study.settings if name.endswith("peak_lr")), next(iter(study.settings), None))
-
-
-def rank_tables(study: RankStudy, given: str | None = None) -> RenderableType:
-    """Return the study as two tables: all runs, and comparable runs.
-
-    Args:
-        study: what to show.
-        given: hyperparameter whose comparisons are shown; None for all.
-
-    Raises:
-        UserError: the runs do not differ in it.
-    """
-    if given is not None and given not in study.settings:
-        raise UserError(
-            f"--given must be a setting that the runs differ in ({text.listing(list(study.settings))}), got '{given}'"
-        )
-    chosen = [row for row in study.conditional if given is None or given in row.compared.split()]
-    names = ", ".join(sweep.name for sweep in study.sweeps)
-    head = Text.assemble(
-        (f"rank study of {names}: ", "bold"),
-        f"{text.plural(len(study.runs), 'run')} of {text.plural(study.num_configurations, 'configuration')}",
-        _left_out(study.excluded),
-    )
-    notes = [definitions(study)]
-    for rows, title in ((study.overall, "first"), (study.conditional, "second")):
-        if rows:
-            number = len(_correlations(rows))
-            notes.append(f"{title} table: {text.plural(number, 'comparison')}, {len(study.significant(rows))} marked")
-    notes[1:] = [f"*: p < {SIGNIFICANT:g} after Holm's correction for all of its table ({'; '.join(notes[1:])})."]
-    cells = [cell for row in study.conditional for cell in row.cells.values() if isinstance(cell, Association)]
-    adjusted = sorted({name for cell in cells for name in cell.adjusted_for})
-    if adjusted:
-        notes.append(
-            f"~: too few pairs are equal in {text.listing(adjusted)}; their effect on the ranks was subtracted instead."
-        )
-    others = [name for name in study.settings if name != given]
-    if given is not None and len(chosen) < len(study.conditional):
-        notes.append(f"Not shown: the same for {text.listing(others)} (--given NAME, or --given all).")
-    tables = [_rich_table(study, rows) for rows in (study.overall, chosen) if rows]
-    return Group(head, Text(), *[part for table in tables for part in (table, Text())], *[Text(n) for n in notes])
 
 
 def _unusable(run: Run) -> str:
@@ -384,7 +304,7 @@ def _check(
     most = max((len(found) for found in probed), default=0)
     if most >= MIN_RUNS:
         return
-    finished = f"{most} among {text.plural(len(members), 'finished run')}{_left_out(excluded)}"
+    finished = f"{most} among {text.plural(len(members), 'finished run')}{left_out(excluded)}"
     remedy = "set search.num_trials to 16 or more" if measures or not members else "add [train.probes.sharpness]"
     raise UserError(
         f"a rank study must have {MIN_RUNS} finished configurations with a probe, got {finished}; "
@@ -392,55 +312,19 @@ def _check(
     )
 
 
-def _left_out(excluded: Mapping[str, str]) -> str:
+def left_out(excluded: Mapping[str, str]) -> str:
     """Return how many runs were left out for which reason; empty without any."""
     reasons = list(excluded.values())
     counted = [f"{reasons.count(why)} {why}" for why in dict.fromkeys(reasons)]
     return f" (left out: {', '.join(counted)})" if counted else ""
 
 
-def _spoken(study: RankStudy) -> str:
+def spoken(study: RankStudy) -> str:
+    """Return the headline target in words."""
     return "generalisation gap" if study.headline == GAP else study.headline
 
 
-def _shown(study: RankStudy, ranked: Sequence[Row]) -> list[Row]:
-    """Return the rows that the figure has a panel for: of a measure and its parts, which mostly go together, one."""
-    best: dict[str, Row] = {}
-    for row in ranked:
-        if isinstance(row.cells[study.headline], Association):
-            best.setdefault(row.measure.partition("/")[0], row)
-    return list(best.values())[:MAX_PANELS]
-
-
-def _ranked(study: RankStudy) -> list[Row]:
-    """Return the rows of all runs, those with the strongest correlations with the headline target first."""
-
-    def strength(row: Row) -> float:
-        found = row.cells[study.headline]
-        return -1.0 if isinstance(found, str) else abs(found.tau)
-
-    return sorted(study.overall, key=strength, reverse=True)
-
-
-def _takeaway(study: RankStudy, ranked: Sequence[Row]) -> str:
-    best, target = ranked[0], study.headline
-    found = best.cells[target]
-    if isinstance(found, str):
-        return f"No measure can be ranked with the {target}: {found}."
-    marked = (study.overall.index(best), target) in study.significant(study.overall)
-    certain = "" if marked else "; that may be chance"
-    said = f"{best.measure} ranks the {target} {'best' if len(ranked) > 1 else 'as follows'}: τ {_tau(found)}{certain}."
-    name = main_setting(study)
-    wanted = (best.measure, f"{name} is equal")
-    at_equal = next((row.cells[target] for row in study.conditional if (row.measure, row.compared) == wanted), "")
-    return f"{said} At equal {name}: τ {_tau(at_equal)}." if isinstance(at_equal, Association) else said
-
-
-def _tau(found: Association) -> str:
-    return f"{text.signed(found.tau, 2)} ({text.signed(found.low, 2)} to {text.signed(found.high, 2)})"
-
-
-def _correlations(rows: Sequence[Row]) -> list[tuple[int, str, Association]]:
+def correlations(rows: Sequence[Row]) -> list[tuple[int, str, Association]]:
     """Return the cells of a table that hold a number, with their row and target."""
     return [
         (k, name, cell)
@@ -448,32 +332,3 @@ def _correlations(rows: Sequence[Row]) -> list[tuple[int, str, Association]]:
         for name, cell in row.cells.items()
         if isinstance(cell, Association)
     ]
-
-
-def _rich_table(study: RankStudy, rows: Sequence[Row]) -> Table:
-    marked = study.significant(rows)
-    headings = ["measure", "runs compared", "pairs", *study.targets]
-    body = []
-    last = ""
-    for k, row in enumerate(rows):
-        known = sorted({cell.num_pairs for cell in row.cells.values() if isinstance(cell, Association)})
-        pairs = "–" if not known else str(known[0]) if len(known) == 1 else f"{known[0]}–{known[-1]}"
-        cells = [_cell_text(cell, (k, name) in marked) for name, cell in row.cells.items()]
-        body.append(["" if row.measure == last else row.measure, row.compared, pairs, *cells])
-        last = row.measure
-    # a table keeps its width in a narrow terminal and in a file: numbers that are cut off are none
-    columns = zip(headings, *body, strict=True)
-    width = sum(2 + max(len(line) for line in "\n".join(column).split("\n")) for column in columns)
-    table = Table(box=None, header_style="bold", pad_edge=False, width=width)
-    for position, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if position == 2 else "left", no_wrap=True)
-    for line in body:
-        table.add_row(*(Text(part) for part in line))
-    return table
-
-
-def _cell_text(cell: Found, marked: bool) -> str:
-    if isinstance(cell, str):
-        return cell.replace(": ", "\n", 1)
-    mark = ("*" if marked else "") + ("~" if cell.adjusted_for else "")
-    return f"{text.signed(cell.tau, 2)}{mark}\n{text.signed(cell.low, 2)} to {text.signed(cell.high, 2)}"

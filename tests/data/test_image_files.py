@@ -21,7 +21,8 @@ import pytest
 
 from landscape_ray.data import image_files
 from landscape_ray.data.dataset import generator_for
-from landscape_ray.data.image_files import ImageSet, LabelledImages, Pixels, read_images
+from landscape_ray.data.image_files import read_images
+from landscape_ray.data.image_sets import ImageSet, LabelledImages, Pixels
 from landscape_ray.data.images import ImageConfig, open_images
 from landscape_ray.errors import UserError
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from landscape_ray.config import parse
 from landscape_ray.data import images as module
 from landscape_ray.data.dataset import AUGMENT_STREAM, generator_for
-from landscape_ray.data.image_files import LabelledImages
+from landscape_ray.data.image_sets import LabelledImages
 from landscape_ray.data.images import ImageConfig, ImageData, open_images
 from landscape_ray.errors import UserError
 from landscape_ray.signature import Images

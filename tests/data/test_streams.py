@@ -14,19 +14,17 @@ from hypothesis import strategies as st
 
 from landscape_ray.config import parse
 from landscape_ray.data.dataset import Data
-from landscape_ray.data.image_files import LabelledImages
+from landscape_ray.data.drift import DriftConfig, DriftData, open_drift
+from landscape_ray.data.image_sets import LabelledImages
 from landscape_ray.data.images import ImageConfig, ImageData, open_images
-from landscape_ray.data.streams import (
-    DriftConfig,
-    DriftData,
+from landscape_ray.data.synthetic import RandomFeaturesConfig, TeacherConfig, open_random_features, open_teacher
+from landscape_ray.data.task_sequence import (
     PermutedData,
     SplitData,
     TaskSequenceConfig,
     TaskSequenceData,
-    open_drift,
     open_task_sequence,
 )
-from landscape_ray.data.synthetic import RandomFeaturesConfig, TeacherConfig, open_random_features, open_teacher
 from landscape_ray.errors import UserError
 
 LINEAR = {"name": "random_features", "num_latents": 30, "decay": 0.0, "num_validation": 64}

@@ -16,7 +16,9 @@ from landscape_ray import cli
 from landscape_ray.errors import UserError
 from landscape_ray.laws.ranking import Association, kendall
 from landscape_ray.records import EvalRecord, ProbeRecord, RunSummary, StepRecord, VariantRecord
-from landscape_ray.reports.ranking import RankStudy, definitions, rank_figure, rank_study, rank_tables
+from landscape_ray.reports.rank_figure import rank_figure
+from landscape_ray.reports.rank_tables import rank_tables
+from landscape_ray.reports.ranking import RankStudy, definitions, rank_study
 from landscape_ray.reports.static import render
 from landscape_ray.text import signed
 from landscape_ray.tracking.folder import SweepFolder
