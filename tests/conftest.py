@@ -2,9 +2,10 @@
 
 What authors of tests need to know:
 
-- A run of many files is shared out to one worker process a core (pytest-xdist); a single file, `-k`, `-s`, `--pdb` and
-  `-n 0` run in this process. A file stays in one worker, in its order: what is dear is made once, by a fixture of its
-  module. A fixture of the session is made once a worker. The files in SHARED stay together: they share one Ray.
+- A run of many files is shared out to one worker process a core, and one more (pytest-xdist); a single file, `-k`,
+  `-s`, `--pdb` and `-n 0` run in this process. A file stays in one worker, in its order: what is dear is made once, by
+  a fixture of its module. A fixture of the session is made once a worker. The files in SHARED stay together: they share
+  one Ray, or two processes.
 - A worker has neighbours: no fixed port (bind to 0), no file outside `tmp_path`, and no limit on seconds that a machine
   three times as slow would break; wait for a condition, with a generous bound. Seconds that are measured and asserted
   belong behind the mark `slow`.
@@ -47,9 +48,20 @@ MANY_FILES = 25
 """From so many Python files on, workers gain more than their own start, an import of PyTorch, takes."""
 MOST_WORKERS = 8
 """Each takes about a gigabyte, and with that many the longest file decides."""
-SHARED = dict.fromkeys(
-    [f"tests/ray/test_{name}.py" for name in ("exchange", "faults", "readme", "sweep", "workers")], "one Ray session"
-)
+SHARED = {
+    f"tests/{file}.py": shared
+    for shared, files in {
+        "one Ray session": [f"ray/test_{name}" for name in ("exchange", "faults", "readme", "sweep", "workers")],
+        "two processes": [
+            "probes/gradients/test_gradients_distributed",
+            "probes/operators/test_distributed",
+            "probes/test_monitor_distributed",
+            "training/test_parallel",
+            "training/test_parallel_probes",
+        ],
+    }.items()
+    for file in files
+}
 """Files that stay in one worker, under the name of what they share."""
 
 
@@ -64,7 +76,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     many = sum(len(list(Path(argument).rglob("*.py"))) for argument in config.args) >= MANY_FILES
-    option.numprocesses = min(cores, MOST_WORKERS) if cores > 1 and many else 0
+    # one more than cores: the worker with Ray waits for other processes most of its time
+    option.numprocesses = min(cores + 1, MOST_WORKERS) if cores > 1 and many else 0
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -48,6 +48,7 @@ def inside(calibrated: bool) -> float:
 
 
 @pytest.mark.acceptance
+@pytest.mark.slow
 def test_intervals_that_ignore_the_misfit_are_too_narrow_and_calibrated_ones_are_not() -> None:
     assert inside(calibrated=False) < 0.75
     assert inside(calibrated=True) >= 0.8

@@ -226,7 +226,7 @@ def test_kill_at_any_instant_then_resume_gives_every_row_once(folder: SweepFolde
     last, kills, generator = 3000, 0, np.random.default_rng(0)
     command = [sys.executable, "-c", _WORKER, str(folder.path), str(last)]
     trial = folder.trial("t1")
-    for _ in range(6):
+    for _ in range(4):
         before = trial.num_parts()
         with subprocess.Popen(command) as process:
             patience = time.monotonic() + 60
@@ -238,6 +238,6 @@ def test_kill_at_any_instant_then_resume_gives_every_row_once(folder: SweepFolde
         got = collect(folder)
         assert got.warnings == []
         assert got.records["step"].to_pylist() == list(range(1, got.runs[0].step + 1))
-    assert kills >= 4, "the work must be long enough to be killed"
+    assert kills >= 3, "the work must be long enough to be killed"
     subprocess.run(command, check=True)
     assert collect(folder).records["step"].to_pylist() == list(range(1, last + 1))

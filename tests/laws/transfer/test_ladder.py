@@ -64,6 +64,7 @@ def test_paired_draws_give_runs_the_same_weights():
     np.testing.assert_array_equal(many, weights[:, run_many])
 
 
+@pytest.mark.slow
 def test_measured_accuracies_fall_into_the_interval():
     hits = []
     for seed in range(12):

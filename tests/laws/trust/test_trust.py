@@ -88,6 +88,7 @@ def test_a_profile_of_a_regression_is_the_exact_interval():
     np.testing.assert_allclose(found.statistic, by_hand, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_profiles_hold_the_truth_at_the_stated_rate():
     held = 0
     for seed in range(60):

@@ -329,6 +329,7 @@ def test_fused_attention_serves_both_routes(case):
 
 
 @pytest.mark.acceptance
+@pytest.mark.slow
 def test_gradient_descent_settles_at_the_edge_of_stability():
     """Full-batch gradient descent on half squared error holds the sharpness at 2 / lr (Cohen et al. 2021)."""
     datasets = pytest.importorskip("sklearn.datasets")
