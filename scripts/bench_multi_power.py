@@ -40,6 +40,12 @@ so: by the score, C is the worst of the three families, and 50 steps are not its
 choose by the test. The default of `fit_multi_power` stays, whose centre was settled on with test errors seen (.00119,
 .00126, .00196), as its module says.
 
+Looks 3 to 7, at candidates that forecasts of another laboratory's curves helped to choose, are told in
+`bench_multi_power_transfer.py`. Those curves ask for a larger C and for a forward term fitted at the peak rate alone,
+yet what forecasts them best does worse than the default here (.00144, .00155, .00244). Holding B at the gain of instant
+annealing, with no penalty at all, comes nearest (.00120, .00125, .00168) but is no score's choice and misses at 25M.
+So no principle chosen without the test curves meets the published errors at all three sizes.
+
 Usage:
     python scripts/bench_multi_power.py [A] [B] [C] [D] [--test] [--data FOLDER] [--quick]
 """

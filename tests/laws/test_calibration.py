@@ -117,5 +117,6 @@ def test_coverage_on_published_curves(published_data: Path) -> None:
             runs.append(Curve(path.stem, lr, table["step"][kept].astype(int), table["loss"][kept], 2160))
         forecasts = leave_one_schedule_out(runs, calibrated=True, decay=0.999, num_bootstrap=50)
         hits += [one.low <= one.observed_final <= one.high for one in forecasts]
+    print(f"coverage {np.mean(hits):.3f}")
     assert len(hits) == 27
     assert 0.8 <= np.mean(hits) <= 0.98

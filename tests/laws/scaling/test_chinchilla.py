@@ -269,6 +269,7 @@ def test_coverage_of_the_intervals():
         low, high = found.derived_intervals["a"]
         hits.setdefault("a", []).append(low <= truth["beta"] / (truth["alpha"] + truth["beta"]) <= high)
     coverage = {name: float(np.mean(values)) for name, values in hits.items()}
+    print(coverage)
     assert all(0.92 <= share <= 0.98 for share in coverage.values()), coverage
 
 
