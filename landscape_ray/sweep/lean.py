@@ -7,11 +7,16 @@ another one: with trials of a second, one of each a trial. Here the next trial t
 **Classes.** The trainable is looked up by name five times a trial, each time on the head node, and unpickled each time
 into another class, for each of which Ray keeps a remote one. Here it is looked up once.
 
-**Ended trials.** Everything about a trial is kept to the end of the experiment, for a snapshot that a later Ray could
-go on from and for the tables of its result. A sweep goes on from its own folder and reads neither. Here a trial is
-forgotten when it has ended and its actor is free; failed ones stay.
+**Metrics of actors.** Whenever a trial is given an actor, that one is asked where it runs and for how long, twice a
+trial, for tables that are not shown. Here nobody asks.
 
-All of it is done in private methods. A later Ray that has them no more is left as it is: sweeps run, and cost more.
+**Ended trials.** Everything about a trial is kept to the end of the experiment, for a snapshot that a later Ray could
+go on from, for the tables of its result, and by a callback of its own that prints progress, or nothing. A sweep goes on
+from its own folder and reads none of it. Here a trial is forgotten when it has ended and its actor is free; failed ones
+stay.
+
+All but the callback is done in private methods. A later Ray that has them no more is left as it is: sweeps run, and
+cost more.
 """
 
 from __future__ import annotations
@@ -26,10 +31,22 @@ from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.air.execution._internal.tracked_actor import TrackedActor
 from ray.tune import registry
 from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+from ray.tune.progress_reporter import TrialProgressCallback
 
 _CONTROLLER = ("_remove_actor", "on_step_end", "_cleanup_trials")
 _SPARE_SECONDS = 1.0
 """How long a request that nobody has taken over is kept: it may hold a place."""
+
+
+class NoProgress(TrialProgressCallback):
+    """Stands where Ray puts a callback that prints progress of trials, and keeps all of them even if it prints none."""
+
+    def log_result(self, trial: Any, result: dict[str, Any], error: bool = False) -> None:
+        """Print nothing and keep nothing."""
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Print nothing and keep nothing."""
 
 
 @contextlib.contextmanager
@@ -39,7 +56,7 @@ def lean_trials() -> Iterator[None]:
     if not all(hasattr(TuneController, name) for name in _CONTROLLER) or names is None:
         yield
         return
-    with _kept_requests(), _forgotten_trials(), _remembered_classes(names):
+    with _kept_requests(), _forgotten_trials(), _silent_actors(), _remembered_classes(names):
         yield
 
 
@@ -144,3 +161,19 @@ def _forgotten_trials() -> Iterator[None]:
         yield
     finally:
         controller.on_step_end = step_end
+
+
+@contextlib.contextmanager
+def _silent_actors() -> Iterator[None]:
+    """Give a trial its actor and ask that one nothing."""
+    trial: Any = Trial
+    before = trial.set_ray_actor
+
+    def given(self: Any, ray_actor: Any) -> None:
+        self.temporary_state.ray_actor = ray_actor
+
+    trial.set_ray_actor = given
+    try:
+        yield
+    finally:
+        trial.set_ray_actor = before

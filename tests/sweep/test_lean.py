@@ -8,9 +8,11 @@ import pytest
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.tune import registry
 from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+from ray.tune.utils.callback import _create_default_callbacks
 
 from landscape_ray.sweep import lean
-from landscape_ray.sweep.lean import lean_trials
+from landscape_ray.sweep.lean import NoProgress, lean_trials
 
 NAMES = ("_remove_actor", "on_step_end", "_cleanup_trials")
 
@@ -48,7 +50,8 @@ def controller(places: Places, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
 
 
 def methods() -> list[object]:
-    return [*(getattr(TuneController, name, None) for name in NAMES), RayActorManager.add_actor]
+    mended = [getattr(TuneController, name, None) for name in NAMES]
+    return [*mended, RayActorManager.add_actor, Trial.set_ray_actor]
 
 
 def test_the_methods_are_put_back_also_after_an_exception() -> None:
@@ -126,6 +129,29 @@ def test_ended_trials_are_forgotten_but_for_one(controller: Any) -> None:
     controller.on_step_end()
     assert controller._trials == [failed], "without any trial Ray would read its snapshot"
     assert controller._stopped_trials == {failed}
+
+
+def test_rays_own_progress_is_not_kept(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    trial: Any = SimpleNamespace(last_result={"done": True})
+    silent = NoProgress()
+    before = str(vars(silent))
+    silent.on_trial_result(0, [trial], trial, {"done": True})
+    silent.on_trial_complete(0, [trial], trial)
+    silent.on_trial_error(0, [trial], trial)
+    assert str(vars(silent)) == before
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    (found,) = _create_default_callbacks([silent])
+    assert found is silent, "Ray adds no other one"
+
+
+def test_an_actor_is_asked_for_no_metrics() -> None:
+    trial = SimpleNamespace(temporary_state=SimpleNamespace(ray_actor=None))
+    with lean_trials():
+        Trial.set_ray_actor(trial, actor := object())
+    assert trial.temporary_state.ray_actor is actor
+    with pytest.raises(AttributeError, match="get_auto_filled_metrics"):
+        Trial.set_ray_actor(trial, actor)
 
 
 def test_a_class_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:

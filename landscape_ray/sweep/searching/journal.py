@@ -133,6 +133,8 @@ class Journal:
 class _LeanStorage(JournalStorage):
     """Optuna's storage, which can forget trials: to append to the file, their count is enough."""
 
+    _replay_result: JournalStorageReplayResult
+
     def forget_trials(self) -> None:
         """Keep no trials from here on, neither those that were read nor new ones."""
         self._replay_result = _Count(self._replay_result)
