@@ -124,6 +124,7 @@ def _kept_requests() -> Iterator[None]:
 
     def cleaned_up(self: Any) -> None:
         withdraw(self, float("inf"))
+        controller._remove_actor = remove  # nobody takes a request over any more
         clean_up(self)
 
     controller._remove_actor, controller.on_step_end = removed, stepped
