@@ -27,9 +27,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from ray.air.execution._internal.actor_manager import RayActorManager
-from ray.air.execution._internal.tracked_actor import TrackedActor
 from ray.tune import registry
+from ray.tune.execution import tune_controller
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.progress_reporter import TrialProgressCallback
@@ -53,10 +52,11 @@ class NoProgress(TrialProgressCallback):
 def lean_trials() -> Iterator[None]:
     """Let Ray Tune, inside the block, ask for places and classes once, and forget trials that have ended."""
     names = getattr(registry, "_global_registry", None)
-    if not all(hasattr(TuneController, name) for name in _CONTROLLER) or names is None:
+    manager = getattr(tune_controller, "RayActorManager", None)
+    if not all(hasattr(TuneController, name) for name in _CONTROLLER) or names is None or manager is None:
         yield
         return
-    with _kept_requests(), _forgotten_trials(), _silent_actors(), _remembered_classes(names):
+    with _kept_requests(manager), _forgotten_trials(), _silent_actors(), _remembered_classes(names):
         yield
 
 
@@ -82,10 +82,9 @@ def _remembered_classes(names: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _kept_requests() -> Iterator[None]:
+def _kept_requests(manager: Any) -> Iterator[None]:
     """Let a trial take over the request for a place that another one needs no more."""
     controller: Any = TuneController
-    manager: Any = RayActorManager
     remove, step_end, clean_up, add = (
         controller._remove_actor,
         controller.on_step_end,
@@ -109,7 +108,7 @@ def _kept_requests() -> Iterator[None]:
         if place is None:
             return add(self, cls, kwargs, resource_request, **hooks)
         del spare[place]
-        tracked_actor = TrackedActor(uuid.uuid4().int, **hooks)
+        tracked_actor = tune_controller.TrackedActor(uuid.uuid4().int, **hooks)
         self._pending_actors_to_attrs[tracked_actor] = cls, kwargs, resource_request
         self._resource_request_to_pending_actors[resource_request].append(tracked_actor)
         return tracked_actor
