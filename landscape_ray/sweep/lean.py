@@ -33,6 +33,7 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.progress_reporter import TrialProgressCallback
 
+_MODULE: Any = tune_controller
 _CONTROLLER = ("_remove_actor", "on_step_end", "_cleanup_trials")
 _SPARE_SECONDS = 1.0
 """How long a request that nobody has taken over is kept: it may hold a place."""
@@ -52,7 +53,7 @@ class NoProgress(TrialProgressCallback):
 def lean_trials() -> Iterator[None]:
     """Let Ray Tune, inside the block, ask for places and classes once, and forget trials that have ended."""
     names = getattr(registry, "_global_registry", None)
-    manager = getattr(tune_controller, "RayActorManager", None)
+    manager = getattr(_MODULE, "RayActorManager", None)
     if not all(hasattr(TuneController, name) for name in _CONTROLLER) or names is None or manager is None:
         yield
         return
@@ -108,7 +109,7 @@ def _kept_requests(manager: Any) -> Iterator[None]:
         if place is None:
             return add(self, cls, kwargs, resource_request, **hooks)
         del spare[place]
-        tracked_actor = tune_controller.TrackedActor(uuid.uuid4().int, **hooks)
+        tracked_actor = _MODULE.TrackedActor(uuid.uuid4().int, **hooks)
         self._pending_actors_to_attrs[tracked_actor] = cls, kwargs, resource_request
         self._resource_request_to_pending_actors[resource_request].append(tracked_actor)
         return tracked_actor
