@@ -2,12 +2,13 @@
 
 usage: python scripts/bench_scale.py [--trials 1000] [--results 3] [--seconds 0] [--num-cpus 2] [--out FILE.json]
 
-Trials do nothing but report; `--seconds` makes each sleep, or with `--compute` work, so long in all. Three drivers run
-the same number of trials and results one after the other, each in a process of its own: Ray Tune with a function, Ray
-Tune with a class whose actors are reused, and ours, with trial folders, Parquet, proposals, journal and MLflow switched
-on. Printed are wall-clock and CPU time of the driver process for each trial and each result, over all and once a fifth
-of the trials is done (the rest is what is paid once: MLflow's tables, the first actors), the memory that a trial more
-takes, what is left to do after the last trial, and how all of it goes over the run.
+Trials do nothing but report; `--seconds` makes each sleep, or with `--compute` work, so long in all. The drivers that
+`--only` names run the same number of trials and results one after the other, each in a process of its own: Ray Tune
+with a function, Ray Tune with a class whose actors are reused, the same with a new actor for each trial (`fresh`), and
+ours, with trial folders, Parquet, proposals, journal and MLflow switched on. Printed are wall-clock and CPU time of the
+driver process for each trial and each result, over all and once a fifth of the trials is done (the rest is what is paid
+once: MLflow's tables, the first actors), the memory that a trial more takes, what is left to do after the last trial,
+and how all of it goes over the run. `--limit` stops each after so many seconds; what it had done is shown.
 
 Ray's release test runs 10,000 trials of 1 s on 16 CPUs in less than 800 s, of which 625 s are the trials: 28 %.
 """
@@ -40,7 +41,12 @@ from ray import tune  # noqa: E402
 
 psutil: Any = importlib.import_module("psutil")  # comes with Ray, whose import puts it within reach
 
-TITLES = {"function": "Ray Tune, a function", "class": "Ray Tune, a class", "ours": "landscape_ray"}
+TITLES = {
+    "function": "Ray Tune, a function",
+    "class": "Ray Tune, a class",
+    "fresh": "Ray Tune, new actors",
+    "ours": "landscape_ray",
+}
 CURVE_TRIALS = 500
 """A point of the curve is so many trials."""
 
@@ -76,11 +82,12 @@ class Marks(tune.Callback):
 
 def measured(options: argparse.Namespace, run: Callable[[Marks], None]) -> dict[str, Any]:
     """Run a driver; return its time and memory: of all, and of a trial more once it is under way."""
-    trials, ideal_seconds = options.trials, options.seconds * options.trials * options.cpus / options.num_cpus
     process, marks = psutil.Process(), Marks()
     before, cpu, started = process.memory_info().rss, sum(process.cpu_times()[:2]), time.monotonic()
     run(marks)
     seconds, busy = time.monotonic() - started, sum(process.cpu_times()[:2]) - cpu
+    trials = len(marks.rows)  # fewer than were wanted where it was stopped
+    ideal_seconds = options.seconds * trials * options.cpus / options.num_cpus
     begun, ended = marks.rows[trials // 5], marks.rows[-1]  # after imports, the making of tables, the first actors
     more = trials - 1 - trials // 5
     start_seconds = marks.rows[0][0] - started - options.seconds  # until the first trial began
@@ -100,6 +107,8 @@ def measured(options: argparse.Namespace, run: Callable[[Marks], None]) -> dict[
         "closing_seconds": started + seconds - ended[0],
         "closing_cpu_seconds": cpu + busy - ended[1],
         "memory_start_mib": before / 2**20,
+        "memory_tenth_mib": marks.rows[trials // 10][2] / 2**20,
+        "memory_half_mib": marks.rows[trials // 2][2] / 2**20,
         "memory_last_trial_mib": ended[2] / 2**20,
         "memory_end_mib": process.memory_info().rss / 2**20,
         "curve": [point(marks.rows, started, stop) for stop in range(CURVE_TRIALS, trials + 1, CURVE_TRIALS)],
@@ -128,6 +137,7 @@ def point(rows: list[tuple[float, float, int]], started: float, stop: int) -> di
 
 
 ROWS = (
+    ("trials ended", "trials", "{}"),
     ("wall clock, s", "seconds", "{:.1f}"),
     ("until the first trial began, s", "start_seconds", "{:.1f}"),
     ("from there, over the ideal, %", "over_ideal_percent", "{:.1f}"),
@@ -137,6 +147,8 @@ ROWS = (
     ("driver CPU over all, ms a trial", "driver_cpu_ms_per_trial", "{:.1f}"),
     ("memory, KiB a trial", "marginal_kib_per_trial", "{:.1f}"),
     ("memory at start, MiB", "memory_start_mib", "{:.0f}"),
+    ("memory at 10 %, MiB", "memory_tenth_mib", "{:.0f}"),
+    ("memory at 50 %, MiB", "memory_half_mib", "{:.0f}"),
     ("memory at the last trial, MiB", "memory_last_trial_mib", "{:.0f}"),
     ("memory at the end, MiB", "memory_end_mib", "{:.0f}"),
     ("after the last trial, s", "closing_seconds", "{:.1f}"),
@@ -148,7 +160,7 @@ ROWS = (
 def show(found: dict[str, dict[str, Any]]) -> None:
     """Print one table: a column for each driver, and ours over the peer's."""
     names = list(found)
-    peer = next((name for name in ("class", "function") if name in found), None)
+    peer = next((name for name in ("class", "fresh", "function") if name in found), None)
     ratio = peer is not None and "ours" in found
     print(f"{'':<32}" + "".join(f"{TITLES[name]:>22}" for name in names) + ("   ratio" if ratio else ""))
     for title, key, form in ROWS:
@@ -194,12 +206,14 @@ class Silent(tune.Trainable):
         return True
 
 
-def raw(trainable: Any, options: argparse.Namespace, folder: str, marks: Marks) -> None:
+def raw(trainable: Any, options: argparse.Namespace, folder: str, marks: Marks, reuse: bool = True) -> None:
     """Run Ray Tune itself."""
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": options.cpus}),
         param_space={"x": tune.uniform(0, 1), "results": options.results, "seconds": options.seconds},
-        tune_config=tune.TuneConfig(num_samples=options.trials, reuse_actors=True, metric="loss_nats", mode="min"),
+        tune_config=tune.TuneConfig(
+            num_samples=options.trials, reuse_actors=reuse, metric="loss_nats", mode="min", time_budget_s=options.limit
+        ),
         run_config=tune.RunConfig(
             storage_path=folder,
             verbose=0,
@@ -282,12 +296,15 @@ def ours(options: argparse.Namespace, folder: str, marks: Marks) -> None:
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             super().on_trial_complete(iteration, trials, trial, **info)
             marks.on_trial_complete(iteration, trials, trial, **info)
+            if options.limit is not None and time.monotonic() - started > options.limit:
+                raise self._dashboard._halting("it has had its time")
 
+    started = time.monotonic()
     patched: Any = tuner
     patched.SweepTrainable, patched.DashboardCallback = Recorded, Shown
     made = new_sweep(parse(SweepSpec, tomllib.loads(text), "scale"), text, Path(folder), "scale", None)
     outcome = tuner.drive(made, Console(file=io.StringIO()))
-    if outcome.counts != {"finished": options.trials}:
+    if outcome.counts != {"finished": options.trials} and not outcome.halt:
         raise SystemExit(f"not all trials ended: {outcome.counts} {outcome.failures}")
 
 
@@ -318,6 +335,7 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, Callable[[str, Marks], None]] = {
         "function": functools.partial(raw, function, options),
         "class": functools.partial(raw, Silent, options),
+        "fresh": functools.partial(raw, Silent, options, reuse=False),
         "ours": functools.partial(ours, options),
     }
     try:
@@ -338,7 +356,8 @@ def main() -> int:
     parser.add_argument(
         "--num-cpus", type=int, default=2, help="of the cluster; more than there are for trials that sleep"
     )
-    parser.add_argument("--only", default="function,class,ours")
+    parser.add_argument("--only", default="function,class,ours", help="of function, class, fresh and ours")
+    parser.add_argument("--limit", type=float, default=None, help="seconds after which each driver is stopped")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--alone", action="store_true", help="in this process; --out is needed")
     options = parser.parse_args()

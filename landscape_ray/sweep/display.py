@@ -32,7 +32,7 @@ MANY_ROWS = 1000
 """From so many trials on, a table that has just been drawn may stand."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """What the table knows of one trial."""
 

@@ -28,6 +28,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.signals import termination_as_interrupt
 from landscape_ray.sweep.cluster import check_nodes, private_token, runtime_env
 from landscape_ray.sweep.display import Dashboard
+from landscape_ray.sweep.lean import NoProgress, lean_trials
 from landscape_ray.sweep.limits import hang_path
 from landscape_ray.sweep.placement import check_resources, num_places, request
 from landscape_ray.sweep.population.book import PopulationBook
@@ -163,7 +164,7 @@ def _fit(
             run_config=RunConfig(
                 name="tune",
                 storage_path=str(folder.ray_path),
-                callbacks=[callback],
+                callbacks=[callback, NoProgress()],
                 verbose=0,
                 failure_config=FailureConfig(max_failures=spec.resources.max_failures),
                 # trials are durable by themselves
@@ -171,7 +172,7 @@ def _fit(
             ),
         )
         try:
-            with careful_reuse():
+            with careful_reuse(), lean_trials() if book is not None else contextlib.nullcontext():
                 tuner.fit()
         except KeyboardInterrupt:
             why = f"{dashboard.halt}; " if dashboard.halt else ""

@@ -72,7 +72,8 @@ class TrackedRun:
             names = _NAMES.setdefault(found := tuple(sorted(self.tags)), found)
             self.digest = names, _digest(self.tags, names)
             self.summary = _digest(self.tags, [server.SUMMARY]) if server.SUMMARY in self.tags else b""
-            self.params, self.tags, self.metrics, self.events, self.loaded = set(), {}, {}, [], False
+            self.params, self.tags, self.metrics, self.events = _NOTHING
+            self.loaded = False
 
     def holds(self, commit: Commit) -> bool:
         """Return whether a run that is not loaded has all of a trial that has ended.
@@ -97,6 +98,8 @@ class TrackedRun:
         return found.tags.keys() >= set(names) and _digest(found.tags, names) == digest
 
 
+_NOTHING: tuple[set[str], dict[str, str], dict[str, float], list[dict[str, Any]]] = set(), {}, {}, []
+"""What every run has that is not loaded; nothing is added to it: more is sent to loaded runs only."""
 _NAMES: dict[tuple[str, ...], tuple[str, ...]] = {}
 """The names of tags are the same for nearly all runs: one object for all of them."""
 

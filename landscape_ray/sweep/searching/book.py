@@ -50,7 +50,7 @@ class Job(NamedTuple):
     """What was changed about the proposal before it was handed out; empty for nothing."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Entry:
     """What the book knows of one proposal."""
 
@@ -92,8 +92,8 @@ class Book:
         self.standing: dict[str, Standing] = {}
         """Trials that were taken off, by identifier; for whoever shows them."""
         self._entries: dict[int, _Entry] = {}
-        self._outcomes: dict[int, Outcome] = {}
-        """What is settled, by number of the proposal."""
+        self._settled: set[int] = set()
+        """Numbers of the proposals of which is known what became of them; what it was is in the journal."""
         self._news: dict[int, Outcome] = {}
         """What the proposer has not been told yet."""
         self._open: set[int] = set()
@@ -109,7 +109,8 @@ class Book:
         for index, trial in enumerate(self._journal.own):
             self._entries[index] = _Entry(dict(trial.params), trial.user_attrs.get("note", {}))
             if trial.state.is_finished():
-                self._outcomes[index] = self._news[index] = outcome_of(trial)
+                self._settled.add(index)
+                self._news[index] = outcome_of(trial)
         self.proposer.load(self._journal.as_asked(), self._journal.attributes())
         self._catch_up()
 
@@ -126,7 +127,8 @@ class Book:
     def _settle(self, index: int, outcome: Outcome) -> None:
         """Append to the journal what became of a proposal; the proposer hears of it when it next begins."""
         self._journal.settle(index, outcome)
-        self._outcomes[index] = self._news[index] = outcome
+        self._settled.add(index)
+        self._news[index] = outcome
         self._paused.discard(index)
         self._entries[index].losses.clear()
 
@@ -134,7 +136,7 @@ class Book:
 
     def _catch_up(self) -> None:
         """Settle, pause or hand out again what an earlier driver left open."""
-        unsettled = [index for index in self._entries if index not in self._outcomes]
+        unsettled = [index for index in self._entries if index not in self._settled]
         if self.rule is not None:
             self._observe_again(self.rule)
         failed, unfinished = [], []
@@ -214,7 +216,7 @@ class Book:
 
     def num_left(self) -> int:
         """Return how many proposals are not settled: to be made, to be handed out again, paused or running."""
-        return max(self.search.num_trials, len(self._entries)) - len(self._outcomes)
+        return max(self.search.num_trials, len(self._entries)) - len(self._settled)
 
     def next(self, size: int = 1) -> list[Job] | None:
         """Return the next runs to make, at most `size`.
@@ -309,7 +311,7 @@ class Book:
             Whether it knows what it is to know; under a lag, a result that is needed may be outstanding.
         """
         known = self._known_before(last)
-        if self.search.lag is not None and any(index not in self._outcomes for index in range(known)):
+        if self.search.lag is not None and any(index not in self._settled for index in range(known)):
             return False
         for index in sorted(index for index in self._news if index < known):
             self.proposer.tell(self.num_priors + index, self._news.pop(index))

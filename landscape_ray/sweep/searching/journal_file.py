@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ class JournalFile(BaseJournalBackend):
         # The lock of a killed driver: the sweep's own lock allows one driver at a time.
         path.with_name(path.name + ".lock").unlink(missing_ok=True)
         mend_journal(path)
-        self._file = JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
+        self._path, self._file = path, open_file(path)
         self._held: list[dict[str, Any]] | None = None
+        self._read = (0, 0)
+        """How many lines were read, and where the next one begins."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append lines, or keep them for the end of the block of `together`."""
@@ -34,9 +37,22 @@ class JournalFile(BaseJournalBackend):
             self._file.append_logs(logs)
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
-        """Return the lines that are in the file, from this number on."""
-        lines: Iterable[dict[str, Any]] = self._file.read_logs(log_number_from)
-        return lines
+        """Return the lines that are in the file, from this number on.
+
+        Optuna's own keeps in mind where each line begins, 150 bytes a line, of which a trial has five.
+        """
+        number, offset = self._read if log_number_from >= self._read[0] else (0, 0)
+        found = []
+        with open(self._path, "rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):  # another process is writing it
+                    break
+                if number >= log_number_from:
+                    found.append(json.loads(line))
+                number, offset = number + 1, offset + len(line)
+        self._read = number, offset
+        return found
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -51,6 +67,11 @@ class JournalFile(BaseJournalBackend):
             held, self._held = self._held, None
             if held:
                 self._file.append_logs(held)
+
+
+def open_file(path: Path) -> JournalFileBackend:
+    """Return a journal as Optuna opens it, behind the lock that all of its writers take."""
+    return JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
 
 
 def mend_journal(path: Path) -> None:

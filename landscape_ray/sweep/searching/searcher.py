@@ -123,6 +123,7 @@ class SearchScheduler(FIFOScheduler):
     def __init__(self) -> None:
         super().__init__()
         self._live: list[Any] = []
+        self._requests: dict[Any, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing, see the searcher."""
@@ -130,6 +131,9 @@ class SearchScheduler(FIFOScheduler):
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Take note of a new trial."""
+        # Ray makes one for each trial and compares them, entry by entry, a few times an event; the same one is equal
+        request = trial.placement_group_factory
+        trial.placement_group_factory = self._requests.setdefault(request, request)
         self._live.append(trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:

@@ -159,7 +159,7 @@ def test_trials_run_in_the_order_of_ray_tunes_own_scheduler() -> None:
     generator = np.random.default_rng(0)
     ends = [Trial.PENDING, Trial.PAUSED, Trial.RUNNING, Trial.TERMINATED, Trial.ERROR]
     for number in range(300):
-        trials.append(trial := Asked(number=number, status=Trial.PENDING))
+        trials.append(trial := Asked(number=number, status=Trial.PENDING, placement_group_factory=f"{number % 2} CPU"))
         ours.on_trial_add(controller, trial)
         for changed in trials[-6:]:  # those that have ended stay so
             if changed.status not in ends[3:]:
@@ -170,6 +170,7 @@ def test_trials_run_in_the_order_of_ray_tunes_own_scheduler() -> None:
     asked.clear()
     ours.choose_trial_to_run(controller)
     assert len(asked) < 8
+    assert len({id(trial.placement_group_factory) for trial in trials}) == 2, "of equal requests there is one"
     for trial in trials:
         trial.status = Trial.ERROR
     assert ours.choose_trial_to_run(controller) is None
