@@ -131,10 +131,10 @@ class Cohort:
             yield from self._observe()
 
     def _active(self, until_step: int | None) -> list[int]:
-        ends = [
-            m.config.num_steps if until_step is None else min(until_step, m.config.num_steps) for m in self._members
+        end = math.inf if until_step is None else until_step
+        return [
+            k for k, m in enumerate(self._members) if m.diverged is None and m.step < end and m.step < m.config.num_steps
         ]
-        return [k for k, m in enumerate(self._members) if m.diverged is None and m.step < ends[k]]
 
     def _update(self, active: list[int]) -> Iterator[tuple[int, Record]]:
         """Do one update of these members."""
@@ -151,6 +151,7 @@ class Cohort:
         before = {k: probing.weights_before(self._members[k]) for k in probed}
         losses, norms = self._apply(active, self._batch())
         cost, now = (time.perf_counter() - start) / len(active), time.time()
+        units, flops = self._units, self._flops
         for k, (lr, momentum) in zip(active, values, strict=True):
             member, loss, norm = self._members[k], losses[k], norms[k]
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -162,8 +163,8 @@ class Cohort:
             member.step += 1
             if member.averager is not None:
                 member.averager.update(member.module, member.step)
-            member.num_tokens += self._units
-            member.flops += self._flops
+            member.num_tokens += units
+            member.flops += flops
             member.elapsed_seconds += cost
             yield (
                 k,
@@ -188,7 +189,6 @@ class Cohort:
         moving = [False] * len(self)
         for k in active:
             moving[k] = True
-        is_active = torch.tensor(moving).to(inputs.device, non_blocking=True)
         seen: list[Tensor] = []
         for program, update in self._programs():
             rows = program.rows
@@ -196,8 +196,7 @@ class Cohort:
                 seen.append(torch.zeros(2, len(program.members), device=inputs.device))
                 continue
             losses = program.gradient(inputs[rows], targets[rows], [member.step for member in program.members])
-            norms = update.clip(moving[rows])
-            update(losses.isfinite() & norms.isfinite() & is_active[rows])
+            norms = update(losses, moving[rows])
             seen.append(torch.stack((losses.float(), norms)))
         self._loader.prepare()
         # one transfer: on a GPU each one waits for everything before it

@@ -8,6 +8,7 @@ and batches; nothing of the members changes. A joint route must also give the gr
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -117,6 +118,9 @@ def _nothing_moves(buffers: Buffers, members: Sequence[TrainState]) -> Iterator[
     tensors = [buffer for member in members for buffer in member.module.buffers()]
     tensors += [buffers.weights, buffers.updates, *(t for states in buffers.states for t in states.values())]
     kept = [tensor.clone() for tensor in tensors]
+    clippers = [member.clipper for member in members]
+    for member in members:
+        member.clipper = copy.deepcopy(member.clipper)  # some remember norms
     for group in groups:
         group["lr"] = 0.0  # weights stay, so that the gradients of one route can be compared with those of another
     try:
@@ -124,6 +128,8 @@ def _nothing_moves(buffers: Buffers, members: Sequence[TrainState]) -> Iterator[
     finally:
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
+        for member, clipper in zip(members, clippers, strict=True):
+            member.clipper = clipper
         for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
 
@@ -239,12 +245,7 @@ class _Candidate:
         return math.nan if any(map(math.isnan, found)) else max(found)
 
     def _update(self, program: Program, update: Updater) -> None:
-        losses = self._run(program)
-        if update.clip.together:
-            norms = update.clip([True] * len(program.members))
-        else:  # some remember their norms
-            norms = torch.linalg.vector_norm(program.gradients, dim=1)
-        update(losses.isfinite() & norms.isfinite())
+        update(self._run(program), [True] * len(program.members))
 
     def _run(self, program: Program) -> Tensor:
         rows = program.rows

@@ -171,6 +171,8 @@ class _Joint(Program):
     def train(self, steps: Sequence[int]) -> None:
         if not self._module.training:
             self._module.train()
+        if not self._noisy:
+            return
         seeds = [member.config.seed for member in self.members]
         for layer, _ in self._noisy:
             keys = [layer.key_for(seed, step) for seed, step in zip(seeds, steps, strict=True)]
@@ -265,9 +267,11 @@ class Recorded(Stacked):
         config = self.members[0].config
         with autocast(self.gradients.device, config.precision):
             losses = self.losses(inputs, targets)
-        # several threads share a batched product whose result is in one piece, and only that
-        in_place = config.accumulation_steps == 1 and torch.get_num_threads() == 1
-        with reserved(self._leaves, self._into) if in_place else contextlib.nullcontext():
+        places = list(zip(self._leaves, self._into, strict=True)) if config.accumulation_steps == 1 else []
+        if torch.get_num_threads() > 1:
+            # several threads share a batched product whose result is in one piece, and only that
+            places = [(leaf, place) for leaf, place in places if leaf.dim() == 2]
+        with reserved(places):
             found = torch.autograd.grad(losses, self._leaves, self._ones)
         pairs = zip(self._into, found, strict=True)
         elsewhere = [(place, own) for place, own in pairs if place.data_ptr() != own.data_ptr()]

@@ -25,6 +25,9 @@ from landscape_ray.training.state import TrainState
 BY_ROW = ("cpu",)
 """Devices on which a kernel for each member is faster than one for all."""
 
+DIVIDING = (torch.optim.AdamW, torch.optim.SGD)
+"""Optimizers whose kernel for a row can divide the gradient by a number on its way through."""
+
 
 class Clip:
     """Clips the gradients of some members, as the configuration of each says.
@@ -54,19 +57,18 @@ class Clip:
             rows = zip(gradients.unbind(), self._members, active, strict=True)
             return torch.stack([_clip_row(row, member) if moves else row.new_zeros(()) for row, member, moves in rows])
         norms: Tensor = torch.linalg.vector_norm(gradients, dim=1)
-        if self._kinds == {"none"}:
-            return norms
-        scales = torch.where(norms.isfinite(), (self._bounds / (norms + 1e-6)).clamp_(max=1.0), 1.0)
-        if gradients.device.type != "cpu":
+        if self._kinds != {"none"}:
+            scales = torch.where(norms.isfinite(), (self._bounds / (norms + 1e-6)).clamp_(max=1.0), 1.0)
             gradients.mul_(scales[:, None])
-            return norms
-        clipped = [row for row, scale in enumerate(scales.tolist()) if scale < 1.0]
-        if 2 * len(clipped) > len(self._members):
-            gradients.mul_(scales[:, None])
-        else:  # most are not clipped late in training, and a pass over memory is what an update costs
-            for row in clipped:
-                gradients[row].mul_(scales[row])
         return norms
+
+    def divisors(self) -> tuple[Tensor, Tensor]:
+        """Return the norms of the gradients, and by how much to divide those that are finite to clip them, (c,) each.
+
+        For members that are clipped `together`.
+        """
+        norms: Tensor = torch.linalg.vector_norm(self._gradients, dim=1)
+        return norms, ((norms + 1e-6) / self._bounds).clamp_(min=1.0)
 
 
 def _clip_row(row: Tensor, member: TrainState) -> Tensor:
@@ -76,16 +78,12 @@ def _clip_row(row: Tensor, member: TrainState) -> Tensor:
 
 
 class Updater:
-    """Applies updates to some neighbouring rows.
-
-    Attributes:
-        clip: what clips their gradients before.
-    """
+    """Clips the gradients of some neighbouring rows and updates their weights."""
 
     def __init__(self, buffers: Buffers, members: Sequence[TrainState], rows: slice, gradients: Tensor) -> None:
         """Take the rows of `members` (all of the cohort's), and the place of their gradients, (c, P)."""
         self._members = members[rows]
-        self.clip = Clip(self._members, gradients)
+        self._clip = Clip(self._members, gradients)
         self._updates = buffers.updates[rows]
         kinds: dict[type[torch.optim.Optimizer], Callable[..., None]] = {
             torch.optim.AdamW: self._adamw,
@@ -97,16 +95,38 @@ class Updater:
             (kinds[type(parts[section.part])], _Columns(buffers, section, rows, gradients))
             for section in buffers.sections
         ]
+        self._by_row = gradients.device.type in BY_ROW
+        # a pass over the gradients less: small networks wait for their memory
+        self._divides = self._by_row and self._clip.together and all(type(part) in DIVIDING for part in parts)
 
     @torch.no_grad()
-    def __call__(self, finite: Tensor) -> None:
-        """Update the members where `finite`, (c,) bool, from their gradients, which may be used up."""
+    def __call__(self, losses: Tensor, active: Sequence[bool]) -> Tensor:
+        """Update the active members whose loss and gradient are finite; return the norms of their gradients, (c,).
+
+        Args:
+            losses: (c,).
+            active: who is to be updated. Gradients may be used up all the same.
+        """
+        divisors: list[Tensor | None] = [None] * len(self._members)
+        if self._divides:
+            norms, by = self._clip.divisors()
+            divisors = [each if value > 1.0 else None for each, value in zip(by.unbind(), by.tolist(), strict=True)]
+        else:
+            norms = self._clip(active)
+        apply: list[bool] | None = None  # elsewhere nobody waits for the answer
+        if self._by_row:
+            values = zip(active, losses.tolist(), norms.tolist(), strict=True)
+            apply = [moves and math.isfinite(loss) and math.isfinite(norm) for moves, loss, norm in values]
+            finite = torch.tensor(apply)
+        else:
+            finite = losses.isfinite() & norms.isfinite()
+            if not all(active):
+                finite &= torch.tensor(active).to(finite.device, non_blocking=True)
         self._updates.add_(finite[:, None])
-        # elsewhere nobody waits for the answer
-        apply = finite.tolist() if finite.device.type in BY_ROW else None
         for kernel, columns in self._sections:
             groups = [member.optimizer.parts[columns.part].param_groups[columns.group] for member in self._members]
-            kernel(columns, groups, finite, apply)
+            kernel(columns, groups, finite, apply, divisors)
+        return norms
 
     def _adamw(
         self,
@@ -114,22 +134,17 @@ class Updater:
         groups: list[dict[str, Any]],
         finite: Tensor,
         apply: list[bool] | None,
+        divisors: list[Tensor | None],
     ) -> None:
         if apply is None:
             mean, square = (columns.blocks[name] for name in ("exp_avg", "exp_avg_sq"))
             across.adamw(columns.block, columns.gradient, mean, square, columns.count, groups, finite)
             return
-        means, squares = columns.states["exp_avg"], columns.states["exp_avg_sq"]
-        for row, group in enumerate(groups):
-            if apply[row]:
+        for moves, row, group, divisor in zip(apply, columns.rows, groups, divisors, strict=True):
+            if moves:
                 beta1, beta2 = group["betas"]
                 torch._fused_adamw_(
-                    [columns.weights[row]],
-                    [columns.gradients[row]],
-                    [means[row]],
-                    [squares[row]],
-                    [],
-                    [columns.updates[row]],
+                    *row,
                     lr=group["lr"],
                     beta1=beta1,
                     beta2=beta2,
@@ -137,6 +152,7 @@ class Updater:
                     eps=group["eps"],
                     amsgrad=False,
                     maximize=False,
+                    grad_scale=divisor,
                 )
 
     def _sgd(
@@ -145,19 +161,21 @@ class Updater:
         groups: list[dict[str, Any]],
         finite: Tensor,
         apply: list[bool] | None,
+        divisors: list[Tensor | None],
     ) -> None:
-        velocities = columns.states["momentum_buffer"]
         _shrink(columns, [group["shrinks"] for group in groups], finite)
         if apply is None:
             across.sgd(columns.block, columns.gradient, columns.blocks["momentum_buffer"], groups, finite)
             return
-        for row, group in enumerate(groups):
-            if apply[row]:
+        for moves, (weights, gradients, velocities, *_), group, divisor in zip(
+            apply, columns.rows, groups, divisors, strict=True
+        ):
+            if moves:
                 momentum = group["momentum"]
                 torch._fused_sgd_(
-                    [columns.weights[row]],
-                    [columns.gradients[row]],
-                    [velocities[row]] if momentum else [],
+                    weights,
+                    gradients,
+                    velocities if momentum else [],
                     weight_decay=group["weight_decay"],
                     momentum=momentum,
                     lr=group["lr"],
@@ -165,6 +183,7 @@ class Updater:
                     nesterov=group["nesterov"],
                     maximize=False,
                     is_first_step=False,
+                    grad_scale=divisor,
                 )
 
     def _muon(
@@ -173,6 +192,7 @@ class Updater:
         groups: list[dict[str, Any]],
         finite: Tensor,
         apply: list[bool] | None,
+        divisors: list[Tensor | None],
     ) -> None:
         first = groups[0]
         _shrink(columns, [group["lr"] * group["weight_decay"] for group in groups], finite)
@@ -196,14 +216,16 @@ class _Columns:
         self.part, self.group = section.part, section.group
         self._section = section
         self.block = buffers.weights[rows, section.start : section.stop]
-        self.weights = self.block.unbind()
         self.gradient = gradients[:, section.start : section.stop]
-        self.gradients = self.gradient.unbind()
         self.blocks = {name: buffers.state(section, name)[rows] for name in buffers.states[section.part]}
-        self.states = {name: state.unbind() for name, state in self.blocks.items()}
         # one count stands for the group: every update moves all parameters
         self.count = buffers.updates[rows, section.slots[0].number]
-        self.updates = self.count.unbind()
+        # for each member what torch's kernels take: lists of weights, gradients, one or two states, maxima, counts
+        several = (self.block, self.gradient, *self.blocks.values())
+        self.rows = [
+            (*([row] for row in tensors[:-1]), [], [tensors[-1]])
+            for tensors in zip(*(matrix.unbind() for matrix in several), self.count.unbind(), strict=True)
+        ]
 
     def matrices(self, name: str) -> list[tuple[Tensor, ...]]:
         """Return weights, gradients and one state of each parameter of the section, (c, rows, columns)."""
