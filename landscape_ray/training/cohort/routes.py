@@ -2,6 +2,7 @@
 
     stacked   the network works on stacked parameters itself: every layer is one batched product
     recorded  as stacked, without asking the network again in every update (on the CPU)
+    abreast   recorded programs side by side, one on each thread of the CPU
     graphed   the same as a CUDA graph
     vmap      torch.func.vmap turns the network's forward into one for stacked parameters
     single    the members' own modules, one after the other
@@ -13,7 +14,6 @@ members fit into the cache where those of all do not.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 from abc import ABC, abstractmethod
@@ -42,6 +42,8 @@ class Program(ABC):
     """
 
     name: ClassVar[str]
+    side_by_side: ClassVar[bool] = False
+    """Whether threads share programs out, and not each kernel."""
 
     def __init__(self, buffers: Buffers, members: Sequence[TrainState], rows: slice, gradients: Tensor) -> None:
         """Take the rows of `members` (all of the cohort's), and c rows of memory, zero, for the gradients."""
@@ -278,6 +280,13 @@ class Recorded(Stacked):
         return _Found(losses.detach(), [place for place, _ in elsewhere], [own for _, own in elsewhere])
 
 
+class Abreast(Recorded):
+    """The same, each thread with programs of its own."""
+
+    name = "abreast"
+    side_by_side = True
+
+
 class _Found(NamedTuple):
     """What is computed at once."""
 
@@ -381,4 +390,6 @@ class Vmapped(_Joint):
         return outputs
 
 
-ROUTES: dict[str, type[Program]] = {route.name: route for route in (Recorded, Graphed, Stacked, Vmapped, Single)}
+ROUTES: dict[str, type[Program]] = {
+    route.name: route for route in (Recorded, Abreast, Graphed, Stacked, Vmapped, Single)
+}
