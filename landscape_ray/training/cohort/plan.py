@@ -107,9 +107,11 @@ class Plan:
                 rows = slice(start, min(start + chunk, len(members)))
                 own = memory[: rows.stop - rows.start]
                 program = ROUTES[route](buffers, members, rows, own)
+                update = Updater(buffers, members, rows, own)
                 if lane:
                     program.follow(lane[0][0])
-                lane.append((program, Updater(buffers, members, rows, own)))
+                    update.follow(lane[0][1])
+                lane.append((program, update))
 
     @property
     def programs(self) -> list[Pair]:

@@ -11,6 +11,7 @@ A member whose loss or gradient is not finite keeps its row as it is. Nothing he
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from landscape_ray.training.cohort import across
 from landscape_ray.training.cohort.buffers import Buffers, Section
+from landscape_ray.training.cohort.sequence import Graph, Number, Step, graph_of
 from landscape_ray.training.state import TrainState
 
 BY_ROW = ("cpu",)
@@ -27,6 +29,9 @@ BY_ROW = ("cpu",)
 
 DIVIDING = (torch.optim.AdamW, torch.optim.SGD)
 """Optimizers whose kernel for a row can divide the gradient by a number on its way through."""
+
+NUMBERS = ("lr", "beta1", "beta2", "weight_decay", "eps")
+"""What torch's kernel of AdamW calls the hyperparameters."""
 
 
 class Clip:
@@ -98,6 +103,14 @@ class Updater:
         self._by_row = gradients.device.type in BY_ROW
         # a pass over the gradients less: small networks wait for their memory
         self._divides = self._by_row and self._clip.together and all(type(part) in DIVIDING for part in parts)
+        self._joint = self._divides and all(type(part) is torch.optim.AdamW for part in parts)
+        self._divisors = torch.ones(len(self._members), device=gradients.device)
+        self._leader = self
+
+    def follow(self, leader: Updater) -> None:
+        """Share what can be shared with an updater that is called before this one."""
+        if len(leader._members) == len(self._members):
+            self._leader = leader
 
     @torch.no_grad()
     def __call__(self, losses: Tensor, active: Sequence[bool]) -> Tensor:
@@ -107,10 +120,9 @@ class Updater:
             losses: (c,).
             active: who is to be updated. Gradients may be used up all the same.
         """
-        divisors: list[Tensor | None] = [None] * len(self._members)
         if self._divides:
             norms, by = self._clip.divisors()
-            divisors = [each if value > 1.0 else None for each, value in zip(by.unbind(), by.tolist(), strict=True)]
+            self._divisors.copy_(by)
         else:
             norms = self._clip(active)
         apply: list[bool] | None = None  # elsewhere nobody waits for the answer
@@ -123,10 +135,38 @@ class Updater:
             if not all(active):
                 finite &= torch.tensor(active).to(finite.device, non_blocking=True)
         self._updates.add_(finite[:, None])
-        for kernel, columns in self._sections:
-            groups = [member.optimizer.parts[columns.part].param_groups[columns.group] for member in self._members]
-            kernel(columns, groups, finite, apply, divisors)
+        groups = [
+            [member.optimizer.parts[columns.part].param_groups[columns.group] for member in self._members]
+            for _, columns in self._sections
+        ]
+        if self._joint and apply is not None and all(apply):
+            with torch.inference_mode():
+                self._adamw_of_all(*(number for own in groups for group in own for number in _numbers(group)))
+            return norms
+        for (kernel, columns), own in zip(self._sections, groups, strict=True):
+            kernel(columns, own, finite, apply)
         return norms
+
+    @functools.cached_property
+    def _adamw_of_all(self) -> Callable[..., Any]:
+        """What updates all rows in one call; it takes `_numbers` of each row, section by section."""
+        return self._leader._graph.on(self._steps())
+
+    @functools.cached_property
+    def _graph(self) -> Graph:
+        return graph_of(self._steps())
+
+    def _steps(self) -> list[Step]:
+        fixed = {"amsgrad": False, "maximize": False}
+        return [
+            Step(
+                torch.ops.aten._fused_adamw_.default,
+                row,
+                {name: Number() for name in NUMBERS} | fixed | {"grad_scale": divisor},
+            )
+            for _, columns in self._sections
+            for row, divisor in zip(columns.rows, self._divisors.unbind(), strict=True)
+        ]
 
     def _adamw(
         self,
@@ -134,26 +174,15 @@ class Updater:
         groups: list[dict[str, Any]],
         finite: Tensor,
         apply: list[bool] | None,
-        divisors: list[Tensor | None],
     ) -> None:
         if apply is None:
             mean, square = (columns.blocks[name] for name in ("exp_avg", "exp_avg_sq"))
             across.adamw(columns.block, columns.gradient, mean, square, columns.count, groups, finite)
             return
-        for moves, row, group, divisor in zip(apply, columns.rows, groups, divisors, strict=True):
+        for moves, row, group, divisor in zip(apply, columns.rows, groups, self._divisors.unbind(), strict=True):
             if moves:
-                beta1, beta2 = group["betas"]
-                torch._fused_adamw_(
-                    *row,
-                    lr=group["lr"],
-                    beta1=beta1,
-                    beta2=beta2,
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    amsgrad=False,
-                    maximize=False,
-                    grad_scale=divisor,
-                )
+                numbers = dict(zip(NUMBERS, _numbers(group), strict=True))
+                torch._fused_adamw_(*row, **numbers, amsgrad=False, maximize=False, grad_scale=divisor)
 
     def _sgd(
         self,
@@ -161,14 +190,13 @@ class Updater:
         groups: list[dict[str, Any]],
         finite: Tensor,
         apply: list[bool] | None,
-        divisors: list[Tensor | None],
     ) -> None:
         _shrink(columns, [group["shrinks"] for group in groups], finite)
         if apply is None:
             across.sgd(columns.block, columns.gradient, columns.blocks["momentum_buffer"], groups, finite)
             return
         for moves, (weights, gradients, velocities, *_), group, divisor in zip(
-            apply, columns.rows, groups, divisors, strict=True
+            apply, columns.rows, groups, self._divisors.unbind(), strict=True
         ):
             if moves:
                 momentum = group["momentum"]
@@ -192,7 +220,6 @@ class Updater:
         groups: list[dict[str, Any]],
         finite: Tensor,
         apply: list[bool] | None,
-        divisors: list[Tensor | None],
     ) -> None:
         first = groups[0]
         _shrink(columns, [group["lr"] * group["weight_decay"] for group in groups], finite)
@@ -207,6 +234,11 @@ class Updater:
             update = orthogonalised(update, first["ns_coefficients"], first["ns_steps"], first["eps"])
             rows, cols = weight.shape[1:]
             weight.sub_((update * (rates * math.sqrt(max(1.0, rows / cols)))).masked_fill(keep, 0.0))
+
+
+def _numbers(group: dict[str, Any]) -> tuple[float, ...]:
+    """Return the values of `NUMBERS`."""
+    return (group["lr"], *group["betas"], group["weight_decay"], group["eps"])
 
 
 class _Columns:
