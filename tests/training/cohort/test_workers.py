@@ -100,7 +100,7 @@ def test_five_updates_saved_and_five_more_are_ten_side_by_side(
     configs: Configs, threads: Threads, tmp_path: Path
 ) -> None:
     threads(2)
-    whole, first = (Cohort.create(configs(), route="abreast", chunk=2) for _ in range(2))
+    whole, first = (Cohort.create(configs(), route="abreast", chunk=1) for _ in range(2))
     list(whole.train(10))
     list(first.train(5))
     first.save(tmp_path)
