@@ -90,8 +90,8 @@ class Interpreted(Graph):
         Raises:
             TypeError: an argument is of a kind that graphs have no constants of, or some results are None.
         """
-        self._graph: Any = torch._C.Graph()
-        graph = self._graph
+        graph: Any = torch._C.Graph()
+        self._graph = graph
         # lists are inputs as they are: what is written to the tensors of a list made here counts as unused
         tensor = torch._C.TensorType.get()
         kinds = [tensor if isinstance(each, Tensor) else torch._C.ListType(tensor) for each in _given(steps)]

@@ -181,7 +181,7 @@ class Updater:
             return
         for moves, row, group, divisor in zip(apply, columns.rows, groups, self._divisors.unbind(), strict=True):
             if moves:
-                numbers = dict(zip(NUMBERS, _numbers(group), strict=True))
+                numbers: dict[str, Any] = dict(zip(NUMBERS, _numbers(group), strict=True))
                 torch._fused_adamw_(*row, **numbers, amsgrad=False, maximize=False, grad_scale=divisor)
 
     def _sgd(
