@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -90,8 +90,7 @@ class Interpreted(Graph):
         Raises:
             TypeError: an argument is of a kind that graphs have no constants of, or some results are None.
         """
-        graph: Any = torch._C.Graph()
-        self._graph = graph
+        self._graph = graph = cast(Any, torch._C.Graph())  # whose types do not know constants
         # lists are inputs as they are: what is written to the tensors of a list made here counts as unused
         tensor = torch._C.TensorType.get()
         kinds = [tensor if isinstance(each, Tensor) else torch._C.ListType(tensor) for each in _given(steps)]
