@@ -70,18 +70,18 @@ class _StackedLinear(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def reserved(parameters: Sequence[Tensor], places: Sequence[Tensor]) -> Iterator[None]:
-    """Let the gradients of stacked parameters be put into these places, inside the block, where a layer knows how to.
+def reserved(places: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let the gradients of stacked parameters be put into places, inside the block, where a layer knows how to.
 
     Whoever asks for the gradients gets the places themselves then, and other tensors for the rest: of parameters that
     are used twice (the first use puts its share into the place, and the sum becomes a new tensor) or in other layers.
     """
-    for parameter, place in zip(parameters, places, strict=True):
+    for parameter, place in places:
         parameter.gradient_place = place  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        for parameter in parameters:
+        for parameter, _ in places:
             _claim(parameter)
 
 

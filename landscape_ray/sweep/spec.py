@@ -43,7 +43,7 @@ class CohortConfig(Model):
 
     num_members: int = Field(default=8, ge=2)
     """Trials in a cohort. The sampler proposes them together, before any of them has a result."""
-    route: Literal["auto", "recorded", "stacked", "vmap", "single", "alone"] = "auto"
+    route: Literal["auto", "recorded", "abreast", "stacked", "vmap", "single", "alone"] = "auto"
     """How gradients of several members are computed; auto measures what is fastest when a cohort starts. Results of
     different routes differ in the last bits: name one for runs that repeat to the bit."""
 

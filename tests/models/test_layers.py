@@ -52,7 +52,7 @@ def test_gradients_go_to_their_places() -> None:
     wanted = torch.autograd.grad(linear(x, weight, bias).square().sum(), (weight, bias))
     row = torch.zeros(K, 48)
     places = [row[:, :30].view(K, 5, 6), row[:, 32:37]]
-    with reserved((weight, bias), places):
+    with reserved(list(zip((weight, bias), places, strict=True))):
         found = torch.autograd.grad(linear(x, weight, bias).square().sum(), (weight, bias))
     for gradient, place, expected in zip(found, places, wanted, strict=True):
         assert gradient.data_ptr() == place.data_ptr()
@@ -71,7 +71,7 @@ def test_gradients_of_parameters_that_are_used_twice_add_up() -> None:
         return (linear(linear(x, weight, None), weight, None) * weight.sum()).square().sum()
 
     (wanted,) = torch.autograd.grad(loss(), weight)
-    with reserved([weight], [torch.zeros(K, 6, 6)]):
+    with reserved([(weight, torch.zeros(K, 6, 6))]):
         (found,) = torch.autograd.grad(loss(), weight)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
@@ -85,7 +85,7 @@ def test_gradients_that_are_to_be_differentiated_have_memory_of_their_own() -> N
         return second
 
     wanted = product()
-    with reserved([weight], [torch.zeros(K, 5, 6)]):
+    with reserved([(weight, torch.zeros(K, 5, 6))]):
         torch.testing.assert_close(product(), wanted)
 
 

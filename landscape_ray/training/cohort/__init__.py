@@ -8,7 +8,9 @@
     memory.py     where these are
     routes.py     gradients of several members: stacked, by vmap, or one by one
     recording.py  what a program does, to be done again at a lower price
+    sequence.py   kernels one after the other as one call
     plan.py       which route on how many members at once, by measurement
+    workers.py    programs side by side on the threads of a CPU
     updates.py    hyperparameters, clipping and optimizer by rows
 
 `Cohort` is the way in.

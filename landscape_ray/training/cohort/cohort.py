@@ -24,7 +24,9 @@ from landscape_ray.training.cohort.eligibility import why_not as no_route
 from landscape_ray.training.cohort.evaluation import evaluations, held_out
 from landscape_ray.training.cohort.folder import read_folder, write_folder
 from landscape_ray.training.cohort.plan import Choice, Plan, choose, given
+from landscape_ray.training.cohort.routes import Program
 from landscape_ray.training.cohort.shared import check_shared
+from landscape_ray.training.cohort.updates import Updater
 from landscape_ray.training.config import TrainConfig
 from landscape_ray.training.loop import Measured
 from landscape_ray.training.state import TrainState, read_checkpoint
@@ -86,9 +88,9 @@ class Cohort:
         Args:
             configs: one for each member; `shared.SHARED_FIELDS` are equal in all.
             data: what `configs[0].data` describes, where it is open already.
-            route: recorded, graphed, stacked, vmap, single or alone; auto measures at the first which is fastest.
-                Different routes differ in the last bits of the weights, so that a run is repeated to the bit only where
-                the route is given (or comes from a checkpoint).
+            route: recorded, abreast, graphed, stacked, vmap, single or alone; auto measures at the first which is the
+                fastest. Different routes differ in the last bits of the weights, so that a run is repeated to the bit
+                only where the route is given (or comes from a checkpoint).
             chunk: members that one program covers, but for single and alone; all by default.
 
         Raises:
@@ -131,10 +133,12 @@ class Cohort:
             yield from self._observe()
 
     def _active(self, until_step: int | None) -> list[int]:
-        ends = [
-            m.config.num_steps if until_step is None else min(until_step, m.config.num_steps) for m in self._members
+        end = math.inf if until_step is None else until_step
+        return [
+            k
+            for k, m in enumerate(self._members)
+            if m.diverged is None and m.step < end and m.step < m.config.num_steps
         ]
-        return [k for k, m in enumerate(self._members) if m.diverged is None and m.step < ends[k]]
 
     def _update(self, active: list[int]) -> Iterator[tuple[int, Record]]:
         """Do one update of these members."""
@@ -149,8 +153,9 @@ class Cohort:
         values = [self._values[k].apply() for k in active]
         probed = [k for k in active if self._members[k].monitor.probes]
         before = {k: probing.weights_before(self._members[k]) for k in probed}
-        losses, norms = self._apply(active, self._batch())
+        losses, norms = self._apply(active)
         cost, now = (time.perf_counter() - start) / len(active), time.time()
+        units, flops = self._units, self._flops
         for k, (lr, momentum) in zip(active, values, strict=True):
             member, loss, norm = self._members[k], losses[k], norms[k]
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -162,8 +167,8 @@ class Cohort:
             member.step += 1
             if member.averager is not None:
                 member.averager.update(member.module, member.step)
-            member.num_tokens += self._units
-            member.flops += self._flops
+            member.num_tokens += units
+            member.flops += flops
             member.elapsed_seconds += cost
             yield (
                 k,
@@ -182,34 +187,35 @@ class Cohort:
                 ),
             )
 
-    def _apply(self, active: list[int], batch: Batch) -> tuple[list[float], list[float]]:
+    def _apply(self, active: list[int]) -> tuple[list[float], list[float]]:
         """Update the active members; return loss and gradient norm of each member, as they were for those."""
-        inputs, targets = batch
         moving = [False] * len(self)
         for k in active:
             moving[k] = True
-        is_active = torch.tensor(moving).to(inputs.device, non_blocking=True)
-        seen: list[Tensor] = []
-        for program, update in self._programs():
-            rows = program.rows
-            if not any(moving[rows]):
-                seen.append(torch.zeros(2, len(program.members), device=inputs.device))
-                continue
-            losses = program.gradient(inputs[rows], targets[rows], [member.step for member in program.members])
-            norms = update.clip(moving[rows])
-            update(losses.isfinite() & norms.isfinite() & is_active[rows])
-            seen.append(torch.stack((losses.float(), norms)))
-        self._loader.prepare()
-        # one transfer: on a GPU each one waits for everything before it
-        losses_and_norms: list[list[float]] = torch.cat(seen, 1).tolist()
+        plan = self._programs()
+        with plan.sharing():
+            inputs, targets = self._batch()
+            seen = torch.zeros(2, len(self), device=inputs.device)
+
+            def one(program: Program, update: Updater) -> None:
+                rows = program.rows
+                if any(moving[rows]):
+                    losses = program.gradient(inputs[rows], targets[rows], [member.step for member in program.members])
+                    seen[0, rows], seen[1, rows] = losses, update(losses, moving[rows])
+
+            # to and fro: what an update came to last may still be in the cache
+            plan.each(one, backwards=self._members[active[0]].step % 2 == 1)
+            self._loader.prepare()
+            # one transfer: on a GPU each one waits for everything before it
+            losses_and_norms: list[list[float]] = seen.tolist()
         return losses_and_norms[0], losses_and_norms[1]
 
-    def _programs(self) -> list[tuple[Any, Any]]:
+    def _programs(self) -> Plan:
         assert self._buffers is not None
         assert self.choice is not None
         if self._plan is None:
             self._plan = Plan(self._buffers, self._members, self.choice.route, self.choice.chunk)
-        return self._plan.programs
+        return self._plan
 
     def _batch(self) -> Batch:
         """Return the batches of all members' next updates, stacked (K, B, ...)."""
@@ -241,7 +247,7 @@ class Cohort:
             return {}
         if len(set(map(held_out, self._members))) > 1:
             return {}
-        return evaluations([program for program, _ in self._programs()], due)
+        return evaluations([program for program, _ in self._programs().programs], due)
 
     # members
 

@@ -25,11 +25,11 @@ def why_not(name: str, members: Sequence[TrainState]) -> str | None:
         return reason
     if name != "vmap" and not first.module.stackable:
         return "the model does not take stacked parameters"
-    return _why_not_again(name, first) if name in ("recorded", "graphed") else None
+    return _why_not_again(name, first) if name in ("recorded", "abreast", "graphed") else None
 
 
 def _why_not_again(name: str, first: TrainState) -> str | None:
-    if name == "recorded" and first.device.type != "cpu":
+    if name in ("recorded", "abreast") and first.device.type != "cpu":
         return "recordings are for the CPU"
     if name == "graphed" and first.device.type != "cuda":
         return "graphs are for CUDA"

@@ -8,6 +8,8 @@ and batches; nothing of the members changes. A joint route must also give the gr
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,7 @@ from landscape_ray.training.cohort.eligibility import why_not
 from landscape_ray.training.cohort.memory import zeros
 from landscape_ray.training.cohort.routes import ROUTES, Program
 from landscape_ray.training.cohort.updates import Updater
+from landscape_ray.training.cohort.workers import Workers
 from landscape_ray.training.state import TrainState
 
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 3, 20, 1.0
@@ -52,7 +55,7 @@ class Choice:
     """A way through a step, and how it was found.
 
     Attributes:
-        route: recorded, graphed, stacked, vmap or single; alone where members cannot share memory.
+        route: recorded, abreast, graphed, stacked, vmap or single; alone where members cannot share memory.
         chunk: members that a program covers.
         seconds: measured time of one update for each member, by `route` or `route/chunk`; empty where the route was
             given.
@@ -65,8 +68,15 @@ class Choice:
     excluded: dict[str, str] = field(default_factory=dict)
 
 
+Pair = tuple[Program, Updater]
+
+
 class Plan:
-    """Programs that cover all rows, with what updates the rows from their gradients."""
+    """Programs that cover all rows, with what updates the rows from their gradients.
+
+    Attributes:
+        lanes: programs that are run one after the other; lanes side by side, where the route does that.
+    """
 
     def __init__(
         self,
@@ -76,25 +86,53 @@ class Plan:
         chunk: int,
         gradients: Tensor | None = None,
     ) -> None:
-        """Cut the rows into chunks, which use the same memory, one after the other.
+        """Cut the rows into chunks; those of a lane use the same memory.
 
         Args:
             buffers: of the cohort.
             members: all of them.
             route: a name in `ROUTES`.
             chunk: members in a program; the last one may have fewer.
-            gradients: at least (chunk, P), zero in the gaps; made here by default.
+            gradients: at least (chunk, P), zero in the gaps; made here by default, and for all lanes but the first.
         """
-        if gradients is None:
-            gradients = zeros(chunk, buffers.weights.shape[1], device=buffers.weights.device)
-        self.programs: list[tuple[Program, Updater]] = []
-        for start in range(0, len(members), chunk):
-            rows = slice(start, min(start + chunk, len(members)))
-            own = gradients[: rows.stop - rows.start]
-            program = ROUTES[route](buffers, members, rows, own)
-            if self.programs:
-                program.follow(self.programs[0][0])
-            self.programs.append((program, Updater(buffers, members, rows, own)))
+        starts = range(0, len(members), chunk)
+        count = min(torch.get_num_threads(), len(starts)) if ROUTES[route].side_by_side else 1
+        self._workers = Workers(count) if count > 1 else None
+        size, device = buffers.weights.shape[1], buffers.weights.device
+        self.lanes: list[list[Pair]] = [[] for _ in range(count)]
+        for number, lane in enumerate(self.lanes):
+            first, stop = (len(starts) * i // count for i in (number, number + 1))
+            memory = gradients if gradients is not None and number == 0 else zeros(chunk, size, device=device)
+            for start in starts[first:stop]:
+                rows = slice(start, min(start + chunk, len(members)))
+                own = memory[: rows.stop - rows.start]
+                program = ROUTES[route](buffers, members, rows, own)
+                update = Updater(buffers, members, rows, own)
+                if lane:
+                    program.follow(lane[0][0])
+                    update.follow(lane[0][1])
+                lane.append((program, update))
+
+    @property
+    def programs(self) -> list[Pair]:
+        """All of them, in the order of their rows."""
+        return [pair for lane in self.lanes for pair in lane]
+
+    def sharing(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context for whatever takes kernels, from the batches of an update to its end."""
+        return contextlib.nullcontext() if self._workers is None else self._workers.sharing()
+
+    def each(self, function: Callable[[Program, Updater], None], *, backwards: bool = False) -> None:
+        """Call a function on every pair, in the order of the rows of a lane or the other way round."""
+
+        def go(lane: list[Pair]) -> None:
+            for program, update in reversed(lane) if backwards else lane:
+                function(program, update)
+
+        if self._workers is None:
+            go(self.lanes[0])
+        else:
+            self._workers.run([functools.partial(go, lane) for lane in self.lanes])
 
 
 def choose(buffers: Buffers, members: Sequence[TrainState], batch: Batch) -> Choice:
@@ -117,6 +155,9 @@ def _nothing_moves(buffers: Buffers, members: Sequence[TrainState]) -> Iterator[
     tensors = [buffer for member in members for buffer in member.module.buffers()]
     tensors += [buffers.weights, buffers.updates, *(t for states in buffers.states for t in states.values())]
     kept = [tensor.clone() for tensor in tensors]
+    clippers = [member.clipper for member in members]
+    for member in members:
+        member.clipper = copy.deepcopy(member.clipper)  # some remember norms
     for group in groups:
         group["lr"] = 0.0  # weights stay, so that the gradients of one route can be compared with those of another
     try:
@@ -124,12 +165,16 @@ def _nothing_moves(buffers: Buffers, members: Sequence[TrainState]) -> Iterator[
     finally:
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
+        for member, clipper in zip(members, clippers, strict=True):
+            member.clipper = clipper
         for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
 
 
 def _measured(buffers: Buffers, members: Sequence[TrainState], batch: Batch) -> Choice:
     excluded = {name: reason for name in ROUTES if (reason := why_not(name, members)) is not None}
+    if torch.get_num_threads() == 1:
+        excluded.setdefault("abreast", "there is one thread")
     if "stacked" not in excluded:
         excluded["vmap"] = "the model takes stacked parameters itself, which was never slower"
     gradients = zeros(*buffers.weights.shape, device=buffers.weights.device)
@@ -143,7 +188,7 @@ def _measured(buffers: Buffers, members: Sequence[TrainState], batch: Batch) -> 
     for name in ROUTES:
         if name == "single" or name in excluded or len(members) == 1:
             continue
-        for chunk in _chunks(len(members)):
+        for chunk in _chunks(_share(name, len(members))):
             try:
                 candidate = _Candidate(Plan(buffers, members, name, chunk, gradients), batch)
                 distance = candidate.distance(reference)
@@ -191,7 +236,12 @@ def given(route: str, chunk: int | None, members: Sequence[TrainState]) -> Choic
         raise UserError(f"route must suit the members, got '{route}' where {reason}; use 'auto'")
     if chunk is not None and not 1 <= chunk <= len(members):
         raise UserError(f"chunk must be between 1 and the number of members, {len(members)}, got {chunk}")
-    return Choice(route=route, chunk=1 if route == "single" else chunk or len(members))
+    return Choice(route=route, chunk=1 if route == "single" else chunk or _share(route, len(members)))
+
+
+def _share(route: str, num_members: int) -> int:
+    """Return the largest number of members for one program."""
+    return -(-num_members // torch.get_num_threads()) if ROUTES[route].side_by_side else num_members
 
 
 def _chunks(num_members: int) -> list[int]:
@@ -203,16 +253,19 @@ class _Candidate:
     """A plan, a batch, and the shortest time that an update took so far, for each member."""
 
     def __init__(self, plan: Plan, batch: Batch) -> None:
+        self._plan = plan
         self._pairs = plan.programs
         self._programs = [program for program, _ in plan.programs]
         self._inputs, self._targets = batch
         self._next = 0
+        self._backwards = False
         self.seconds = math.inf
 
     def measure(self) -> None:
         """Time some programs, others each time as long as there are others; the first call is a warm-up."""
         if self.seconds == math.inf:
-            self._update(*self._pairs[0])
+            with self._plan.sharing():
+                self._update(*self._pairs[0])
         # single programs are short: some of them, so that the weights do not all lie in the cache
         size = len(self._programs[0].members)
         enough = max(LARGE, math.ceil(WINDOW / self.seconds))  # the first time, nothing is known: LARGE
@@ -220,16 +273,23 @@ class _Candidate:
         chosen = [self._pairs[(self._next + i) % len(self._pairs)] for i in range(count)]
         self._next += count
         clock = _clock(self._inputs.device)
-        start = clock()
-        for program, update in chosen:
-            self._update(program, update)
-        seconds = (clock() - start) / sum(len(program.members) for program, _ in chosen)
-        self.seconds = min(self.seconds, seconds)
+        with self._plan.sharing():
+            start = clock()
+            if len(self._plan.lanes) > 1 or count == len(self._pairs):
+                chosen = self._pairs
+                self._backwards = not self._backwards  # as a cohort does
+                self._plan.each(self._update, backwards=self._backwards)
+            else:
+                for program, update in chosen:
+                    self._update(program, update)
+            seconds = clock() - start
+        self.seconds = min(self.seconds, seconds / sum(len(program.members) for program, _ in chosen))
 
     def gradients(self) -> Iterator[Tensor]:
         """Yield the gradients of all members, (c, P) of each program; the next one uses the same memory."""
         for program in self._programs:
-            self._run(program)
+            with self._plan.sharing():
+                self._run(program)
             yield program.gradients
 
     def distance(self, reference: Tensor) -> float:
@@ -239,12 +299,7 @@ class _Candidate:
         return math.nan if any(map(math.isnan, found)) else max(found)
 
     def _update(self, program: Program, update: Updater) -> None:
-        losses = self._run(program)
-        if update.clip.together:
-            norms = update.clip([True] * len(program.members))
-        else:  # some remember their norms
-            norms = torch.linalg.vector_norm(program.gradients, dim=1)
-        update(losses.isfinite() & norms.isfinite())
+        update(self._run(program), [True] * len(program.members))
 
     def _run(self, program: Program) -> Tensor:
         rows = program.rows

@@ -12,6 +12,7 @@ their memory stays in the cache of the processor.
 from __future__ import annotations
 
 import functools
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from landscape_ray.training.cohort.memory import zeros
+from landscape_ray.training.cohort.sequence import Graph, Step, graph_of
 
 Result = TypeVar("Result")
 
@@ -38,6 +40,10 @@ CHANGING = {
 """What would not be the same again."""
 
 
+_RECORDING = threading.Lock()
+"""Held while a function is recorded: torch's modes keep something in common to all threads, as do its generators."""
+
+
 class NotRecordableError(RuntimeError):
     """A function does something that cannot be done again on other values."""
 
@@ -50,14 +56,13 @@ class _Call(NamedTuple):
     kwargs: dict[str, Any]
     made: list[Tensor]
 
-    def bound(self) -> Callable[[], Any]:
+    def step(self) -> Step:
         """Return what does it again, with its results in the same places."""
         found = _writing(self.op)
         if self.made and found is not None and len(found[1]) == len(self.made):  # fewer where some are None
             op, names = found
-            return functools.partial(op._op, *self.args, **self.kwargs, **dict(zip(names, self.made, strict=True)))
-        kernel = functools.partial(self.op._op, *self.args, **self.kwargs)
-        return functools.partial(_copied, kernel, self.made) if self.made else kernel
+            return Step(op, self.args, self.kwargs | dict(zip(names, self.made, strict=True)), [])
+        return Step(self.op, self.args, self.kwargs, self.made)
 
     def mapped(self, move: Callable[[Tensor], Tensor]) -> _Call:
         """Return the call on other tensors."""
@@ -71,16 +76,15 @@ class Recording(Generic[Result]):
         result: what it returned; `replay` puts other values into the tensors in there.
     """
 
-    def __init__(self, result: Result, calls: Sequence[_Call]) -> None:
-        """Keep what `record` found."""
-        self.result, self._calls = result, calls
-        self._bound = [call.bound() for call in calls]
+    def __init__(self, result: Result, calls: Sequence[_Call], graph: Graph) -> None:
+        """Keep what `record` found, and the graph of these calls."""
+        self.result, self._calls, self._graph = result, calls, graph
+        self._run = graph.on([call.step() for call in calls])
 
     @torch.inference_mode()  # a kernel starts sooner than under no_grad
     def replay(self) -> Result:
         """Do it again; return `result`."""
-        for call in self._bound:
-            call()
+        self._run()
         return self.result
 
     def moved(self, matrix: Tensor, rows: int) -> Recording[Result]:
@@ -95,7 +99,7 @@ class Recording(Generic[Result]):
         def move(tensor: Tensor) -> Tensor:
             return _put(tensor, tensor.untyped_storage(), shift) if _place(tensor) == place else tensor
 
-        return Recording(self.result, [call.mapped(move) for call in self._calls])
+        return Recording(self.result, [call.mapped(move) for call in self._calls], self._graph)
 
 
 def record(function: Callable[[], Result]) -> Recording[Result]:
@@ -108,7 +112,7 @@ def record(function: Callable[[], Result]) -> Recording[Result]:
     Raises:
         NotRecordableError: it draws random numbers, looks at values, or makes more than `LIMIT`.
     """
-    with _Recorder() as recorder:
+    with _RECORDING, _Recorder() as recorder:
         result = function()
     offsets, num_bytes = _packed(recorder.calls, _tensors(result))
     memory = zeros(-(-num_bytes // 4), device=torch.device("cpu")).untyped_storage()
@@ -117,7 +121,8 @@ def record(function: Callable[[], Result]) -> Recording[Result]:
         offset = offsets.get(_place(tensor))
         return tensor if offset is None else _put(tensor, memory, offset // tensor.element_size())
 
-    return Recording(tree_map_only(Tensor, move, result), [call.mapped(move) for call in recorder.calls])
+    calls = [call.mapped(move) for call in recorder.calls]
+    return Recording(tree_map_only(Tensor, move, result), calls, graph_of([call.step() for call in calls]))
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
@@ -214,10 +219,6 @@ def _writing(op: Any) -> tuple[Any, tuple[str, ...]] | None:
 
 def _signature(op: Any, without: Sequence[str] = ()) -> list[tuple[str, str]]:
     return [(each.name, str(each.type)) for each in op._schema.arguments if each.name not in without]
-
-
-def _copied(kernel: Callable[[], Any], into: list[Tensor]) -> None:
-    torch._foreach_copy_(into, _tensors(kernel()))
 
 
 def _put(tensor: Tensor, storage: UntypedStorage, shift: int = 0) -> Tensor:

@@ -2,6 +2,7 @@
 
     stacked   the network works on stacked parameters itself: every layer is one batched product
     recorded  as stacked, without asking the network again in every update (on the CPU)
+    abreast   recorded programs side by side, one on each thread of the CPU
     graphed   the same as a CUDA graph
     vmap      torch.func.vmap turns the network's forward into one for stacked parameters
     single    the members' own modules, one after the other
@@ -13,7 +14,6 @@ members fit into the cache where those of all do not.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 from abc import ABC, abstractmethod
@@ -42,6 +42,8 @@ class Program(ABC):
     """
 
     name: ClassVar[str]
+    side_by_side: ClassVar[bool] = False
+    """Whether threads share programs out, and not each kernel."""
 
     def __init__(self, buffers: Buffers, members: Sequence[TrainState], rows: slice, gradients: Tensor) -> None:
         """Take the rows of `members` (all of the cohort's), and c rows of memory, zero, for the gradients."""
@@ -171,6 +173,8 @@ class _Joint(Program):
     def train(self, steps: Sequence[int]) -> None:
         if not self._module.training:
             self._module.train()
+        if not self._noisy:
+            return
         seeds = [member.config.seed for member in self.members]
         for layer, _ in self._noisy:
             keys = [layer.key_for(seed, step) for seed, step in zip(seeds, steps, strict=True)]
@@ -265,13 +269,22 @@ class Recorded(Stacked):
         config = self.members[0].config
         with autocast(self.gradients.device, config.precision):
             losses = self.losses(inputs, targets)
-        # several threads share a batched product whose result is in one piece, and only that
-        in_place = config.accumulation_steps == 1 and torch.get_num_threads() == 1
-        with reserved(self._leaves, self._into) if in_place else contextlib.nullcontext():
+        places = list(zip(self._leaves, self._into, strict=True)) if config.accumulation_steps == 1 else []
+        if torch.get_num_threads() > 1:
+            # several threads share a batched product whose result is in one piece, and only that
+            places = [(leaf, place) for leaf, place in places if leaf.dim() == 2]
+        with reserved(places):
             found = torch.autograd.grad(losses, self._leaves, self._ones)
         pairs = zip(self._into, found, strict=True)
         elsewhere = [(place, own) for place, own in pairs if place.data_ptr() != own.data_ptr()]
         return _Found(losses.detach(), [place for place, _ in elsewhere], [own for _, own in elsewhere])
+
+
+class Abreast(Recorded):
+    """The same, each thread with programs of its own."""
+
+    name = "abreast"
+    side_by_side = True
 
 
 class _Found(NamedTuple):
@@ -377,4 +390,6 @@ class Vmapped(_Joint):
         return outputs
 
 
-ROUTES: dict[str, type[Program]] = {route.name: route for route in (Recorded, Graphed, Stacked, Vmapped, Single)}
+ROUTES: dict[str, type[Program]] = {
+    route.name: route for route in (Recorded, Abreast, Graphed, Stacked, Vmapped, Single)
+}

@@ -11,6 +11,7 @@ A member whose loss or gradient is not finite keeps its row as it is. Nothing he
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +21,17 @@ from torch import Tensor
 
 from landscape_ray.training.cohort import across
 from landscape_ray.training.cohort.buffers import Buffers, Section
+from landscape_ray.training.cohort.sequence import Graph, Number, Step, graph_of
 from landscape_ray.training.state import TrainState
 
 BY_ROW = ("cpu",)
 """Devices on which a kernel for each member is faster than one for all."""
+
+DIVIDING = (torch.optim.AdamW, torch.optim.SGD)
+"""Optimizers whose kernel for a row can divide the gradient by a number on its way through."""
+
+NUMBERS = ("lr", "beta1", "beta2", "weight_decay", "eps")
+"""What torch's kernel of AdamW calls the hyperparameters."""
 
 
 class Clip:
@@ -54,19 +62,18 @@ class Clip:
             rows = zip(gradients.unbind(), self._members, active, strict=True)
             return torch.stack([_clip_row(row, member) if moves else row.new_zeros(()) for row, member, moves in rows])
         norms: Tensor = torch.linalg.vector_norm(gradients, dim=1)
-        if self._kinds == {"none"}:
-            return norms
-        scales = torch.where(norms.isfinite(), (self._bounds / (norms + 1e-6)).clamp_(max=1.0), 1.0)
-        if gradients.device.type != "cpu":
+        if self._kinds != {"none"}:
+            scales = torch.where(norms.isfinite(), (self._bounds / (norms + 1e-6)).clamp_(max=1.0), 1.0)
             gradients.mul_(scales[:, None])
-            return norms
-        clipped = [row for row, scale in enumerate(scales.tolist()) if scale < 1.0]
-        if 2 * len(clipped) > len(self._members):
-            gradients.mul_(scales[:, None])
-        else:  # most are not clipped late in training, and a pass over memory is what an update costs
-            for row in clipped:
-                gradients[row].mul_(scales[row])
         return norms
+
+    def divisors(self) -> tuple[Tensor, Tensor]:
+        """Return the norms of the gradients, and by how much to divide those that are finite to clip them, (c,) each.
+
+        For members that are clipped `together`.
+        """
+        norms: Tensor = torch.linalg.vector_norm(self._gradients, dim=1)
+        return norms, ((norms + 1e-6) / self._bounds).clamp_(min=1.0)
 
 
 def _clip_row(row: Tensor, member: TrainState) -> Tensor:
@@ -76,16 +83,12 @@ def _clip_row(row: Tensor, member: TrainState) -> Tensor:
 
 
 class Updater:
-    """Applies updates to some neighbouring rows.
-
-    Attributes:
-        clip: what clips their gradients before.
-    """
+    """Clips the gradients of some neighbouring rows and updates their weights."""
 
     def __init__(self, buffers: Buffers, members: Sequence[TrainState], rows: slice, gradients: Tensor) -> None:
         """Take the rows of `members` (all of the cohort's), and the place of their gradients, (c, P)."""
         self._members = members[rows]
-        self.clip = Clip(self._members, gradients)
+        self._clip = Clip(self._members, gradients)
         self._updates = buffers.updates[rows]
         kinds: dict[type[torch.optim.Optimizer], Callable[..., None]] = {
             torch.optim.AdamW: self._adamw,
@@ -97,16 +100,73 @@ class Updater:
             (kinds[type(parts[section.part])], _Columns(buffers, section, rows, gradients))
             for section in buffers.sections
         ]
+        self._by_row = gradients.device.type in BY_ROW
+        # a pass over the gradients less: small networks wait for their memory
+        self._divides = self._by_row and self._clip.together and all(type(part) in DIVIDING for part in parts)
+        self._joint = self._divides and all(type(part) is torch.optim.AdamW for part in parts)
+        self._divisors = torch.ones(len(self._members), device=gradients.device)
+        self._leader = self
+
+    def follow(self, leader: Updater) -> None:
+        """Share what can be shared with an updater that is called before this one."""
+        if len(leader._members) == len(self._members):
+            self._leader = leader
 
     @torch.no_grad()
-    def __call__(self, finite: Tensor) -> None:
-        """Update the members where `finite`, (c,) bool, from their gradients, which may be used up."""
+    def __call__(self, losses: Tensor, active: Sequence[bool]) -> Tensor:
+        """Update the active members whose loss and gradient are finite; return the norms of their gradients, (c,).
+
+        Args:
+            losses: (c,).
+            active: who is to be updated. Gradients may be used up all the same.
+        """
+        if self._divides:
+            norms, by = self._clip.divisors()
+            self._divisors.copy_(by)
+        else:
+            norms = self._clip(active)
+        apply: list[bool] | None = None  # elsewhere nobody waits for the answer
+        if self._by_row:
+            values = zip(active, losses.tolist(), norms.tolist(), strict=True)
+            apply = [moves and math.isfinite(loss) and math.isfinite(norm) for moves, loss, norm in values]
+            finite = torch.tensor(apply)
+        else:
+            finite = losses.isfinite() & norms.isfinite()
+            if not all(active):
+                finite &= torch.tensor(active).to(finite.device, non_blocking=True)
         self._updates.add_(finite[:, None])
-        # elsewhere nobody waits for the answer
-        apply = finite.tolist() if finite.device.type in BY_ROW else None
-        for kernel, columns in self._sections:
-            groups = [member.optimizer.parts[columns.part].param_groups[columns.group] for member in self._members]
-            kernel(columns, groups, finite, apply)
+        groups = [
+            [member.optimizer.parts[columns.part].param_groups[columns.group] for member in self._members]
+            for _, columns in self._sections
+        ]
+        if self._joint and apply is not None and all(apply):
+            with torch.inference_mode():
+                self._adamw_of_all(*(number for own in groups for group in own for number in _numbers(group)))
+            return norms
+        for (kernel, columns), own in zip(self._sections, groups, strict=True):
+            kernel(columns, own, finite, apply)
+        return norms
+
+    @functools.cached_property
+    def _adamw_of_all(self) -> Callable[..., Any]:
+        """What updates all rows in one call; it takes `_numbers` of each row, section by section."""
+        return self._leader._graph.on(self._steps())
+
+    @functools.cached_property
+    def _graph(self) -> Graph:
+        return graph_of(self._steps())
+
+    def _steps(self) -> list[Step]:
+        fixed = {"amsgrad": False, "maximize": False}
+        return [
+            Step(
+                torch.ops.aten._fused_adamw_.default,
+                row,
+                {name: Number() for name in NUMBERS} | fixed | {"grad_scale": divisor},
+            )
+            for _, columns in self._sections
+            for row, divisor in zip(columns.rows, self._divisors.unbind(), strict=True)
+        ]
 
     def _adamw(
         self,
@@ -119,25 +179,10 @@ class Updater:
             mean, square = (columns.blocks[name] for name in ("exp_avg", "exp_avg_sq"))
             across.adamw(columns.block, columns.gradient, mean, square, columns.count, groups, finite)
             return
-        means, squares = columns.states["exp_avg"], columns.states["exp_avg_sq"]
-        for row, group in enumerate(groups):
-            if apply[row]:
-                beta1, beta2 = group["betas"]
-                torch._fused_adamw_(
-                    [columns.weights[row]],
-                    [columns.gradients[row]],
-                    [means[row]],
-                    [squares[row]],
-                    [],
-                    [columns.updates[row]],
-                    lr=group["lr"],
-                    beta1=beta1,
-                    beta2=beta2,
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    amsgrad=False,
-                    maximize=False,
-                )
+        for moves, row, group, divisor in zip(apply, columns.rows, groups, self._divisors.unbind(), strict=True):
+            if moves:
+                numbers: dict[str, Any] = dict(zip(NUMBERS, _numbers(group), strict=True))
+                torch._fused_adamw_(*row, **numbers, amsgrad=False, maximize=False, grad_scale=divisor)
 
     def _sgd(
         self,
@@ -146,18 +191,19 @@ class Updater:
         finite: Tensor,
         apply: list[bool] | None,
     ) -> None:
-        velocities = columns.states["momentum_buffer"]
         _shrink(columns, [group["shrinks"] for group in groups], finite)
         if apply is None:
             across.sgd(columns.block, columns.gradient, columns.blocks["momentum_buffer"], groups, finite)
             return
-        for row, group in enumerate(groups):
-            if apply[row]:
+        for moves, (weights, gradients, velocities, *_), group, divisor in zip(
+            apply, columns.rows, groups, self._divisors.unbind(), strict=True
+        ):
+            if moves:
                 momentum = group["momentum"]
                 torch._fused_sgd_(
-                    [columns.weights[row]],
-                    [columns.gradients[row]],
-                    [velocities[row]] if momentum else [],
+                    weights,
+                    gradients,
+                    velocities if momentum else [],
                     weight_decay=group["weight_decay"],
                     momentum=momentum,
                     lr=group["lr"],
@@ -165,6 +211,7 @@ class Updater:
                     nesterov=group["nesterov"],
                     maximize=False,
                     is_first_step=False,
+                    grad_scale=divisor,
                 )
 
     def _muon(
@@ -189,6 +236,11 @@ class Updater:
             weight.sub_((update * (rates * math.sqrt(max(1.0, rows / cols)))).masked_fill(keep, 0.0))
 
 
+def _numbers(group: dict[str, Any]) -> tuple[float, ...]:
+    """Return the values of `NUMBERS`."""
+    return (group["lr"], *group["betas"], group["weight_decay"], group["eps"])
+
+
 class _Columns:
     """The columns of one section, cut into rows once."""
 
@@ -196,14 +248,16 @@ class _Columns:
         self.part, self.group = section.part, section.group
         self._section = section
         self.block = buffers.weights[rows, section.start : section.stop]
-        self.weights = self.block.unbind()
         self.gradient = gradients[:, section.start : section.stop]
-        self.gradients = self.gradient.unbind()
         self.blocks = {name: buffers.state(section, name)[rows] for name in buffers.states[section.part]}
-        self.states = {name: state.unbind() for name, state in self.blocks.items()}
         # one count stands for the group: every update moves all parameters
         self.count = buffers.updates[rows, section.slots[0].number]
-        self.updates = self.count.unbind()
+        # for each member what torch's kernels take: lists of weights, gradients, one or two states, maxima, counts
+        several = (self.block, self.gradient, *self.blocks.values())
+        self.rows = [
+            (*([row] for row in tensors[:-1]), [], [tensors[-1]])
+            for tensors in zip(*(matrix.unbind() for matrix in several), self.count.unbind(), strict=True)
+        ]
 
     def matrices(self, name: str) -> list[tuple[Tensor, ...]]:
         """Return weights, gradients and one state of each parameter of the section, (c, rows, columns)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -40,6 +40,17 @@ def configs() -> Configs:
         return [parse(TrainConfig, with_values(DIGITS, {**own, **values}), "test") for own in OWN]
 
     return make
+
+
+Threads = Callable[[int], None]
+
+
+@pytest.fixture
+def threads() -> Iterator[Threads]:
+    """A function that sets the number of torch's threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def weights(member: TrainState) -> torch.Tensor:

@@ -573,7 +573,7 @@ def test_wrong_arguments_are_named() -> None:
         Cohort.create([])
     with pytest.raises(
         UserError,
-        match="route must be auto, alone or one of recorded, graphed, stacked, vmap, single, got 'fast'; use 'auto'",
+        match="one of recorded, abreast, graphed, stacked, vmap, single, got 'fast'; use 'auto'",
     ):
         Cohort.create([config_of()], route="fast")
     with pytest.raises(UserError, match="chunk must be between 1 and the number of members, 1, got 2"):

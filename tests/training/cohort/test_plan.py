@@ -12,7 +12,13 @@ from landscape_ray.training.cohort import Cohort, plan, recording
 from landscape_ray.training.cohort.plan import Choice
 from landscape_ray.training.cohort.routes import Stacked
 
-from .conftest import Configs, memory
+from .conftest import Configs, Threads, memory
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Threads) -> None:
+    """With several, more routes are measured."""
+    threads(1)
 
 
 def chosen(configs: Configs, **shared: Any) -> tuple[Cohort, Choice]:
@@ -131,3 +137,27 @@ def test_measuring_leaves_the_histories_of_norms_alone(configs: Configs) -> None
     assert cohort._buffers is not None
     plan.choose(cohort._buffers, cohort.members, cohort._batch())
     assert [int(member.clipper.state_dict()["count"]) for member in cohort.members] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("members", "number", "chunks"), [(6, 2, [2, 3]), (2, 2, [1]), (9, 4, [2, 3]), (32, 2, [2, 4, 8, 16])]
+)
+def test_programs_side_by_side_have_their_share_at_most(
+    threads: Threads, members: int, number: int, chunks: list[int]
+) -> None:
+    threads(number)
+    assert plan._chunks(plan._share("abreast", members)) == chunks
+    assert plan._share("recorded", members) == members
+
+
+def test_with_several_threads_programs_side_by_side_are_measured_too(configs: Configs, threads: Threads) -> None:
+    assert chosen(configs)[1].excluded["abreast"] == "there is one thread"
+    threads(2)
+    cohort = Cohort.create(configs(clipping__name="auto"))
+    assert cohort._buffers is not None
+    before = [memory(cohort, k) for k in range(3)]
+    choice = plan.choose(cohort._buffers, cohort.members, cohort._batch())
+    assert choice.seconds.keys() == {"single", "recorded/2", "recorded/3", "abreast/2"}
+    for k in range(3):
+        assert all(map(torch.equal, before[k], memory(cohort, k)))
+        assert int(cohort.members[k].clipper.state_dict()["count"]) == 0
