@@ -109,6 +109,8 @@ def measured_ggn_trace(
             "trace(..., curvature='ggn') needs none"
         )
     most = function.spent_gradients + max_gradients
+    for batch, _ in function.batches:
+        inputs_and_targets(batch)  # whose errors say more than that of a loss
     if check_deterministic:
         function.check_deterministic()
     sampling = GGNTraceSampling(function, loss, seed)

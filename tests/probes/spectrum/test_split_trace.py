@@ -79,23 +79,30 @@ def test_a_loss_that_cannot_be_taken_apart_is_sampled_whole(loss):
     assert abs(found.value - truth) <= 4 * found.standard_error
 
 
+@pytest.mark.slow
 @pytest.mark.acceptance
 @pytest.mark.parametrize("kind", ["tokens", "conv"])
-def test_the_standard_error_covers_the_truth_at_its_rate_and_takes_fewer_products(kind):
+def test_the_standard_error_covers_the_truth_at_its_rate(kind):
     module, batch = problem(kind)
     with observing(module, cross_entropy, [batch]) as function:
         truth = float(HessianOperator(function).dense().trace())
-    found = [trace(module, cross_entropy, [batch], tol=0.08, seed=seed) for seed in range(60)]
+    found = [trace(module, cross_entropy, [batch], tol=0.12, seed=seed) for seed in range(60)]
     assert all(estimate.route == "split" and estimate.converged for estimate in found)
-    assert all(estimate.standard_error <= 0.08 * abs(estimate.value) for estimate in found)
+    assert all(estimate.standard_error <= 0.12 * abs(estimate.value) for estimate in found)
     inside = sum(abs(estimate.value - truth) <= estimate.standard_error for estimate in found)
     twice = sum(abs(estimate.value - truth) <= 2 * estimate.standard_error for estimate in found)
     print(f"{kind}: {inside} of 60 within one error, {twice} within two")
     assert inside >= 33  # 41 expected
     assert twice >= 53  # 57 expected
-    whole = [trace(module, cross_entropy, [batch], tol=0.08, seed=seed, method="hutchinson") for seed in range(5)]
-    assert max(e.num_matvecs for e in found[:5]) < min(e.num_matvecs for e in whole)
-    assert sum(e.price_gradients for e in found[:5]) < sum(e.price_gradients for e in whole)
+
+
+def test_it_takes_fewer_products_for_the_same_error():
+    module, batch = problem()
+    found = [trace(module, cross_entropy, [batch], tol=0.1, seed=seed) for seed in range(3)]
+    whole = [trace(module, cross_entropy, [batch], tol=0.1, seed=seed, method="hutchinson") for seed in range(3)]
+    assert all(estimate.converged for estimate in found + whole)
+    assert max(e.num_matvecs for e in found) < min(e.num_matvecs for e in whole)
+    assert sum(e.price_gradients for e in found) < sum(e.price_gradients for e in whole)
 
 
 def test_differences_give_the_same_trace():
