@@ -12,7 +12,8 @@ that of our cheapest row that meets it.
 
     cold      the largest eigenvalue from a random start, to 1e-2
     top10     the ten largest, to 1e-2
-    trace     to a standard error of 5 percent; peers, which know none, are told how many samples ours took for it
+    trace     to a standard error of 5 percent; peers, which know none, are told how many samples Hutchinson's method
+              takes of ours for it
     density   Lanczos quadrature of the same length; the error is that of the largest node, and copies counts the nodes
               within 1e-3 of the largest eigenvalue, of which there is one
     tracking  the largest eigenvalue every 50 updates of a run, to 1e-2
