@@ -37,7 +37,8 @@ Rows = tuple[Tensor, Tensor]
 def weighted_outputs(module: nn.Module, batch: Rows) -> Tensor:
     """Return the sum of the outputs, each times its weight: the loss to first order in them, but for a constant."""
     inputs, cotangent = batch
-    return (module(inputs) * cotangent).sum()
+    outputs: Tensor = module(inputs)
+    return (outputs * cotangent).sum()
 
 
 def rest_of(function: FixedLoss) -> FixedLoss | None:
