@@ -12,7 +12,8 @@ that of our cheapest row that meets it.
 
     cold      the largest eigenvalue from a random start, to 1e-2
     top10     the ten largest, to 1e-2
-    trace     to a standard error of 5 percent; peers, which know none, are told how many samples ours took for it
+    trace     to a standard error of 5 percent; peers, which know none, are told how many samples Hutchinson's method
+              takes of ours for it
     density   Lanczos quadrature of the same length; the error is that of the largest node, and copies counts the nodes
               within 1e-3 of the largest eigenvalue, of which there is one
     tracking  the largest eigenvalue every 50 updates of a run, to 1e-2
@@ -220,8 +221,13 @@ def traces(run: Run, quick: bool) -> None:
     # the mean of the samples would be half as wrong as what is compared with it, where a few large eigenvalues rule
     known = trace(run.module, LOSS, [run.probe_batch], tol=0.04 if quick else 0.015, max_matvecs=160, seed=98)
     mean, error = known.value, known.standard_error
-    needed = trace(run.module, LOSS, [run.probe_batch], tol=0.05).num_matvecs
-    methods: dict[str, Solve] = {"ours, exact": ours(), "ours, auto": ours(route="auto")}
+    spread = statistics.stdev(samples) / abs(mean)
+    needed = trace(run.module, LOSS, [run.probe_batch], tol=0.05, method="hutchinson").num_matvecs
+    methods: dict[str, Solve] = {
+        "ours, exact": ours(),
+        "ours, auto": ours(route="auto"),
+        "ours, exact, Hutchinson": ours(method="hutchinson"),
+    }
     if "pyhessian" in installed():
         methods["PyHessian, its own stop"] = pyhessian_trace(None)
         methods[f"PyHessian, {needed} samples"] = pyhessian_trace(needed)
@@ -229,15 +235,14 @@ def traces(run: Run, quick: bool) -> None:
         methods[f"curvlinops, Hutchinson, {needed} samples"] = curvlinops_trace(needed)
         fit = max(3, 3 * round(needed / 3))
         methods[f"curvlinops, Hutch++, {fit} products"] = curvlinops_trace(fit, "hutchpp_trace")
-    spread = statistics.stdev(samples) / abs(mean)
 
     def meets(name: str, row: Row) -> bool:
-        if "Hutch++" in name or "xtrace" in row.remark or "hutch++" in row.remark:
+        if "Hutch++" in name or any(route in row.remark for route in ("split", "xtrace", "hutch++")):
             return math.sqrt(statistics.mean(e * e for e in row.errors)) <= 0.07
         # the spread itself is known to 9 percent
         return spread / math.sqrt(statistics.median(row.products)) <= 0.06
 
-    title = f"trace: {mean:.1f} +- {error:.1f}, one sample +- {spread:.0%}; ours took {needed} products for 5 percent"
+    title = f"trace: {mean:.1f} +- {error:.1f}, one sample +- {spread:.0%}; {needed} samples for 5 percent"
     compare(run, title, methods, 1 if quick else 8, [mean], meets)
 
 

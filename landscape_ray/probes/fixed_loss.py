@@ -151,12 +151,16 @@ class FixedLoss:
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return tensors shaped like the parameters as one vector, detached."""
-        return torch.cat([t.detach().reshape(-1).to(self.dtype) for t in tensors])
+        parts = [t.detach().reshape(-1) for t in tensors]
+        return torch.cat([part if part.dtype == self.dtype else part.to(self.dtype) for part in parts])
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Return the parts of a vector (size,), each in the shape and dtype of its parameter."""
         parts = torch.split(vector, [p.numel() for p in self.parameters])
-        return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.parameters, strict=True)]
+        return [
+            part.view(p.shape) if part.dtype == p.dtype else part.view(p.shape).to(p.dtype)
+            for part, p in zip(parts, self.parameters, strict=True)
+        ]
 
     @property
     def weights(self) -> Tensor:
@@ -229,18 +233,16 @@ class FixedLoss:
     def moved_by(self, displacement: Tensor) -> Iterator[None]:
         """Return a context in which the weights are displaced; afterwards they are back to the bit."""
         with torch.inference_mode(False):
-            originals = self.weights
+            # `.data`: version counters stay, so graphs that the host holds are usable once the bits are back.
+            memory = [parameter.data for parameter in self.parameters]
+            originals = [data.clone() for data in memory]
         try:
-            self._put(originals + displacement)
+            with torch.inference_mode(False):
+                torch._foreach_add_(memory, self.unflatten(displacement))
             yield
         finally:
-            self._put(originals)
-
-    def _put(self, weights: Tensor) -> None:
-        with torch.inference_mode(False):
-            for parameter, part in zip(self.parameters, self.unflatten(weights), strict=True):
-                # `.data`: version counters stay, so graphs that the host holds are usable once the bits are back.
-                parameter.data.copy_(part)
+            with torch.inference_mode(False):
+                torch._foreach_copy_(memory, originals)
 
     # for operators and probes that work on one micro-batch: inside `surroundings`
 

@@ -37,7 +37,7 @@ def host_untouched(module: nn.Module) -> Iterator[None]:
     members = [(m, m.training, dict(m._parameters), dict(m._buffers)) for m in module.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
     gradients = [grad for _, _, grad in parameters if grad is not None]
-    contents = [_Content(t) for t in [*module.parameters(), *module.buffers(), *gradients]]
+    contents = _Contents([*module.parameters(), *module.buffers(), *gradients])
     generators = _Generators()
     try:
         yield
@@ -46,8 +46,7 @@ def host_untouched(module: nn.Module) -> Iterator[None]:
             member.training = training
             _refill(member._parameters, own_parameters)
             _refill(member._buffers, own_buffers)
-        for content in contents:
-            content.restore()
+        contents.restore()
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
@@ -59,17 +58,19 @@ def _refill(target: dict[str, Any], saved: dict[str, Any]) -> None:
     target.update(saved)
 
 
-class _Content:
-    """A tensor's memory and a copy of what was in it."""
+class _Contents:
+    """The memory of some tensors, and a copy of what was in it."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.memory = tensor.data  # an alias: `.data` writes past the version counter, which is the point
-        self.copy = self.memory.clone()
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self.memory = [t.data for t in tensors]  # aliases: `.data` writes past the version counter, which is the point
+        self.copies = [memory.clone() for memory in self.memory]
 
     def restore(self) -> None:
-        self.memory.copy_(self.copy)
-        self.tensor.data = self.memory
+        if self.memory:
+            torch._foreach_copy_(self.memory, self.copies)
+        for tensor, memory in zip(self.tensors, self.memory, strict=True):
+            tensor.data = memory
 
 
 class _Generators:

@@ -102,24 +102,32 @@ def test_tracking_is_right_to_a_percent_and_costs_a_third_of_power_iteration(kin
 
 @pytest.mark.slow
 @pytest.mark.acceptance
-@pytest.mark.parametrize(("kind", "part"), [("gpt", 4), ("cnn", 8)])
+@pytest.mark.parametrize(("kind", "part"), [("gpt", 8), ("cnn", 8)])
 def test_tracking_on_a_part_of_a_batch_takes_a_twentieth_of_the_training_time(kind, part):
     run = Run(kind, width=16)  # narrower convolutions take as long for a quarter of a batch as for half of it
     batch = run.data.probe_batch(0, run.batch_size // part)
-    probe = SharpnessProbe([batch], route="auto", tol=0.1)
+    probe = SharpnessProbe([batch], route="auto", tol=0.25, extrapolate=True)
     run.train(EVERY)
-    errors, prices, training, probing = [], [], 0.0, 0.0
+    errors, prices, updates, probing = [], [], [], []
     for _ in range(NUM):
-        began = time.process_time()
-        run.train(EVERY)
-        training += time.process_time() - began
+        for _ in range(5):
+            began = time.process_time()
+            run.train(EVERY // 5)
+            updates.append((time.process_time() - began) / (EVERY // 5))
         began = time.process_time()
         found = probe.measure(run.module, LOSS)["sharpness"]
-        probing += time.process_time() - began
+        probing.append(time.process_time() - began)
         prices.append(found.price_gradients)
         errors.append(abs(found.value / run.largest(batch) - 1))
-    share, clock = statistics.mean(prices) / part / EVERY, probing / training
-    print(f"{kind}, 1/{part}: error {statistics.median(errors):.2%}, share {share:.2%}, by the clock {clock:.2%}")
+    price = statistics.mean(prices) / part / EVERY
+    # medians, which others on the machine disturb less; the first is a cold one, as is one of `cold_every`
+    first, *warm = probing
+    one = (first + (probe.cold_every - 1) * statistics.median(warm)) / probe.cold_every
+    clock = one / (EVERY * statistics.median(updates))
+    print(
+        f"{kind}, 1/{part}: error {statistics.median(errors):.2%}, by price {price:.2%}, by the clock {clock:.2%}: "
+        f"{1e3 * statistics.median(warm):.0f} ms warm, an update {1e3 * statistics.median(updates):.1f} ms"
+    )
     assert statistics.median(errors) <= 0.05
-    assert statistics.mean(prices) / part <= 0.05 * EVERY  # in gradients on a training batch
-    assert probing <= 1.5 * 0.05 * training  # a clock that others disturb has a margin
+    assert price <= 0.05  # in gradients on a training batch
+    assert clock <= 0.05

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -108,19 +108,43 @@ def measured_ggn_trace(
             "loss.likelihood must be categorical or gaussian for the trace of the Gauss-Newton matrix, got None; "
             "trace(..., curvature='ggn') needs none"
         )
-    run = _Run(function, loss, tol, max_gradients, seed)
+    most = function.spent_gradients + max_gradients
+    for batch, _ in function.batches:
+        inputs_and_targets(batch)  # whose errors say more than that of a loss
     if check_deterministic:
         function.check_deterministic()
-    run.find_ghosts()
-    return run.by_examples() if run.ghosts else run.by_chunks()
+    sampling = GGNTraceSampling(function, loss, seed)
+
+    def estimate(value: float, error: float, route: str) -> Estimate:
+        if not math.isfinite(value):
+            return UNKNOWN
+        return Estimate(value=value, standard_error=error, converged=error <= tol * value, route=route)
+
+    exact_price = sampling.exact_price if function.spent_gradients + sampling.exact_price <= most else math.inf
+    if sampling.columns <= MAX_COLUMNS and exact_price < math.inf:
+        return estimate(sampling.exact(), 0.0, "exact")
+    while True:
+        sampling.sample()
+        value, error = sampling.value_and_error()
+        if not error > tol * value or function.spent_gradients + sampling.price > most:
+            return estimate(value, error, sampling.route)
+        short = error / max(tol * value, 1e-300)
+        more = sampling.num * (short * short - 1)
+        if sampling.num == 4 and exact_price < more * sampling.price:
+            return estimate(sampling.exact(), 0.0, "exact")
 
 
-class _Run:
-    """One estimation: what was asked for, and what of the module is known."""
+class GGNTraceSampling:
+    """Samples of the trace, by the norms of single examples where they are to be had, and else by chunks.
 
-    def __init__(self, function: FixedLoss, loss: DetailedLoss, tol: float, max_gradients: float, seed: int) -> None:
-        self.function, self.loss, self.tol = function, loss, tol
-        self.most = function.spent_gradients + max_gradients
+    Attributes:
+        ghosts: whether norms of single examples are to be had.
+        columns: of an exact trace, 0 where that is not to be had.
+    """
+
+    def __init__(self, function: FixedLoss, loss: DetailedLoss, seed: int) -> None:
+        """Find out what is known of the module; no sample is taken yet."""
+        self.function, self.loss = function, loss
         there = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if there else 0
         self.generator = torch.Generator().manual_seed(seed + 1_000_003 * rank)
@@ -128,12 +152,10 @@ class _Run:
             (*inputs_and_targets(batch), share) for batch, share in function.batches
         ]
         self.apart = not any(member.training for member in function.module.modules())
-        self.ghosts, self.columns = False, 0
+        self._samples = _Samples(function)
+        self._kept: list[tuple[Tape, Tensor, float]] | None = None
         self._checked = False
-
-    def find_ghosts(self) -> None:
-        """Find out whether norms of single examples are to be had, and the columns of an exact trace, 0 for none."""
-        function, first = self.function, self.pairs[0][0]
+        first = self.pairs[0][0]
         shape = verified(function, first[:2]) if self.apart else None
         num = sum(len(inputs) for inputs, _, _ in self.pairs)
         sums = torch.tensor([float(shape is None), float(num), 1.0], dtype=torch.float64, device=function.device)
@@ -141,12 +163,63 @@ class _Run:
         self.ghosts = not without  # the processes must go the same way, and so count the same prices
         # two examples: once together and once alone, or a forward that finds a parameter of an unknown layer
         function.spent_gradients += (4.0 if self.ghosts else 2 * FORWARD) * num_processes / num_examples
-        self.columns = shape[0] if shape is not None and len(shape) == 1 else 0
+        self.columns = shape[0] if shape is not None and self.ghosts and len(shape) == 1 else 0
 
-    def affordable(self, price: float) -> bool:
-        return self.function.spent_gradients + price <= self.most
+    @property
+    def route(self) -> str:
+        """How samples are taken: examples or chunks."""
+        return "examples" if self.ghosts else "chunks"
 
-    def root(self, outputs: Tensor, targets: Tensor, signs: Tensor) -> Tensor:
+    @property
+    def num(self) -> int:
+        """Samples so far."""
+        return self._samples.num
+
+    @property
+    def price(self) -> float:
+        """Of the next sample, in gradients."""
+        if self.ghosts:
+            return GHOST_PRICE + (0.0 if self.function.single and self._kept is not None else FORWARD)
+        return CHUNK_PRICE if self.apart else 1.0
+
+    @property
+    def exact_price(self) -> float:
+        """Of the exact trace, in gradients; infinite where it is not to be had."""
+        return FORWARD + self.columns * GHOST_PRICE if self.columns else math.inf
+
+    def value_and_error(self) -> tuple[float, float]:
+        """Return the mean of the samples and its standard error, infinite after one sample of a single term."""
+        return self._samples.value_and_error()
+
+    def sample(self) -> None:
+        """Take one more sample; the cost is counted by the function."""
+        function = self.function
+        with function.surroundings():
+            if self.ghosts:
+                terms = []
+                for tape, targets, weight in self._tapes():
+                    signs = self._draw(tape.outputs)
+                    terms.append(weight * tape.squared_norms(self._root(tape.outputs, targets, signs)))
+                function.spent_gradients += GHOST_PRICE
+                self._samples.add(torch.cat(terms))
+            else:
+                self._samples.add(torch.stack([square for pair in self.pairs for square in self._chunks(*pair)]))
+                function.spent_gradients += self.price
+
+    def exact(self) -> float:
+        """Return the sum over all columns of the roots."""
+        function = self.function
+        total = torch.zeros((), dtype=torch.float64, device=function.device)
+        with function.surroundings():
+            for tape, targets, weight in self._tapes():
+                unit = torch.zeros_like(tape.outputs)
+                for column in range(unit.shape[-1]):
+                    unit.zero_()[..., column] = 1
+                    total += weight * tape.squared_norms(self._root(tape.outputs, targets, unit)).sum()
+        function.spent_gradients += self.columns * GHOST_PRICE
+        return float(function.reduce(total))
+
+    def _root(self, outputs: Tensor, targets: Tensor, signs: Tensor) -> Tensor:
         """Return B s for each target, in the shape of the outputs (B, ..., C)."""
         outputs = outputs.detach()
         if not self._checked:
@@ -164,87 +237,36 @@ class _Run:
         scaled = p.sqrt() * signs
         return scaled - p * scaled.sum(-1, keepdim=True)
 
-    def draw(self, outputs: Tensor) -> Tensor:
+    def _draw(self, outputs: Tensor) -> Tensor:
         return random_signs(outputs.numel(), self.generator, outputs.dtype, outputs.device).view(outputs.shape)
 
-    # norms of single examples
-
-    def tapes(self) -> Iterator[tuple[Tape, Tensor, float]]:
-        """Yield each micro-batch's tape, targets and weight of an example's squared norm."""
+    def _tapes(self) -> Iterator[tuple[Tape, Tensor, float]]:
+        """Yield each micro-batch's tape, targets and weight of an example's squared norm; a single one is kept."""
+        if self._kept is not None:
+            yield from self._kept
+            return
         self.function.spent_gradients += FORWARD
         for inputs, targets, share in self.pairs:
             tape = Tape(self.function, inputs)
-            yield tape, targets, share * tape.outputs.shape[-1] / tape.outputs.numel()
+            found = tape, targets, share * tape.outputs.shape[-1] / tape.outputs.numel()
+            if self.function.single:
+                self._kept = [found]
+            yield found
 
-    def by_examples(self) -> Estimate:
-        function, samples = self.function, _Samples(self.function)
-        price = GHOST_PRICE + (0.0 if function.single else FORWARD)
-        exact_price = FORWARD + self.columns * GHOST_PRICE if self.columns else math.inf
-        with function.surroundings():
-            kept = list(self.tapes()) if function.single else None
-            if self.columns <= MAX_COLUMNS and self.affordable(exact_price):
-                return self.exact(kept)
-            while True:
-                terms = []
-                for tape, targets, weight in kept or self.tapes():
-                    signs = self.draw(tape.outputs)
-                    terms.append(weight * tape.squared_norms(self.root(tape.outputs, targets, signs)))
-                function.spent_gradients += GHOST_PRICE
-                samples.add(torch.cat(terms))
-                value, error = samples.value_and_error()
-                if not error > self.tol * value or not self.affordable(price):
-                    return self.estimate(value, error, "examples")
-                short = error / max(self.tol * value, 1e-300)
-                more = samples.num * (short * short - 1)
-                if samples.num == 4 and more * price > exact_price and self.affordable(exact_price):
-                    return self.exact(kept)
-
-    def exact(self, kept: Sequence[tuple[Tape, Tensor, float]] | None) -> Estimate:
-        """Return the sum over all columns of the roots."""
-        function = self.function
-        total = torch.zeros((), dtype=torch.float64, device=function.device)
-        for tape, targets, weight in kept or self.tapes():
-            unit = torch.zeros_like(tape.outputs)
-            for column in range(unit.shape[-1]):
-                unit.zero_()[..., column] = 1
-                total += weight * tape.squared_norms(self.root(tape.outputs, targets, unit)).sum()
-        function.spent_gradients += self.columns * GHOST_PRICE
-        return self.estimate(float(function.reduce(total)), 0.0, "exact")
-
-    # gradients of parts
-
-    def by_chunks(self) -> Estimate:
-        function = self.function
-        samples = _Samples(function)
-        price = CHUNK_PRICE if self.apart else 1.0
-        with function.surroundings():
-            while True:
-                samples.add(torch.stack([squared for pair in self.pairs for squared in self.chunk_samples(*pair)]))
-                function.spent_gradients += price
-                value, error = samples.value_and_error()
-                if not error > self.tol * value or not self.affordable(price):
-                    break
-        return self.estimate(value, error, "chunks")
-
-    def chunk_samples(self, inputs: Tensor, targets: Tensor, share: float) -> Iterator[Tensor]:
+    def _chunks(self, inputs: Tensor, targets: Tensor, share: float) -> Iterator[Tensor]:
         """Yield the contributions of the parts of one micro-batch."""
         function = self.function
         length = -(-len(inputs) // CHUNKS) if self.apart else len(inputs)
         for part, labels in zip(torch.split(inputs, length), torch.split(targets, length), strict=True):
             function.seed_noise()
             outputs = function.module(part)
-            signs = self.draw(outputs)
+            signs = self._draw(outputs)
             gradient = torch.autograd.grad(
-                outputs, function.parameters, self.root(outputs, labels, signs), materialize_grads=True
+                outputs, function.parameters, self._root(outputs, labels, signs), materialize_grads=True
             )
             per_example = outputs.numel() // outputs.shape[-1] // len(part)
             squared = torch.stack([torch.linalg.vector_norm(g).to(torch.float64) ** 2 for g in gradient]).sum()
             yield squared * share / (per_example * len(inputs))
-
-    def estimate(self, value: float, error: float, route: str) -> Estimate:
-        if not math.isfinite(value):
-            return UNKNOWN
-        return Estimate(value=value, standard_error=error, converged=error <= self.tol * value, route=route)
 
 
 class _Samples:

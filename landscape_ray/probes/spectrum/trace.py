@@ -19,6 +19,7 @@ from landscape_ray.probes.operators.jacobian import JacobianOperator
 from landscape_ray.probes.probe import Host, Probe
 from landscape_ray.probes.spectrum.eigenpairs import Curvature, check_curvature, curvature_operator
 from landscape_ray.probes.spectrum.sign_samples import random_signs
+from landscape_ray.probes.spectrum.split_trace import rest_of, split_trace
 from landscape_ray.probes.spectrum.trace_estimators import Method, TraceResult, check_settings, stochastic_trace
 
 
@@ -39,6 +40,8 @@ def trace(
 
     The module and all global random generators are bit-identical afterwards. Non-finite weights or losses give nan.
     The trace of the Gauss-Newton matrix alone is had for far less by :func:`landscape_ray.probes.spectrum.ggn_trace`.
+    Method auto makes use of that: where the loss of a network is a `DetailedLoss` with a likelihood, it samples that
+    trace and, with products, the trace of the rest (:mod:`landscape_ray.probes.spectrum.split_trace`).
 
     Routes to a product with the Hessian are those of :data:`landscape_ray.probes.operators.checked.Products`. How far
     the sample of a check was off is part of the standard error.
@@ -50,7 +53,7 @@ def trace(
         tol: standard error to reach, relative to the trace, > 0.
         max_matvecs: most products for the estimate, >= 2.
         curvature: hessian; ggn; fisher, with one label drawn for each target; or empirical_fisher, of the examples.
-        method: see :func:`landscape_ray.probes.spectrum.trace_estimators.stochastic_trace`.
+        method: see :func:`landscape_ray.probes.spectrum.trace_estimators.stochastic_trace`, and above.
         route: see above; all but the Hessian know only exact.
         seed: of the random vectors, and the labels of the Fisher matrix.
         eval_mode: measure in eval mode: no dropout, running batch statistics. False keeps the modes of the host.
@@ -72,9 +75,14 @@ def trace(
         found = UNKNOWN
         if function.finite:
             function.check_deterministic()
-            found, _ = trace_and_frobenius(
-                function, tol, max_matvecs, curvature, method, route, seed, check_exactly=True
-            )
+            wanted = curvature == "hessian" and method == "auto" and function.size > max_matvecs
+            rest = rest_of(function) if wanted else None
+            if rest is not None:
+                found = split_trace(function, rest, tol, max_matvecs, route, seed)
+            else:
+                found, _ = trace_and_frobenius(
+                    function, tol, max_matvecs, curvature, method, route, seed, check_exactly=True
+                )
     return dataclasses.replace(
         found, price_gradients=function.spent_gradients, cost_seconds=time.perf_counter() - began
     )
