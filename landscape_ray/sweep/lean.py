@@ -15,8 +15,8 @@ go on from, for the tables of its result, and by a callback of its own that prin
 from its own folder and reads none of it. Here a trial is forgotten when it has ended and its actor is free; failed ones
 stay.
 
-All but the callback is done in private methods. A later Ray that has them no more is left as it is: sweeps run, and
-cost more.
+All but the callback is done in private methods, so only in the Ray that they were read in. Another one is left as it
+is: sweeps run, and cost more.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import ray
 from ray.tune import registry
 from ray.tune.execution import tune_controller
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.progress_reporter import TrialProgressCallback
 
+_READ_IN = "2.60."
 _MODULE: Any = tune_controller
 _CONTROLLER = ("_remove_actor", "on_step_end", "_cleanup_trials")
 _SPARE_SECONDS = 1.0
@@ -54,7 +56,8 @@ def lean_trials() -> Iterator[None]:
     """Let Ray Tune, inside the block, ask for places and classes once, and forget trials that have ended."""
     names = getattr(registry, "_global_registry", None)
     manager = getattr(_MODULE, "RayActorManager", None)
-    if not all(hasattr(TuneController, name) for name in _CONTROLLER) or names is None or manager is None:
+    there = all(hasattr(TuneController, name) for name in _CONTROLLER) and names is not None and manager is not None
+    if not (there and ray.__version__.startswith(_READ_IN)):
         yield
         return
     with _kept_requests(manager), _forgotten_trials(), _silent_actors(), _remembered_classes(names):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.tune import registry
 from ray.tune.execution.tune_controller import TuneController
@@ -72,6 +73,13 @@ def test_the_methods_are_put_back_also_after_an_exception() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_ray_without_them_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.delattr(TuneController, name)
+    before = methods()
+    with lean_trials():
+        assert methods() == before
+
+
+def test_another_ray_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "__version__", "2.61.0")
     before = methods()
     with lean_trials():
         assert methods() == before
