@@ -38,6 +38,9 @@ memory of its intermediate values is in proportion to the chunk."""
 
 LARGE = 8
 
+BEHIND = 1.5
+"""A candidate that takes this much longer than the best so far is measured no more, and gives its memory back."""
+
 CLEARLY = 0.97
 """A joint route is taken if its time is at most this share of the single one's: within the noise of the measurement,
 single has no risk."""
@@ -202,6 +205,9 @@ def _measured(buffers: Buffers, members: Sequence[TrainState], batch: Batch) -> 
             candidate.measure()
             candidates[f"{name}/{chunk}"] = candidate
             best = min(each.seconds for each in candidates.values())
+            for each in candidates.values():
+                if each.seconds > BEHIND * best:
+                    each.release()
             if chunk >= LARGE and candidate.seconds > HOPELESS * best:
                 break
         if name in ("recorded", "graphed") and not any(key.startswith(name) for key in excluded):
@@ -212,7 +218,7 @@ def _measured(buffers: Buffers, members: Sequence[TrainState], batch: Batch) -> 
             break
         best = min(each.seconds for each in candidates.values())
         for candidate in candidates.values():
-            if candidate.seconds <= 1.5 * best:
+            if candidate.seconds <= BEHIND * best:
                 candidate.measure()
     key = min(candidates, key=lambda name: candidates[name].seconds * (CLEARLY if name == "single" else 1.0))
     route, _, size = key.partition("/")
@@ -284,6 +290,11 @@ class _Candidate:
                     self._update(program, update)
             seconds = clock() - start
         self.seconds = min(self.seconds, seconds / sum(len(program.members) for program, _ in chosen))
+
+    def release(self) -> None:
+        """Give the memory of the programs back; the time stays."""
+        self._pairs, self._programs = [], []
+        self._plan.lanes.clear()
 
     def gradients(self) -> Iterator[Tensor]:
         """Yield the gradients of all members, (c, P) of each program; the next one uses the same memory."""

@@ -59,6 +59,21 @@ def test_a_joint_route_must_be_clearly_faster(configs: Configs, monkeypatch: pyt
     assert chosen(configs)[1].route == "single"
 
 
+def test_what_is_left_behind_gives_its_memory_back(configs: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def measure(candidate: Any) -> None:
+        candidate.seconds = 1.0 if candidate._programs[0].name == "single" else 2.0
+        seen.append(candidate)
+
+    monkeypatch.setattr(plan._Candidate, "measure", measure)
+    assert chosen(configs)[1].route == "single"
+    assert {bool(each._programs) for each in seen if each.seconds == 1.0} == {True}
+    assert {bool(each._programs or each._pairs or each._plan.programs) for each in seen if each.seconds == 2.0} == {
+        False
+    }
+
+
 def test_large_chunks_are_not_tried_where_small_ones_are_slow(
     configs: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
