@@ -2,9 +2,9 @@
 
 What authors of tests need to know:
 
-- A run of many files is shared out to one worker process a core, and one more (pytest-xdist); a single file, `-k`,
-  `-s`, `--pdb` and `-n 0` run in this process. A file stays in one worker, in its order: what is dear is made once, by
-  a fixture of its module. A fixture of the session is made once a worker. The files in SHARED stay together: they share
+- A run of many files is shared out to one worker process a core (pytest-xdist); a single file, `-k`, `-s`, `--pdb` and
+  `-n 0` run in this process. A file stays in one worker, in its order: what is dear is made once, by a fixture of its
+  module. A fixture of the session is made once a worker. The files in SHARED stay together: they share
   one Ray, or two processes.
 - A worker has neighbours: no fixed port (bind to 0), no file outside `tmp_path`, and no limit on seconds that a machine
   three times as slow would break; wait for a condition, with a generous bound. Seconds that are measured and asserted
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets its workers hardly run beside a busy neighbour
 os.environ.pop("RAY_ADDRESS", None)  # tests never join a cluster that happens to run here
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 # Dozens of interpreters are started here, and they and the workers read the same files: compile each once.
@@ -76,8 +77,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     many = sum(len(list(Path(argument).rglob("*.py"))) for argument in config.args) >= MANY_FILES
-    # one more than cores: the worker with Ray waits for other processes most of its time
-    option.numprocesses = min(cores + 1, MOST_WORKERS) if cores > 1 and many else 0
+    # not more: Ray's workers take a core beside the worker that waits for them
+    option.numprocesses = min(cores, MOST_WORKERS) if cores > 1 and many else 0
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -167,6 +167,7 @@ def test_a_population_trains_copies_and_mutates(
         assert path[-1].values == summary.varied
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready_store")
 def test_a_failed_trial_is_reported_and_tried_again(sweep_text: SweepText, tmp_path: Path) -> None:
     text = sweep_text(resources={"cpus_per_trial": 1, "max_failures": 0})
@@ -201,6 +202,7 @@ def test_a_trial_that_fits_no_node_is_refused(sweep_text: SweepText, tmp_path: P
         drive(start(text, tmp_path, "memory"))
 
 
+@pytest.mark.slow
 @pytest.mark.acceptance
 @pytest.mark.usefixtures("ready_store")
 def test_a_sweep_attaches_to_a_cluster_by_its_address(sweep_text: SweepText, tmp_path: Path) -> None:
