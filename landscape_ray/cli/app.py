@@ -203,7 +203,7 @@ def status(
     console = new_console()
     folder = open_sweep(sweep, results)
     if watch is None:
-        console.print(status_of(folder)[1], highlight=False)
+        console.print(status_of(folder)[1], highlight=False, crop=False)
         return
     with contextlib.suppress(KeyboardInterrupt):
         follow(folder, console, watch)
@@ -312,7 +312,7 @@ def list_sweeps(
     if show_laws:
         from landscape_ray.reports.law_tables import law_table
 
-        new_console().print(law_table())
+        new_console().print(law_table(), crop=False)
         return
     from landscape_ray.reports.terminal import sweep_table
     from landscape_ray.tracking.folder import find_sweeps
@@ -324,7 +324,7 @@ def list_sweeps(
             f"no sweeps in {shown(results)}; start one with `landscape-ray sweep search_spaces/quickstart.toml`"
         )
         return
-    console.print(sweep_table(found))
+    console.print(sweep_table(found), crop=False)
 
 
 @app.command()

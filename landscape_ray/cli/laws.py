@@ -120,7 +120,7 @@ def fit(
         save(found, table, target)
         say("drawing the page")
         page = write_page(found, target)
-    console.print(scaling_tables(found), highlight=False)
+    console.print(scaling_tables(found), highlight=False, crop=False)
     console.print(f"saved in {shown(target)}; page: {shown(page)}", highlight=False, soft_wrap=True)
     console.print(f"next: landscape-ray predict {shown(target)} --set ...", highlight=False, soft_wrap=True)
 
@@ -256,7 +256,7 @@ def _fit_curves(given: _Curves, law: str, num_bootstrap: int, confidence: float,
         for folder in open_all(given.sources, given.results):
             with console.status(f"fitting {folder.path.name} ..."):
                 result = fit_sweep(folder, **options)
-            console.print(fit_tables(folder.path.name, result))
+            console.print(fit_tables(folder.path.name, result), crop=False)
             console.print(f"saved in {shown(folder.fits_path)}", highlight=False, soft_wrap=True)
         return
     if given.experiment is not None:
@@ -273,7 +273,7 @@ def _fit_curves(given: _Curves, law: str, num_bootstrap: int, confidence: float,
     write_atomic(target / FILE_NAME.format(law=chosen.name), result.to_json())
     curves = annealing_curves(collected).groups[0].curves
     page = write_curves_page(result, chosen, curves, name, target / f"{chosen.name}.html")
-    console.print(fit_tables(name, result))
+    console.print(fit_tables(name, result), crop=False)
     console.print(f"saved in {shown(target)}; page: {shown(page)}", highlight=False, soft_wrap=True)
 
 

@@ -37,7 +37,7 @@ def show_outliers(outliers: OutlyingExamples, run_id: str, out: Path, console: C
         len(found.decreasing),
     )
     console.print(said, highlight=False, soft_wrap=True)
-    console.print(groups_table(examples, changes, targets, outliers.texts), highlight=False)
+    console.print(groups_table(examples, changes, targets, outliers.texts), highlight=False, crop=False)
     if outliers.inputs.dim() == 4:
         picture = out / f"outliers-{run_id}.png"
         title = f"Examples with opposing signals: {run_id}"

@@ -93,7 +93,7 @@ def probe(
         for name, e in found.estimates.items()
     }
     title = f"{run_id} after {found.step} updates, on its training data"
-    console.print(probe_table(title, rows))
+    console.print(probe_table(title, rows), crop=False)
     for name, reason in found.unknown.items():
         console.print(f"[yellow]{name}: left out, {reason}[/yellow]", highlight=False)
     numbers: dict[str, object] = {"run_id": run_id, "step": found.step}

@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from numpy.typing import ArrayLike
-from rich.table import Table
 from rich.text import Text
 
 from landscape_ray import text
 from landscape_ray.reports.figures import palette
+from landscape_ray.tables import TextTable
 
 MAX_SHOWN = 8
 """Examples of each group."""
@@ -46,7 +46,7 @@ def groups_sentence(cosine: float, error: float, p_value: float, movement: float
 
 def groups_table(
     numbers: Sequence[int], changes: Sequence[float], targets: Sequence[str], texts: Sequence[str] | None
-) -> Table:
+) -> TextTable:
     """Return the examples of both groups as a table, those whose loss falls most first.
 
     Args:
@@ -55,10 +55,8 @@ def groups_table(
         targets: as they are to be read.
         texts: what the inputs say, where they are text.
     """
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for heading, justify in (("group", "left"), ("example", "right"), ("loss change", "right")):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("text" if texts is not None else "target", no_wrap=True, overflow="ellipsis")
+    last = "text" if texts is not None else "target"
+    table = TextTable(("group", "example", "loss change", last), right=("example", "loss change"), flexible=("text",))
     half = len(numbers) // 2
     for group, name in enumerate(NAMES):
         for place in range(group * half, group * half + min(half, MAX_SHOWN)):

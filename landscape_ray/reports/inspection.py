@@ -7,24 +7,21 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
-from rich.table import Table
 
 from landscape_ray import text
 from landscape_ray.reports.figures import Axis, Figure, Panel, series
+from landscape_ray.tables import TextTable
 
 
-def probe_table(title: str, rows: Mapping[str, tuple[float, float, bool, float, float, int]]) -> Table:
+def probe_table(title: str, rows: Mapping[str, tuple[float, float, bool, float, float, int]]) -> TextTable:
     """Return the estimates as a table; `rough` are those that did not reach the accuracy that was asked for.
 
     Args:
         title: what was measured.
         rows: name to (value, standard error or bound, converged, price in gradients, seconds, examples; 0 of parts).
     """
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    table.add_column("probe", no_wrap=True)
-    for column in ("value", "± error", "gradients", "seconds", "examples"):
-        table.add_column(column, justify="right")
-    table.add_column("")
+    numbers = ("value", "± error", "gradients", "seconds", "examples")
+    table = TextTable(("probe", *numbers, ""), right=numbers, title=title)
     for name, (value, error, converged, price, seconds, num_examples) in rows.items():
         known = math.isfinite(value)
         table.add_row(
@@ -35,7 +32,7 @@ def probe_table(title: str, rows: Mapping[str, tuple[float, float, bool, float, 
             f"{seconds:.2f}" if seconds else "",
             f"{num_examples:,}" if num_examples else "",
             "" if converged or not known else "rough",
-            style=None if "/" not in name else "dim",
+            style="dim" if "/" in name else "",
         )
     return table
 

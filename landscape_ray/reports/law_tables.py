@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from landscape_ray.analysis.annealing import SweepFit
@@ -11,7 +10,8 @@ from landscape_ray.analysis.recommend import Recommendation
 from landscape_ray.analysis.scaling import ScalingFit
 from landscape_ray.laws import LAWS, BestSchedule
 from landscape_ray.laws.decisions import Quantity
-from landscape_ray.reports.terminal import STATUS_STYLE, columns, left_out_text
+from landscape_ray.reports.terminal import STATUS_STYLE, left_out_text
+from landscape_ray.tables import TextTable
 from landscape_ray.text import duration, lr, number, percent
 
 
@@ -24,7 +24,7 @@ def scaling_tables(found: ScalingFit) -> RenderableType:
         f", {fit.data['num_points']} points of {len(fit.data['runs'])} runs, R² {fit.residuals['r2']:.5f}",
     )
     formula = Text(found.law.formula, style="italic")
-    parameters = columns(("parameter", "value", f"{fit.confidence:.0%} interval", "meaning"))
+    parameters = TextTable(("parameter", "value", f"{fit.confidence:.0%} interval", "meaning"), flexible=("meaning",))
     for name, value in fit.parameters.items():
         between = fit.intervals.get(name)
         text = f"{number(between[0])} to {number(between[1])}" if between else "given" if name in fit.fixed else ""
@@ -84,9 +84,11 @@ def schedule_text(best: BestSchedule, fitted: SweepFit) -> str:
     )
 
 
-def law_table() -> Table:
+def law_table() -> TextTable:
     """Return the laws that can be fitted."""
-    table = columns(("law", "formula", "what it is for", "reference"))
+    table = TextTable(
+        ("law", "formula", "what it is for", "reference"), flexible=("formula", "what it is for", "reference")
+    )
     for law in LAWS.values():
         table.add_row(law.name, law.formula, law.title, law.reference)
     return table

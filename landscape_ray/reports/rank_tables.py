@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from landscape_ray import text
 from landscape_ray.errors import UserError
 from landscape_ray.laws.ranking import Association
 from landscape_ray.reports.ranking import SIGNIFICANT, Found, RankStudy, Row, correlations, definitions, left_out
+from landscape_ray.tables import TextTable
 
 
 def rank_tables(study: RankStudy, given: str | None = None) -> RenderableType:
@@ -54,7 +54,7 @@ def rank_tables(study: RankStudy, given: str | None = None) -> RenderableType:
     return Group(head, Text(), *[part for table in tables for part in (table, Text())], *[Text(n) for n in notes])
 
 
-def _rich_table(study: RankStudy, rows: Sequence[Row]) -> Table:
+def _rich_table(study: RankStudy, rows: Sequence[Row]) -> TextTable:
     marked = study.significant(rows)
     headings = ["measure", "runs compared", "pairs", *study.targets]
     body = []
@@ -65,14 +65,9 @@ def _rich_table(study: RankStudy, rows: Sequence[Row]) -> Table:
         cells = [_cell_text(cell, (k, name) in marked) for name, cell in row.cells.items()]
         body.append(["" if row.measure == last else row.measure, row.compared, pairs, *cells])
         last = row.measure
-    # a table keeps its width in a narrow terminal and in a file: numbers that are cut off are none
-    columns = zip(headings, *body, strict=True)
-    width = sum(2 + max(len(line) for line in "\n".join(column).split("\n")) for column in columns)
-    table = Table(box=None, header_style="bold", pad_edge=False, width=width)
-    for position, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if position == 2 else "left", no_wrap=True)
+    table = TextTable(headings, right=("pairs",))
     for line in body:
-        table.add_row(*(Text(part) for part in line))
+        table.add_row(*line)
     return table
 
 

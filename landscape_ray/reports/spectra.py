@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from rich.table import Table
 
 from landscape_ray import text
 from landscape_ray.reports.figures import Axis, Figure, Panel, Series, series
+from landscape_ray.tables import TextTable
 
 MAX_DRAWN = 20
 """Parts in a figure: those with the largest eigenvalues; the table has all."""
@@ -46,7 +46,7 @@ class Part(NamedTuple):
     price_gradients: float
 
 
-def part_table(title: str, what: str, size: str, parts: Sequence[Part]) -> Table:
+def part_table(title: str, what: str, size: str, parts: Sequence[Part]) -> TextTable:
     """Return the eigenvalues of parts as a table.
 
     Args:
@@ -55,16 +55,12 @@ def part_table(title: str, what: str, size: str, parts: Sequence[Part]) -> Table
         size: what the size of a part is: parameters, share.
         parts: the whole first.
     """
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    table.add_column(what, no_wrap=True)
-    table.add_column(size, justify="right", no_wrap=True)
     num_largest = max(len(part.largest) for part in parts)
     num_smallest = max(len(part.smallest) for part in parts)
     names = ["largest", *(text.ordinal(place) for place in range(2, num_largest + 1))]
     names += ["smallest"] if num_smallest else []
-    for name in (*names, "± error", "gradients"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
+    numbers = (size, *names, "± error", "gradients")
+    table = TextTable((what, *numbers, ""), right=numbers, title=title)
     for part in parts:
         shown = [*_padded(part.largest, num_largest), *(_padded(part.smallest, num_smallest)[:1])]
         errors = [error for _, error in (*part.largest, *part.smallest[:1]) if math.isfinite(error)]
@@ -76,13 +72,6 @@ def part_table(title: str, what: str, size: str, parts: Sequence[Part]) -> Table
             f"{part.price_gradients:.0f}",
             "" if part.converged else "rough",
         )
-    return _at_full_width(table)
-
-
-def _at_full_width(table: Table) -> Table:
-    """Return the table with a width of its own, in a narrow terminal and in a file: numbers cut off are none."""
-    widths = [max(len(str(cell)) for cell in (column.header, *column.cells)) for column in table.columns]
-    table.width = sum(widths) + 2 * len(widths)
     return table
 
 
@@ -184,23 +173,22 @@ class SizeRow(NamedTuple):
     expected: tuple[float, float]
 
 
-def batch_size_table(title: str, rows: Sequence[SizeRow]) -> Table:
+def batch_size_table(title: str, rows: Sequence[SizeRow]) -> TextTable:
     """Return the extremal eigenvalues by batch size as a table; the last row is the whole.
 
     Args:
         title: what was measured.
         rows: ascending.
     """
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for name in ("batch size", "largest", "± error", "law", "smallest", "± error", "law"):
-        table.add_column(name, justify="right")
+    headings = ("batch size", "largest", "± error", "law", "smallest", "± error", "law")
+    table = TextTable(headings, right=headings, title=title)
     for place, row in enumerate(rows):
         whole = place == len(rows) - 1
         cells: list[str] = []
         for (value, error), law in zip((row.largest, row.smallest), row.expected, strict=True):
             cells += [text.number(value), text.number(error, 2), "" if whole else text.number(law)]
         table.add_row(f"{row.batch_size:,}" + (" (all)" if whole else ""), *cells)
-    return _at_full_width(table)
+    return table
 
 
 def batch_size_figure(

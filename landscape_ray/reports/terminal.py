@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from landscape_ray.analysis.annealing import SweepFit
 from landscape_ray.errors import UserError
+from landscape_ray.tables import TextTable
 from landscape_ray.text import loss, lr, number
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ def fit_tables(name: str, result: SweepFit) -> RenderableType:
         f", {fit.data['num_points']} points of {len(result.run_ids)} runs at peak LR {lr(result.peak_lr)}, "
         f"rmse {fit.residuals['rmse']:.4f} nats",
     )
-    parameters = columns(("parameter", "value", f"{fit.confidence:.0%} interval"))
+    parameters = TextTable(("parameter", "value", f"{fit.confidence:.0%} interval"))
     for key, value in fit.parameters.items():
         between = fit.intervals.get(key)
         parameters.add_row(key, number(value), f"{number(between[0])} to {number(between[1])}" if between else "")
-    forecasts = columns(("held out", "schedule", "observed", "forecast", f"{fit.confidence:.0%} interval", "error"))
+    forecasts = TextTable(("held out", "schedule", "observed", "forecast", f"{fit.confidence:.0%} interval", "error"))
     for one in result.forecasts:
         style = "bold" if one.run_id == result.headline else ""
         forecasts.add_row(
@@ -66,9 +66,9 @@ def left_out_text(excluded: Mapping[str, str]) -> str:
     return f"left out: {', '.join(sorted(excluded))}; the report says why"
 
 
-def sweep_table(folders: Sequence[SweepFolder]) -> Table:
+def sweep_table(folders: Sequence[SweepFolder]) -> TextTable:
     """Return one row a sweep: when, how far, best loss; `damaged` where that cannot be read."""
-    table = columns(("sweep", "started", "status", "trials ended", "best loss"), right=(3, 4))
+    table = TextTable(("sweep", "started", "status", "trials ended", "best loss"), right=("trials ended", "best loss"))
     for folder in folders:
         try:
             cells = _progress(folder)
@@ -91,11 +91,3 @@ def _progress(folder: SweepFolder) -> tuple[str, str, str, str]:
     started = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(meta.get("created_unix", 0))))
     planned = int(meta.get("num_trials", len(summaries)))
     return started, str(meta.get("status")), f"{len(ended)}/{planned}", loss(min(losses, default=math.nan))
-
-
-def columns(headings: Sequence[str], right: Sequence[int] = ()) -> Table:
-    """Return an empty table of these columns, some aligned to the right."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for position, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if position in right else "left", no_wrap=True)
-    return table

@@ -13,10 +13,10 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from landscape_ray.records import RunSummary
+from landscape_ray.tables import TextTable
 
 STYLES = {"finished": "green", "running": "cyan", "diverged": "magenta", "failed": "red", "waiting": "dim"}
 STYLES |= {"paused": "yellow", "stopped": "dim"}
@@ -250,23 +250,20 @@ def headline(name: str, rows: Iterable[Row], num_trials: int, loss_unit: str, sp
 
 def trial_table(rows: Iterable[Row]) -> RenderableType:
     """Return trials as a table: what runs first, then the best; the best of all in bold."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading, justify in (("trial", "left"), ("status", "left"), ("progress", "left"), ("step", "right")):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("held-out loss", justify="right", no_wrap=True)
-    table.add_column("lr now", justify="right", no_wrap=True)
-    table.add_column("searched values", overflow="ellipsis", no_wrap=True, ratio=1)
     order = {"running": 0, "failed": 1, "waiting": 2}
     known = sorted(rows, key=lambda r: (order.get(r.status, 3), _nan_last(r.loss_nats), r.trial_id))
+    rates = ("lr now",) if any(math.isfinite(row.lr) for row in known[:MAX_ROWS]) else ()  # none once all have ended
+    headings = ("trial", "status", "progress", "step", "held-out loss", *rates, "searched values")
+    table = TextTable(headings, right=("step", "held-out loss", *rates), flexible=("searched values",))
     best = _best(known)
     for row in known[:MAX_ROWS]:
         table.add_row(
             row.trial_id,
             Text(row.status, style=STYLES.get(row.status, "")),
-            ProgressBar(total=row.num_steps, completed=row.step, width=16),
+            ProgressBar(total=row.num_steps, completed=row.step, width=10),
             f"{row.step}/{row.num_steps}",
             _number(row.loss_nats),
-            _number(row.lr, "{:.2e}"),
+            *(_number(row.lr, "{:.2e}") for _ in rates),
             short_values(row.values),
             style="bold" if row is best else "",
         )

@@ -12,7 +12,7 @@ import landscape_ray
 
 PACKAGE = Path(landscape_ray.__file__).parent
 
-BASE = {"errors", "registry", "config", "files", "records", "domains", "signals", "signature", "text"}
+BASE = {"errors", "registry", "config", "files", "records", "domains", "signals", "signature", "tables", "text"}
 INTERNAL = {
     **dict.fromkeys(BASE, BASE),
     "__init__": set(),
