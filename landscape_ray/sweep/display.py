@@ -252,7 +252,7 @@ def trial_table(rows: Iterable[Row]) -> RenderableType:
     """Return trials as a table: what runs first, then the best; the best of all in bold."""
     order = {"running": 0, "failed": 1, "waiting": 2}
     known = sorted(rows, key=lambda r: (order.get(r.status, 3), _nan_last(r.loss_nats), r.trial_id))
-    rates = ("lr now",) if any(math.isfinite(row.lr) for row in known[:MAX_ROWS]) else ()  # none once all have ended
+    rates = ("lr now",) if any(row.status == "running" for row in known[:MAX_ROWS]) else ()
     headings = ("trial", "status", "progress", "step", "held-out loss", *rates, "searched values")
     table = TextTable(headings, right=("step", "held-out loss", *rates), flexible=("searched values",))
     best = _best(known)
@@ -263,7 +263,7 @@ def trial_table(rows: Iterable[Row]) -> RenderableType:
             ProgressBar(total=row.num_steps, completed=row.step, width=10),
             f"{row.step}/{row.num_steps}",
             _number(row.loss_nats),
-            *(_number(row.lr, "{:.2e}") for _ in rates),
+            *(_number(row.lr, "{:.2e}") if row.status == "running" else "" for _ in rates),
             short_values(row.values),
             style="bold" if row is best else "",
         )
