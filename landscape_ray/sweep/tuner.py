@@ -39,7 +39,15 @@ from landscape_ray.sweep.reuse import careful_reuse
 from landscape_ray.sweep.run import trial_id_of
 from landscape_ray.sweep.searching.book import Book
 from landscape_ray.sweep.searching.searcher import OBJECTIVE, OptunaSearcher, SearchScheduler, StoppingScheduler
-from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected, settle_stopped
+from landscape_ray.sweep.session import (
+    Outcome,
+    conclude,
+    first_config,
+    next_attempt,
+    projected,
+    reason,
+    settle_stopped,
+)
 from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.sweep.storing import driver_mirror, stopping
 from landscape_ray.sweep.trainable import SweepTrainable
@@ -148,7 +156,14 @@ def _fit(
         ]
         fixed |= {"exchange": name, "weights_limit": weights_limit(len(members))}
         param_space = {**fixed, "trial": tune.grid_search(members)}
-        scheduler = PopulationScheduler(population, exchange, num_places(spec.resources))
+
+        def failed(trial: Any) -> str:
+            why = reason(_error_of(trial))
+            if mirror is None:  # else the folder may be another machine's
+                folder.trial(str(trial)).set_status("failed", why)
+            return why
+
+        scheduler = PopulationScheduler(population, exchange, num_places(spec.resources), failed)
         tune_config |= {"scheduler": scheduler}
 
     with Dashboard(console, folder.path.name, spec.num_trials, first_config(spec).num_steps) as dashboard:
@@ -234,7 +249,10 @@ class DashboardCallback(Callback):
             self._dashboard.update(each["trial_id"], values, ended if results else status, news)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Show the trial as running."""
+        """Show the trial as running: after a failure for good only where it has taken another one's weights."""
+        error = self.failures.pop(str(trial), None)
+        if error is not None:
+            self._dashboard.warn(f"{trial} failed and was replaced by a copy of another: {reason(error)}")
         self._update(trial, "running")
 
     def on_trial_result(
