@@ -249,10 +249,9 @@ class DashboardCallback(Callback):
             self._dashboard.update(each["trial_id"], values, ended if results else status, news)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Show the trial as running: after a failure for good only where it has taken another one's weights."""
-        error = self.failures.pop(str(trial), None)
-        if error is not None:
-            self._dashboard.warn(f"{trial} failed and was replaced by a copy of another: {reason(error)}")
+        """Show the trial as running."""
+        if self.failures.pop(str(trial), None) is not None:  # a member of a population, with its next order
+            self._dashboard.warn(f"{trial} goes on as a copy of another")
         self._update(trial, "running")
 
     def on_trial_result(
@@ -276,6 +275,7 @@ class DashboardCallback(Callback):
         error = _error_of(trial)
         self.failures |= {each["trial_id"]: error for each in members_of(trial)}
         self._update(trial, "failed", trial.last_result)
+        self._dashboard.warn(f"{trial} failed: {reason(error)}")
 
 
 def members_of(trial: Any) -> list[dict[str, Any]]:

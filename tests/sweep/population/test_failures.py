@@ -42,7 +42,7 @@ class Faulty(Local):
 
 
 def lives(folder: SweepFolder, member: int) -> list[list[int]]:
-    """Return the updates of a member, apart for each weights that it had taken: none is there twice, none is missing."""
+    """Return the updates of a member, apart for all weights that it has had: none is there twice, none is missing."""
     found: list[list[int]] = [[]]
     for row in collect(folder.path).records.to_pylist():
         if row["run_id"] == trial_id_of(member):
@@ -179,7 +179,9 @@ def test_failures_in_one_line_each_and_of_other_sweeps_none(text: Text, tmp_path
     book = PopulationBook(spec_of(folder), folder)
     book.fail(0, WHY)
     assert book.fail(0, WHY) == [], "it waits for somebody to copy, or has been left out"
-    assert failure_text(Failure(0, 5, WHY)) == f"t0000 failed after step 5, left out until `landscape-ray resume`: {WHY}"
+    assert (
+        failure_text(Failure(0, 5, WHY)) == f"t0000 failed after step 5, left out until `landscape-ray resume`: {WHY}"
+    )
     folder.population_path.write_text("{")
     assert failures_of(folder) == []
     assert math.isnan(book.strategy.members[0].loss)
