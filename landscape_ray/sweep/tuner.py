@@ -251,7 +251,8 @@ class DashboardCallback(Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the trial as running."""
         if self.failures.pop(str(trial), None) is not None:  # a member of a population, with its next order
-            self._dashboard.warn(f"{trial} goes on as a copy of another")
+            donor = trial.config["trial"].get("donor")
+            self._dashboard.warn(f"{trial} goes on" + ("" if donor is None else f" as a copy of {trial_id_of(donor)}"))
         self._update(trial, "running")
 
     def on_trial_result(

@@ -101,7 +101,7 @@ def test_a_synchronous_population_goes_on_without_a_member_that_fails(
     became = f"replaced by a copy of {trial_id_of(failure.donor or 0)} at step 6"
     assert f"{name} failed after step 0, {became}: RuntimeError: a faulty batch" in outcome_text(outcome)
     assert f"{name} failed: RuntimeError: a faulty batch\n" in shown, "as soon as it is known"
-    assert f"{name} goes on as a copy of another\n" in shown
+    assert f"{name} goes on as a copy of {trial_id_of(failure.donor or 0)}\n" in shown
     rows = [row for row in collect(folder.path).records.to_pylist() if row["run_id"] == name]
     # committed at step 2, failed at step 4, then those after the weights that it took
     assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, *range(7, STEPS + 1)]

@@ -136,7 +136,8 @@ class PopulationScheduler(FIFOScheduler):
             trial = lost.reset()
             tune_controller.add_trial(trial)  # which sets its configuration
             # its actor may ask before the order is published, and must not get the one that it failed of
-            given = trial.config["trial"] | {"serial": order.serial, "values": order.decision.values}
+            news = {"serial": order.serial, "values": order.decision.values, "donor": order.decision.donor}
+            given = trial.config["trial"] | news
             trial.set_config({**trial.config, "trial": given})
 
     def debug_string(self) -> str:

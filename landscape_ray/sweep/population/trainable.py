@@ -31,7 +31,7 @@ class MemberTrainable(tune.Trainable):
 
     Configuration keys: `sweep_path`, `num_threads`, `attempt`, `exchange` (name of the actor), `weights_limit` (bytes),
     `max_report_seconds` (may be absent; waiting does not count), `storage` (likewise), `trial` (`trial_id`, `values`,
-    and `serial` of the first order to carry out, where earlier ones were given up).
+    and of a member that goes on after a failure the `serial` of the first order to carry out, and its `donor`).
     """
 
     def setup(self, config: dict[str, Any]) -> None:

@@ -167,7 +167,8 @@ def test_nobody_waits_for_a_member_that_has_failed_for_good(text: Text, tmp_path
     again = controller.trials[4]
     order = scheduler.book.orders[1]
     assert (str(again), again.status) == ("t0001", Trial.PENDING)
-    assert again.config["trial"] == {"trial_id": "t0001", "values": order.decision.values, "serial": 1}
+    given = {"serial": 1, "values": order.decision.values, "donor": order.decision.donor}
+    assert again.config["trial"] == {"trial_id": "t0001", **given}
     assert again.config["exchange"] == "e"
     assert (order.decision.action, order.decision.reason) == ("exploit", "failed: t0001")
     assert scheduler.choose_trial_to_run(trials) is again
