@@ -295,10 +295,10 @@ def conclude(
         mirror: of the sweep's storage, where it has one; everything that is stored is here by now.
         halt: why the sweep was paused; empty for one that was not.
     """
+    # of a cohort, some may have ended; so may a member of a population whose process died while it waited for the others
+    failures = {trial_id: error for trial_id, error in failures.items() if not _ended(folder, trial_id)}
     for trial_id, error in failures.items():
-        summary = folder.trial(trial_id).summary()
-        if summary is None or summary.status not in ENDED:  # of a cohort, some may have ended
-            folder.trial(trial_id).set_status("failed", reason(error))
+        folder.trial(trial_id).set_status("failed", reason(error))
     summaries = []
     for trial in folder.trials():
         summary = trial.summary()
@@ -334,6 +334,11 @@ def conclude(
     seconds = time.monotonic() - started
     replaced = tuple(failure_text(failure) for failure in failures_of(folder) if failure.donor is not None)
     return Outcome(folder, status, counts, failures, best, sync, seconds, halt, behind, problem, replaced)
+
+
+def _ended(folder: SweepFolder, trial_id: str) -> bool:
+    summary = folder.trial(trial_id).summary()
+    return summary is not None and summary.status in ENDED
 
 
 def _counts(spec: SweepSpec, summary: RunSummary) -> bool:

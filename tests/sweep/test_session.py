@@ -93,5 +93,6 @@ def test_a_failed_cohort_does_not_undo_its_finished_members(folder: SweepFolder,
     failures: dict[str, BaseException] = dict.fromkeys(("t0000", "t0001"), RuntimeError("its process died"))
     ended = conclude(folder, search_spec, Silent(), failures, 0.0, 2)  # type: ignore[arg-type]
     assert ended.counts == {"finished": 1, "failed": 1}
+    assert list(ended.failures) == ["t0001"]
     assert ended.best is not None
     assert ended.best.run_id == "t0000"
