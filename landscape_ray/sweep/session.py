@@ -295,7 +295,7 @@ def conclude(
         mirror: of the sweep's storage, where it has one; everything that is stored is here by now.
         halt: why the sweep was paused; empty for one that was not.
     """
-    # of a cohort, some may have ended; so may a member of a population whose process died while it waited for the others
+    # of a cohort, some may have ended; so may a member of a population whose process died while it waited for others
     failures = {trial_id: error for trial_id, error in failures.items() if not _ended(folder, trial_id)}
     for trial_id, error in failures.items():
         folder.trial(trial_id).set_status("failed", reason(error))
