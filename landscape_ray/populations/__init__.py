@@ -17,7 +17,7 @@ under a fake clock.
 ('exploit', 1, 10, 'continue')
 """
 
-from landscape_ray.populations.decisions import Choice, Decision, Observation, Point, Restart, Values
+from landscape_ray.populations.decisions import Choice, Decision, Failure, Observation, Point, Restart, Values
 from landscape_ray.populations.explore import Explorer, explore, initial_members, position
 from landscape_ray.populations.lineage import Change, Lineage, Segment, table_of
 from landscape_ray.populations.strategies import STRATEGIES
@@ -29,6 +29,7 @@ __all__ = [
     "Choice",
     "Decision",
     "Explorer",
+    "Failure",
     "Lineage",
     "Member",
     "Observation",

@@ -99,6 +99,20 @@ class Decision:
     reason: str = ""
 
 
+class Failure(NamedTuple):
+    """A member could not come to the end of what it was told to do, and what became of it."""
+
+    member: int
+    step: int
+    """Updates behind its last observation; what it made after that is given up, unless it is tried again."""
+    why: str
+    """In one line."""
+    donor: int | None = None
+    """Whose copy took its place; None where it was left out."""
+    donor_step: int | None = None
+    """The step of the weights copied."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A strategy's answer for one member, before it becomes a decision. Without a donor the weights stay.

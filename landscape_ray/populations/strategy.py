@@ -7,6 +7,10 @@ synchronous operation: decisions are held back until every member has reported.
 What subclasses cannot get wrong, because it is done here: values stay inside their domains, weights that have diverged
 are replaced, the donor's step is the step of the donor's last observation, every member has a lineage, and one seed
 gives one history.
+
+A member that fails, so that it will never report, is to a strategy one that has diverged: it has no rank, nobody copies
+it, and :meth:`Strategy.rescue` says whom it copies. One that finds nobody to copy, or has been rescued often enough, is
+left out: the others go on without it, and decisions wait for it no more.
 """
 
 from __future__ import annotations
@@ -22,13 +26,13 @@ import numpy as np
 
 from landscape_ray.domains import Domain
 from landscape_ray.errors import UserError
-from landscape_ray.populations.decisions import Action, Choice, Decision, Observation, Values, decode, encode
+from landscape_ray.populations.decisions import Action, Choice, Decision, Failure, Observation, Values, decode, encode
 from landscape_ray.populations.explore import Explorer, explore, initial_members
 from landscape_ray.populations.lineage import Lineage
 
 STATE_VERSION = 2
 
-Status = Literal["training", "waiting", "finished", "stopped"]
+Status = Literal["training", "waiting", "finished", "stopped", "failed"]
 
 
 @dataclass
@@ -39,9 +43,11 @@ class Member:
         values: the hyperparameters that it trains under, or trained under when it stopped.
         step: updates behind the weights of its last observation, its own or its donor's.
         loss: held-out loss of these weights; nan before any.
-        status: training, waiting for a decision, finished (reached the horizon) or stopped.
+        status: training, waiting for a decision, finished (reached the horizon), stopped, or failed: left out until it
+            is tried again.
         tested: whether its last observation was made under `values`.
         spent: updates that it has made itself.
+        failure: why it will not report about what it was told last; empty where nothing is known against it.
     """
 
     values: Values
@@ -50,11 +56,12 @@ class Member:
     status: Status = "training"
     tested: bool = False
     spent: int = 0
+    failure: str = ""
 
     @property
     def sound(self) -> bool:
-        """Whether its weights have a finite loss."""
-        return math.isfinite(self.loss)
+        """Whether its weights have a finite loss, and it has not failed since."""
+        return math.isfinite(self.loss) and not self.failure
 
 
 class Strategy(ABC):
@@ -120,6 +127,8 @@ class Strategy(ABC):
         self.generator = np.random.default_rng(seed)
         self.explorer = explorer
         self.lineage = Lineage()
+        self.failures: list[Failure] = []
+        """What members have failed of so far, in order."""
         drawn = initial_members(self.space, num_members, self.generator)
         self.members: dict[int, Member] = {}
         self._waiting: set[int] = set()
@@ -169,6 +178,44 @@ class Strategy(ABC):
             return []
         return self._settle()
 
+    def fail(self, number: int, why: str, *, final: bool = False) -> list[Decision]:
+        """Take note that a member will not report; return the decisions that can be made now, perhaps none.
+
+        Where it is replaced, that is an exploit like any other. Where it is not, there is no decision about it: what it
+        was told last stands, for `retry`.
+
+        Args:
+            number: which.
+            why: it failed, in one line.
+            final: leave it out, instead of replacing it.
+
+        Raises:
+            UserError: no such member, or one that is not training.
+        """
+        member = self.members.get(number)
+        if member is None or member.status != "training":
+            what = "unknown" if member is None else member.status
+            raise UserError(f"member {number} must be training to fail, got one that is {what}; report it once")
+        member.failure = why or "for no reason given"
+        self._num_training -= 1
+        if final:
+            self._leave_out(number)
+        else:
+            member.status = "waiting"
+            self._waiting.add(number)
+        if self.synchronous and self._num_training:
+            return []
+        return self._settle()
+
+    def retry(self) -> list[int]:
+        """Let members that failed train on as they were told last, and count on them again; return them, in order."""
+        failed = [number for number, member in self.members.items() if member.failure]
+        for number in failed:
+            self.members[number].failure, self.members[number].status = "", "training"
+        self._waiting -= set(failed)
+        self._num_training += len(failed)
+        return failed
+
     def reopen(self) -> list[Decision]:
         """Take up again members that had reached a shorter horizon; return the decisions about them, perhaps none."""
         ended = [
@@ -207,7 +254,7 @@ class Strategy(ABC):
         """
         sound = {number: member for number, member in self.members.items() if member.sound}
         if not sound:
-            raise UserError("a member must have a finite loss, got none; the whole population has diverged")
+            raise UserError("a member must have a finite loss, got none; the whole population has diverged or failed")
         furthest = max(member.step for member in sound.values())
         return min((n for n, m in sound.items() if m.step == furthest), key=lambda n: (sound[n].loss, n))
 
@@ -228,6 +275,7 @@ class Strategy(ABC):
             "lineage": self.lineage.state_dict(),
             "extra": self.extra_state(),
             "explorer": None if self.explorer is None else self.explorer.state_dict(),
+            "failures": [list(failure) for failure in self.failures],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -246,6 +294,7 @@ class Strategy(ABC):
         self._waiting = {number for number, member in self.members.items() if member.status == "waiting"}
         self._num_training = sum(member.status == "training" for member in self.members.values())
         self.lineage.load_state_dict(state["lineage"])
+        self.failures = [Failure(*row) for row in state.get("failures", ())]  # absent in what earlier versions wrote
         self.load_extra_state(state["extra"])
         if self.explorer is not None:
             self.explorer.load_state_dict(state["explorer"])
@@ -289,7 +338,10 @@ class Strategy(ABC):
         return options[int(self.generator.integers(len(options)))]
 
     def rescue(self, number: int) -> Choice:
-        """Return whom a diverged member copies: one of the better ones."""
+        """Return whom a member copies that has diverged or failed: one of the better ones.
+
+        One that has failed needs a donor, also for a restart: its own weights may be what it failed of.
+        """
         donors = sorted(self.donors(number), key=lambda n: (self.members[n].loss, n))
         if not donors:
             return Choice(reason="diverged, and nobody to copy")
@@ -324,8 +376,11 @@ class Strategy(ABC):
             lost = {n for n in ready if n not in sound and choices[n].donor is None and choices[n].restart is None}
             self._waiting |= lost
             ready = [n for n in ready if n not in lost]
+        for number in [n for n in ready if self.members[n].failure and choices[n].donor is None]:
+            ready.remove(number)
+            self._leave_out(number)
         # Donors' weights are those of before this round, whatever is decided about the donors themselves.
-        before = {n: (self.members[n].step, self.members[n].loss) for n in ready}
+        before = {n: (self.members[n].step, self.members[n].loss if self.members[n].sound else math.nan) for n in ready}
         made = [self._carry_out(n, choices.get(n, Choice()), before) for n in ready]
         self.lineage.begin([decision for decision in made if decision.action != "stop"])
         made += [self._stop(n, "finished", "reached the horizon") for n in done]
@@ -340,13 +395,16 @@ class Strategy(ABC):
         self._check_values(values, f"the choice for member {number}")
         if choice.donor is not None:
             donor = self.members.get(choice.donor, member)
-            step, loss = before.get(choice.donor, (donor.step, donor.loss))
+            step, loss = before.get(choice.donor, (donor.step, donor.loss if donor.sound else math.nan))
             if choice.donor == number or not math.isfinite(loss):
                 raise UserError(
                     f"donor of member {number} must be another member with a finite loss, got {choice.donor}; "
                     "choose among `donors`"
                 )
+            if member.failure:
+                self.failures.append(Failure(number, member.step, member.failure, choice.donor, step))
             member.step, member.loss = step, loss
+        reason = f"failed: {member.failure}" if member.failure else choice.reason
         action: Action = "continue"
         if choice.restart is not None:
             action = "restart"
@@ -355,7 +413,7 @@ class Strategy(ABC):
         elif values != member.values:
             action = "explore"
         member.tested = action == "continue"
-        member.values, member.status = dict(values), "training"
+        member.values, member.status, member.failure = dict(values), "training", ""
         self._num_training += 1
         return Decision(
             number,
@@ -365,8 +423,13 @@ class Strategy(ABC):
             donor=choice.donor,
             donor_step=None if choice.donor is None else member.step,
             restart=choice.restart,
-            reason=choice.reason,
+            reason=reason,
         )
+
+    def _leave_out(self, number: int) -> None:
+        member = self.members[number]
+        member.status = "failed"
+        self.failures.append(Failure(number, member.step, member.failure))
 
     def _stop(self, number: int, status: Status, reason: str) -> Decision:
         member = self.members[number]

@@ -24,6 +24,9 @@ WINNER, SURVIVOR, GIVEN_UP, BASELINE = "c1", "c0", "muted", "c2"
 COOLDOWN_FRACTION = 0.2
 """Of a WSD baseline that nobody trained."""
 
+MAX_REPLACED = 4
+"""Members replaced after a failure that are spoken of one by one."""
+
 LEAN = 0.012
 """Share of the updates by which an arrow leans: those of one moment then part at their donors."""
 
@@ -121,6 +124,7 @@ def lineage(sweeps: Sequence[Sweep], sweep: Sweep) -> Figure | str:
             f"{text.percent(COOLDOWN_FRACTION)}, was not trained. `landscape-ray report {sweep.name} SEARCH` shows the "
             "best one of a search."
         )
+    note += "".join(f" {said}." for said in _replaced(sweep))
     return Figure(
         key=f"lineage-{list(sweeps).index(sweep)}" if len(sweeps) > 1 else "lineage",
         title="Lineage of the population and the schedule that it found",
@@ -133,6 +137,19 @@ def lineage(sweeps: Sequence[Sweep], sweep: Sweep) -> Figure | str:
         ),
         note=note,
     )
+
+
+def _replaced(sweep: Sweep) -> list[str]:
+    """Return which members took over weights because they had failed, the latest ones, each in a few words."""
+    failed = [copy for copy in sweep.copies if copy.reason.startswith("failed: ")]
+    said = [
+        f"{copy.run_id} failed and was replaced by a copy of {copy.donor} at step {copy.step:,} "
+        f"({copy.reason.removeprefix('failed: ')})"
+        for copy in failed[-MAX_REPLACED:]
+    ]
+    if (earlier := len(failed) - MAX_REPLACED) > 0:
+        said.insert(0, f"{earlier:,} more failed and were replaced before")
+    return said
 
 
 def _tree(sweep: Sweep, alive: Sequence[Survivor], winner: Survivor | None) -> list[Series]:

@@ -43,7 +43,8 @@ class ResourcesConfig(Model):
     labels: dict[str, str] = {}
     """Labels that the trial's nodes must have (`ray start --labels`): value, !value, in(a, b) or !in(a, b)."""
     max_failures: int = Field(default=1, ge=0)
-    """How often a trial is started again, from its last checkpoint, after it raised or its process or node was lost."""
+    """How often a trial is started again, from its last checkpoint, after it raised or its process or node was lost.
+    Also how often a member of a population that has failed so often is replaced by a copy of another, at least once."""
     max_report_seconds: float | None = Field(default=None, gt=0)
     """Longest time between two commits of a trial, its start included. A trial that takes longer hangs: its process is
     ended, which counts as a failure. Default: no limit."""

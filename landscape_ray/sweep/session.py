@@ -32,6 +32,7 @@ from landscape_ray.sweep.best_model import keep_best_model
 from landscape_ray.sweep.display import Dashboard, duration
 from landscape_ray.sweep.extension import text_id
 from landscape_ray.sweep.notes import description_of, tags_of
+from landscape_ray.sweep.population.book import failure_text, failures_of
 from landscape_ray.sweep.provenance import git_state, packages
 from landscape_ray.sweep.run import TrialRun, trial_id_of
 from landscape_ray.sweep.spec import NAME, SweepSpec, spec_of
@@ -48,6 +49,9 @@ from landscape_ray.training.parallel import check_module
 FREE_BYTES_FLOOR = 256 * 2**20
 """A sweep doesn't start with less free space than this."""
 
+
+MAX_REPLACED = 8
+"""Members that were replaced, of which the outcome speaks one by one."""
 
 ENDED = ("finished", "diverged", "stopped")
 """Statuses of trials that nothing is left to do for."""
@@ -68,6 +72,7 @@ class Outcome:
         halt: why the sweep was paused, empty for one that was not.
         num_not_stored: trials that the storage does not have up to their last commit.
         storage_problem: why; empty where all is stored, or there is no storage.
+        replaced: members of a population that had failed and were replaced, one line each, since the sweep began.
     """
 
     folder: SweepFolder
@@ -80,6 +85,7 @@ class Outcome:
     halt: str = ""
     num_not_stored: int = 0
     storage_problem: str = ""
+    replaced: tuple[str, ...] = ()
 
 
 def new_sweep(
@@ -289,10 +295,10 @@ def conclude(
         mirror: of the sweep's storage, where it has one; everything that is stored is here by now.
         halt: why the sweep was paused; empty for one that was not.
     """
+    # of a cohort, some may have ended; so may a member of a population whose process died while it waited for others
+    failures = {trial_id: error for trial_id, error in failures.items() if not _ended(folder, trial_id)}
     for trial_id, error in failures.items():
-        summary = folder.trial(trial_id).summary()
-        if summary is None or summary.status not in ENDED:  # of a cohort, some may have ended
-            folder.trial(trial_id).set_status("failed", reason(error))
+        folder.trial(trial_id).set_status("failed", reason(error))
     summaries = []
     for trial in folder.trials():
         summary = trial.summary()
@@ -326,7 +332,13 @@ def conclude(
     behind = mirror.settle() if mirror is not None else 0
     problem = mirror.problem if mirror is not None else ""
     seconds = time.monotonic() - started
-    return Outcome(folder, status, counts, failures, best, sync, seconds, halt, behind, problem)
+    replaced = tuple(failure_text(failure) for failure in failures_of(folder) if failure.donor is not None)
+    return Outcome(folder, status, counts, failures, best, sync, seconds, halt, behind, problem, replaced)
+
+
+def _ended(folder: SweepFolder, trial_id: str) -> bool:
+    summary = folder.trial(trial_id).summary()
+    return summary is not None and summary.status in ENDED
 
 
 def _counts(spec: SweepSpec, summary: RunSummary) -> bool:
@@ -390,6 +402,9 @@ def outcome_text(outcome: Outcome) -> str:
         also = f" ({best.final_loss_nats / math.log(2):.4f} bits)" if best.loss_unit == "nats/token" else ""
         also += f", {best.final_accuracy:.2%} right" if best.final_accuracy is not None else ""
         lines.append(f"best: {best.run_id}, {best.final_loss_nats:.4f} {best.loss_unit}{also}")
+    lines += outcome.replaced[:MAX_REPLACED]
+    if (more := len(outcome.replaced) - MAX_REPLACED) > 0:
+        lines.append(f"... and {more} more were replaced; `landscape-ray report {name}` shows each")
     lines += [f"{trial_id} failed: {reason(error)}" for trial_id, error in sorted(outcome.failures.items())]
     if outcome.sync.error:
         lines.append(f"tracking server is behind ({outcome.sync.error}); `landscape-ray sync {name}` sends the rest")

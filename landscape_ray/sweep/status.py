@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Mapping
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -15,9 +16,14 @@ from landscape_ray.errors import UserError
 from landscape_ray.records import RunSummary
 from landscape_ray.sweep.disk import usage_of, usage_text
 from landscape_ray.sweep.display import Row, duration, headline, to_do_seconds, trial_table
+from landscape_ray.sweep.population.book import failure_text, failures_of
+from landscape_ray.sweep.run import trial_id_of
 from landscape_ray.tracking.driver_mirror import storage_line
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
 from landscape_ray.tracking.parts import read_part
+
+MAX_FAILURES = 8
+"""Failures of members of a population that are shown, the latest."""
 
 QUIET_SECONDS = 600.0
 """A running sweep that has committed nothing for this long may have lost its driver."""
@@ -62,6 +68,7 @@ def status_of(folder: SweepFolder) -> tuple[str, RenderableType]:
     elif status in ("interrupted", "incomplete"):
         said.append(Text(f"to go on: landscape-ray resume {folder.path.name}", style="yellow"))
     problems = [Text(problem, style="yellow") for problem in unreadable]
+    problems += [Text(said, style="yellow") for said in _failures(folder, rows)]
     return status, Group(*said, trial_table(rows.values()), *problems)
 
 
@@ -75,6 +82,17 @@ def watch(folder: SweepFolder, console: Console, every_seconds: float) -> None:
             time.sleep(every_seconds)
             status, shown = status_of(folder)
             live.update(shown, refresh=True)
+
+
+def _failures(folder: SweepFolder, rows: Mapping[str, Row]) -> list[str]:
+    """Return what members of a population failed of: those that were replaced, and those that are left out still."""
+    left_out = {trial_id for trial_id, row in rows.items() if row.status == "failed"}
+    found = {  # the last time of one that was left out, tried again and left out again
+        (one.member, one.step, one.donor): failure_text(one)
+        for one in failures_of(folder)
+        if one.donor is not None or trial_id_of(one.member) in left_out
+    }
+    return list(found.values())[-MAX_FAILURES:]
 
 
 def _limit(folder: SweepFolder) -> str:

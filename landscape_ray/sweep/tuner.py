@@ -39,7 +39,15 @@ from landscape_ray.sweep.reuse import careful_reuse
 from landscape_ray.sweep.run import trial_id_of
 from landscape_ray.sweep.searching.book import Book
 from landscape_ray.sweep.searching.searcher import OBJECTIVE, OptunaSearcher, SearchScheduler, StoppingScheduler
-from landscape_ray.sweep.session import Outcome, conclude, first_config, next_attempt, projected, settle_stopped
+from landscape_ray.sweep.session import (
+    Outcome,
+    conclude,
+    first_config,
+    next_attempt,
+    projected,
+    reason,
+    settle_stopped,
+)
 from landscape_ray.sweep.spec import SweepSpec, spec_of
 from landscape_ray.sweep.storing import driver_mirror, stopping
 from landscape_ray.sweep.trainable import SweepTrainable
@@ -148,7 +156,14 @@ def _fit(
         ]
         fixed |= {"exchange": name, "weights_limit": weights_limit(len(members))}
         param_space = {**fixed, "trial": tune.grid_search(members)}
-        scheduler = PopulationScheduler(population, exchange, num_places(spec.resources))
+
+        def failed(trial: Any) -> str:
+            why = reason(_error_of(trial))
+            if mirror is None:  # else the folder may be another machine's
+                folder.trial(str(trial)).set_status("failed", why)
+            return why
+
+        scheduler = PopulationScheduler(population, exchange, num_places(spec.resources), failed)
         tune_config |= {"scheduler": scheduler}
 
     with Dashboard(console, folder.path.name, spec.num_trials, first_config(spec).num_steps) as dashboard:
@@ -235,6 +250,9 @@ class DashboardCallback(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the trial as running."""
+        if self.failures.pop(str(trial), None) is not None:  # a member of a population, with its next order
+            donor = trial.config["trial"].get("donor")
+            self._dashboard.warn(f"{trial} goes on" + ("" if donor is None else f" as a copy of {trial_id_of(donor)}"))
         self._update(trial, "running")
 
     def on_trial_result(
@@ -258,6 +276,7 @@ class DashboardCallback(Callback):
         error = _error_of(trial)
         self.failures |= {each["trial_id"]: error for each in members_of(trial)}
         self._update(trial, "failed", trial.last_result)
+        self._dashboard.warn(f"{trial} failed: {reason(error)}")
 
 
 def members_of(trial: Any) -> list[dict[str, Any]]:

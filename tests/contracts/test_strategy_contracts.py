@@ -7,7 +7,7 @@ import pytest
 
 from landscape_ray.domains import Domain
 from landscape_ray.errors import UserError
-from landscape_ray.populations import STRATEGIES, Decision, Observation, Point, Strategy
+from landscape_ray.populations import STRATEGIES, Decision, Failure, Observation, Point, Strategy
 from landscape_ray.populations.simulation import LawCurves, Simulator
 from landscape_ray.populations.strategy import STATE_VERSION
 from landscape_ray.registry import resolve
@@ -100,6 +100,103 @@ def test_nobody_is_copied_once_it_has_diverged(name: str, synchronous: bool) -> 
             if decision.donor is not None:
                 assert math.isfinite(before[decision.donor])
                 losses[decision.member] = before[decision.donor]
+
+
+class Failing:
+    """A strategy that is told of failures in place of some reports: every `every`-th; `broken` members never report."""
+
+    def __init__(self, strategy: Strategy, every: int, broken: tuple[int, ...] = (), *, final: bool = False) -> None:
+        self.strategy, self.every, self.broken, self.final = strategy, every, broken, final
+        self.count, self.failed = 0, 0
+        self.told: list[Decision] = []
+
+    def start(self) -> list[Decision]:
+        return self.strategy.start()
+
+    def observe(self, observation: Observation) -> list[Decision]:
+        self.count += 1
+        if observation.member in self.broken or self.count % self.every == 0:
+            self.failed += 1
+            decisions = self.strategy.fail(observation.member, "RuntimeError: x", final=self.final)
+        else:
+            decisions = self.strategy.observe(observation)
+        self.told += decisions
+        return decisions
+
+
+def failing(strategy: Strategy, every: int, broken: tuple[int, ...] = (), *, final: bool = False) -> Failing:
+    """Run a population to its end."""
+    given = Failing(strategy, every, broken, final=final)
+    simulator = Simulator(LawCurves(SCHEDULE), strategy, seed=3, spread=0.3)
+    simulator.strategy = given  # type: ignore[assignment]
+    simulator.finish()
+    return given
+
+
+@pytest.mark.acceptance
+def test_members_that_fail_are_replaced_or_left_out_and_the_others_go_on(name: str, synchronous: bool) -> None:
+    strategy = make(name, synchronous=synchronous)
+    run = failing(strategy, 7)
+    assert run.failed >= 4
+    assert strategy.finished
+    rescues = [decision for decision in run.told if decision.reason == "failed: RuntimeError: x"]
+    replaced = [(one.member, one.donor, one.donor_step) for one in strategy.failures if one.donor is not None]
+    assert [(decision.member, decision.donor, decision.donor_step) for decision in rescues] == replaced
+    assert len(strategy.failures) == run.failed
+    left_out = {failure.member for failure in strategy.failures if failure.donor is None}
+    assert left_out == {number for number, member in strategy.members.items() if member.status == "failed"}
+    if name == "independent":
+        assert rescues == []
+    else:
+        assert len(rescues) >= 3
+        assert len(left_out) <= 2, "only where all others are at the horizon is there nobody to copy"
+    for number, member in strategy.members.items():
+        assert member.status == "failed" or member.step == NUM_STEPS
+        if number not in left_out and number in strategy.lineage.members:
+            path = strategy.lineage.path(number)
+            assert all(a.stop_step == b.start_step for a, b in itertools.pairwise(path))
+            assert (path[0].start_step, path[-1].stop_step) == (0, NUM_STEPS)
+    assert all(domain.contains(decision.values[key]) for decision in run.told for key, domain in SPACE.items())
+
+
+@pytest.mark.acceptance
+def test_most_members_may_be_left_out_and_come_back(name: str, synchronous: bool) -> None:
+    """Six of eight never report: the other two end. Tried again later, also from the saved state, the six end, too."""
+    strategy = make(name, synchronous=synchronous)
+    broken = (0, 2, 3, 5, 6, 7)
+    run = failing(strategy, 10**9, broken, final=True)
+    assert run.failed == 6
+    assert strategy.finished
+    assert [n for n, member in strategy.members.items() if member.status == "failed"] == list(broken)
+    assert all(decision.donor not in broken for decision in run.told)
+    assert strategy.best() not in broken
+    strategy = resumed(strategy, lambda: make(name, synchronous=synchronous))
+    assert sorted(strategy.failures) == [Failure(number, 0, "RuntimeError: x") for number in broken]
+    assert strategy.retry() == list(broken)
+    assert strategy.retry() == []
+    targets = dict.fromkeys(broken, 40)
+    while targets:
+        number = min(targets, key=lambda n: (targets[n], n))
+        until = targets.pop(number)
+        made = strategy.observe(Observation(number, (Point(until, 3.0 - until / 1000 + number / 100, 0.01),)))
+        targets |= {decision.member: decision.until_step for decision in made if decision.action != "stop"}
+    assert all(strategy.members[number].step == NUM_STEPS for number in broken)
+
+
+def test_a_failure_that_nobody_survives_leaves_all_for_another_try(name: str, synchronous: bool) -> None:
+    strategy = make(name, synchronous=synchronous)
+    before = strategy.start()
+    for decision in before:
+        assert strategy.fail(decision.member, "RuntimeError: x") == []
+    assert strategy.finished
+    assert {member.status for member in strategy.members.values()} == {"failed"}
+    assert [failure.donor for failure in strategy.failures] == [None] * 8
+    with pytest.raises(UserError, match="member 0 must be training to fail, got one that is failed; report it once"):
+        strategy.fail(0, "again")
+    with pytest.raises(UserError, match="member 99 must be training to fail, got one that is unknown"):
+        strategy.fail(99, "again")
+    assert strategy.retry() == list(range(8))
+    assert not strategy.finished
 
 
 def test_a_population_that_diverges_whole_ends(name: str, synchronous: bool) -> None:

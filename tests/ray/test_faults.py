@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
-from landscape_ray.sweep.session import Outcome, reason
+from landscape_ray.sweep.population.book import population_of
+from landscape_ray.sweep.run import trial_id_of
+from landscape_ray.sweep.session import Outcome, exit_status, outcome_text, reason
+from landscape_ray.sweep.spec import spec_of
 from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.folder import SweepFolder
-from tests.ray.test_sweep import drive, start
+from tests.ray.test_sweep import check_mlflow, drive, start
 
 SweepText = Callable[..., str]
 
@@ -24,6 +27,18 @@ def sweep(
     write: SweepText, path: Path, orders: list[str], num_trials: int = 2, **resources: Any
 ) -> tuple[SweepFolder, Outcome, str]:
     """Run trials of a model that obeys the orders."""
+    text = write(search={"num_trials": num_trials, "sampler": "random"}, **obedient(path, orders), **given(resources))
+    folder = start(text, path)
+    outcome, shown = drive(folder)
+    return folder, outcome, shown
+
+
+def given(resources: dict[str, Any]) -> dict[str, Any]:
+    return {"commit_steps": 2, "resources": {"cpus_per_trial": 1, **resources}}
+
+
+def obedient(path: Path, orders: list[str]) -> dict[str, Any]:
+    """Write the orders; return the tables of a sweep whose model obeys them."""
     (path / "orders").mkdir()
     for order in orders:
         (path / "orders" / order).touch()
@@ -35,16 +50,7 @@ def sweep(
         "schedule": {"peak_lr": 0.01},
         "eval": {"every_steps": 6, "num_batches": 1, "batch_size": 4},
     }
-    text = write(
-        train=train,
-        space={"schedule.peak_lr": {"log_uniform": [1e-3, 1e-1]}},
-        search={"num_trials": num_trials, "sampler": "random"},
-        commit_steps=2,
-        resources={"cpus_per_trial": 1, **resources},
-    )
-    folder = start(text, path)
-    outcome, shown = drive(folder)
-    return folder, outcome, shown
+    return {"train": train, "space": {"schedule.peak_lr": {"log_uniform": [1e-3, 1e-1]}}}
 
 
 def check_steps(folder: SweepFolder) -> None:
@@ -70,6 +76,62 @@ def test_trials_that_raise_or_die_go_on(orders: list[str], sweep_text: SweepText
     assert outcome.counts == {"finished": 2}
     assert list((tmp_path / "orders").iterdir()) == [], "all faults have happened"
     check_steps(folder)
+
+
+POPULATION = {"num_members": 3, "interval_steps": 6, "synchronous": True}
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.parametrize("room", [3, 1])
+def test_a_synchronous_population_goes_on_without_a_member_that_fails(
+    sweep_text: SweepText, tmp_path: Path, room: int
+) -> None:
+    """One member fails for good in the middle of its first interval: the others do not wait for it."""
+    resources = given({"max_failures": 0, "cpus_per_trial": 2 / room})
+    folder = start(
+        sweep_text("population", population=POPULATION, **obedient(tmp_path, ["raise.1"]), **resources), tmp_path
+    )
+    outcome, shown = drive(folder)
+    assert outcome.counts == {"finished": 3}
+    assert (outcome.status, outcome.failures, exit_status(outcome)) == ("finished", {}, 0)
+    (failure,) = population_of(spec_of(folder), folder).failures
+    name = trial_id_of(failure.member)
+    assert (failure.step, failure.donor_step) == (0, 6)
+    became = f"replaced by a copy of {trial_id_of(failure.donor or 0)} at step 6"
+    assert f"{name} failed after step 0, {became}: RuntimeError: a faulty batch" in outcome_text(outcome)
+    assert f"{name} failed: RuntimeError: a faulty batch\n" in shown, "as soon as it is known"
+    assert f"{name} goes on as a copy of {trial_id_of(failure.donor or 0)}\n" in shown
+    rows = [row for row in collect(folder.path).records.to_pylist() if row["run_id"] == name]
+    # committed at step 2, failed at step 4, then those after the weights that it took
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, *range(7, STEPS + 1)]
+    (copied,) = (row for row in rows if row["event"] == "exploit" and row["donor_step"] == 6)
+    assert json.loads(copied["detail"])["reason"] == "failed: RuntimeError: a faulty batch"
+    check_mlflow(folder, 3)
+    assert drive(folder)[0].counts == {"finished": 3}, "nothing is left to do"
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+def test_a_population_whose_members_all_fail_goes_on_when_the_cause_is_gone(
+    sweep_text: SweepText, tmp_path: Path
+) -> None:
+    orders = [f"raise.{number}" for number in range(9)]
+    resources = given({"max_failures": 0, "cpus_per_trial": 0.5})
+    folder = start(sweep_text("population", population=POPULATION, **obedient(tmp_path, orders), **resources), tmp_path)
+    outcome, _ = drive(folder)
+    assert outcome.counts == {"failed": 3}
+    assert (outcome.status, exit_status(outcome)) == ("incomplete", 1)
+    assert outcome_text(outcome).count("failed: RuntimeError: a faulty batch") == 3
+    assert len(list((tmp_path / "orders").iterdir())) == 6, "nobody was good enough to be copied"
+    for order in (tmp_path / "orders").iterdir():
+        order.unlink()
+    outcome, _ = drive(folder)
+    assert outcome.counts == {"finished": 3}
+    check_mlflow(folder, 3)
+    for member in range(3):
+        path = population_of(spec_of(folder), folder).lineage.path(member)
+        assert [(segment.start_step, segment.stop_step) for segment in path] == [(0, 6), (6, 12)]
 
 
 @pytest.mark.slow

@@ -123,3 +123,16 @@ def test_population_without_updates_says_so(population):
     assert "[population]" in page.lineage([nothing], nothing)
     assert page.survivors_table([nothing], nothing) == ""
     assert page.baseline([nothing], nothing) is None
+
+
+def test_members_that_failed_are_spoken_of(population, monkeypatch):
+    first, second = population.copies
+    failed = dataclasses.replace(second, reason="failed: RuntimeError: x")
+    copies = [dataclasses.replace(first, reason="quantile"), failed]
+    monkeypatch.setattr(type(population), "copies", property(lambda sweep: copies))
+    note = page.lineage([population], population).note
+    assert note.endswith(" t003 failed and was replaced by a copy of t001 at step 200 (RuntimeError: x).")
+    assert "t001 failed" not in note
+    copies = [dataclasses.replace(failed, step=step) for step in range(page.MAX_REPLACED + 2)]
+    said = page._replaced(population)
+    assert (said[0], len(said)) == ("2 more failed and were replaced before", page.MAX_REPLACED + 1)

@@ -1,5 +1,6 @@
 """What a driver does around the training: statuses, sentences, exit status."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,15 @@ import pytest
 
 from landscape_ray.errors import UserError
 from landscape_ray.records import RunSummary
-from landscape_ray.sweep.session import Outcome, check_data, conclude, exit_status, outcome_text, reason
+from landscape_ray.sweep.session import (
+    MAX_REPLACED,
+    Outcome,
+    check_data,
+    conclude,
+    exit_status,
+    outcome_text,
+    reason,
+)
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.projector import SyncReport
@@ -51,6 +60,14 @@ def test_the_outcome_says_what_to_do_next(folder: SweepFolder) -> None:
     assert "incomplete in 1 min 01 s" in text
 
 
+def test_the_outcome_names_members_that_were_replaced_up_to_a_few(folder: SweepFolder) -> None:
+    ended = dataclasses.replace(outcome(folder, "finished", {}), replaced=("one failed", "two failed"))
+    assert "\none failed\ntwo failed\nnext: " in outcome_text(ended)
+    many = dataclasses.replace(ended, replaced=tuple(f"{k} failed" for k in range(MAX_REPLACED + 3)))
+    assert "7 failed\n... and 3 more were replaced; `landscape-ray report sweep` shows each\n" in outcome_text(many)
+    assert exit_status(many) == 0
+
+
 def test_a_corpus_too_small_for_the_evaluation_is_found_before_the_start(
     search_spec: SweepSpec, tmp_path: Path
 ) -> None:
@@ -76,5 +93,6 @@ def test_a_failed_cohort_does_not_undo_its_finished_members(folder: SweepFolder,
     failures: dict[str, BaseException] = dict.fromkeys(("t0000", "t0001"), RuntimeError("its process died"))
     ended = conclude(folder, search_spec, Silent(), failures, 0.0, 2)  # type: ignore[arg-type]
     assert ended.counts == {"finished": 1, "failed": 1}
+    assert list(ended.failures) == ["t0001"]
     assert ended.best is not None
     assert ended.best.run_id == "t0000"

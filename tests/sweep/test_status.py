@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import time
@@ -71,6 +72,20 @@ def test_a_sweep_that_is_quiet_for_long_may_have_lost_its_driver(folder):
 def test_an_interrupted_sweep_says_how_to_go_on(folder):
     folder.update_meta(status="interrupted")
     assert "to go on: landscape-ray resume search" in drawn(folder)
+
+
+def test_members_that_failed_are_named(folder):
+    """Replaced ones always; those that are left out as long as they are, once."""
+    failures = [[2, 100, "RuntimeError: x", 3, 120], [3, 10, "y", None, None], [5, 40, "z", None, None]] * 2
+    folder.population_path.write_text(json.dumps({"strategy": {"failures": failures}}))
+    folder.trial("t003").set_status("failed")
+    identifiers = {number: f"t{number:03d}" for number in range(9)}  # of this fixture
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "trial_id_of", identifiers.__getitem__)
+        said = drawn(folder)
+    assert said.count("t0002 failed after step 100, replaced by a copy of t0003 at step 120: RuntimeError: x") == 1
+    assert said.count("t0003 failed after step 10, left out until `landscape-ray resume`: y") == 1
+    assert "t0005 failed" not in said
 
 
 def test_a_damaged_trial_is_named_and_the_others_are_shown(folder):

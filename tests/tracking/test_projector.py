@@ -412,6 +412,33 @@ def test_statuses_through_close_and_resume(
     assert statuses() == {"": "FINISHED", "t1": "FINISHED", "t2": "FINISHED", "t3": "FAILED"}
 
 
+def test_a_trial_that_failed_and_goes_on_is_one_run(
+    folder: SweepFolder, uri: str, database: Path, make: SimpleNamespace
+) -> None:
+    """A member of a population that was replaced: while it waits its run has failed, then it runs again."""
+
+    def seen() -> tuple[str, int]:
+        (run,) = (run for name, run in make.active_runs(database).items() if name)
+        key = f"run_uuid = '{run['run_id']}' AND key = 'train/loss_nats'"
+        return run["status"], make.query(database, f"SELECT COUNT(*) FROM metrics WHERE {key}")[0][0]
+
+    trial = folder.trial("t1")
+    make.write(trial, 1, 5)
+    projector = Projector(folder, uri, "exp")
+    projector.sync()
+    status, count = seen()
+    assert (status, count > 0) == ("RUNNING", True)
+    trial.set_status("failed", "RuntimeError: a faulty batch")
+    projector.sync()
+    assert seen() == ("FAILED", count)
+    make.write(trial, 6, 10)
+    projector.sync()
+    assert seen() == ("RUNNING", 2 * count)
+    make.write(trial, 11, 15, status="finished")
+    projector.close()
+    assert seen() == ("FINISHED", 3 * count)
+
+
 def test_two_sweeps_of_one_name_stay_apart(results: Path, uri: str, database: Path, make: SimpleNamespace) -> None:
     sweeps = [SweepFolder.create(results / place / "quick", spec_text="", meta={}) for place in ("a", "b")]
     for sweep in sweeps:

@@ -113,8 +113,14 @@ class ImprovementRate(Truncation):
             self._curves.pop(number, None)
         return choices
 
+    def rescue(self, number: int) -> Choice:
+        """Return whom a member copies; an evaluator follows its parent no more, a parent has to be judged anew."""
+        self._task.pop(number, None)
+        self._curves.pop(number, None)
+        return super().rescue(number)
+
     def _next_parent(self, evaluator: int, best: list[int]) -> dict[int, Choice]:
-        busy = {parent for parent, _ in self._task.values()}
+        busy = {parent for n, (parent, _) in self._task.items() if self.members[n].status in ("training", "waiting")}
         waiting = [n for n in self.donors(evaluator, self.parents) if n not in busy]
         if not waiting or not best:
             return {}

@@ -24,7 +24,7 @@ class Independent(Strategy):
         return {}
 
     def rescue(self, number: int) -> Choice:
-        """Let a diverged member end."""
+        """Let a diverged member end, and leave out one that has failed."""
         return Choice(reason="diverged")
 
     def learn(self, observation: Observation) -> None:

@@ -13,4 +13,8 @@ A member trains until the step that its order names, makes rows and weights dura
 with decisions; they are written to the sweep's folder before anybody hears of them. Each becomes a numbered order. The
 checkpoint of a member says which order it was made under, so that whoever opens it, now or after a crash, knows
 whether the order has been begun: nothing is done twice, and one history is continued.
+
+A member that fails in every attempt at an order is to the strategy one that has diverged. Its next order is to copy
+another; the book counts how often that may happen, and what it failed of stays in the book. One that is left out has no
+next order: the next driver lets it try the last one again.
 """

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from landscape_ray.domains import Value
 from landscape_ray.errors import UserError
 from landscape_ray.files import link_or_copy, write_atomic
-from landscape_ray.populations import Decision, Observation, Point, Strategy
+from landscape_ray.populations import Decision, Failure, Observation, Point, Strategy
 from landscape_ray.sweep.population.config import build_strategy
 from landscape_ray.sweep.population.orders import Order, Weights
 from landscape_ray.sweep.run import CHECKPOINT, index_of, trial_id_of
@@ -57,6 +57,9 @@ class PopulationBook:
         """What the book on disk may have copied."""
         self._begun: dict[int, int] = {}
         """Serial of the last order that each member has made durable."""
+        self._rescued: dict[int, int] = {}
+        """How often this driver has seen each member fail for good and be replaced."""
+        self._max_rescues = max(1, spec.resources.max_failures)
         self.orders: dict[int, Order] = {}
         if self._path.exists():
             self.strategy = strategy_of(spec, ())
@@ -111,8 +114,29 @@ class PopulationBook:
         self.clear()
         return made
 
+    def fail(self, member: int, why: str) -> list[Order]:
+        """Take note that a member has used up its attempts at an order; return the new orders, perhaps none.
+
+        They must not be carried out before a `draft` made after this has been saved. A member is replaced by a copy of
+        a good one as often as it may be tried again, at least once, and then left out until the next driver.
+
+        Args:
+            member: which. Nothing is wrong with one that has reported: what it failed of came after.
+            why: in one line.
+        """
+        if self.orders[member].stops or self.waits(member) or self.strategy.members[member].failure:
+            return []
+        self._rescued[member] = self._rescued.get(member, 0) + 1
+        made = self._take(self.strategy.fail(member, why, final=self._rescued[member] > self._max_rescues))
+        self.clear()
+        return made
+
     def reopen(self) -> None:
-        """Take up again members that had come to their end, where the sweep has been given a longer one since."""
+        """Take up again members that had failed, and such as had come to their end where the sweep has a later one now.
+
+        For a new driver, before it does anything else: the former train on as they were told last.
+        """
+        self.strategy.retry()
         decisions = self.strategy.reopen()
         for decision in decisions:
             member = decision.member
@@ -135,7 +159,9 @@ class PopulationBook:
             source = None if decision.donor is None else before[decision.donor]
             if source is not None:
                 self._weights[member] = source
-            self.orders[member] = Order(serial, decision, source)
+            failed = latest is not None and not latest.stops and not self.waits(member)
+            abandoned = latest.abandoned + 1 if latest is not None and failed else 0
+            self.orders[member] = Order(serial, decision, source, abandoned)
             made.append(self.orders[member])
         return made
 
@@ -196,7 +222,8 @@ class PopulationBook:
             ) from None
         self.orders = {order.decision.member: order for order in orders}
         self._saved = frozenset(self._weights.values())
-        waiting = [member for member, known in self.strategy.members.items() if known.status == "waiting"]
+        members = self.strategy.members.items()
+        waiting = [member for member, known in members if known.status == "waiting" and not known.failure]
         self._reported = {member: self.orders[member].serial for member in waiting}
 
 
@@ -247,3 +274,27 @@ def population_of(spec: SweepSpec, folder: SweepFolder) -> Strategy:
             f"{folder.path} must hold a population, got no {folder.population_path.name}; run the sweep first"
         )
     return PopulationBook(spec, folder).strategy
+
+
+def failures_of(folder: SweepFolder) -> list[Failure]:
+    """Return what members of a population have failed of for good, and what became of them; nothing for other sweeps.
+
+    Reads what is needed only, and takes a book that can't be read for an empty one: for summaries.
+    """
+    try:
+        rows = json.loads(folder.population_path.read_text(encoding="utf-8"))["strategy"].get("failures", ())
+        return [Failure(*row) for row in rows]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def failure_text(failure: Failure) -> str:
+    """Return a failure in one line.
+
+    >>> failure_text(Failure(2, 20, "RuntimeError: a faulty batch", 0, 40))
+    't0002 failed after step 20, replaced by a copy of t0000 at step 40: RuntimeError: a faulty batch'
+    """
+    became = "left out until `landscape-ray resume`"
+    if failure.donor is not None:
+        became = f"replaced by a copy of {trial_id_of(failure.donor)} at step {failure.donor_step}"
+    return f"{trial_id_of(failure.member)} failed after step {failure.step}, {became}: {failure.why}"

@@ -69,16 +69,19 @@ class MemberRun(TrialRun):
         super().__init__(spec, folder, order.decision.member, values, attempt, data, mirror=mirror, loop=loop)
         self.write_state = self._write
         if self._serial != order.serial:
-            self._complete()
+            if self._serial == order.last_reported:
+                self._complete()
             self.begin(order, weights)
         elif self.reached:
             # the commit, or what comes after it, may have been cut off
             self.commit()
 
     def _begin_anew(self, data: Data | None, note: Mapping[str, Any]) -> None:
-        if self.order.serial:
+        if self.order.last_reported >= 0:
             checkpoint = self.folder.checkpoint_path / CHECKPOINT
             raise UserError(f"{checkpoint} must be there to go on, got no such file; restore it, or start a new sweep")
+        # fresh weights are of the first order, whichever the present one is; and of no use but to be replaced, if later
+        self._serial, self._until = 0, 0 if self.order.serial else self._until
         super()._begin_anew(data, note)
 
     @property
@@ -94,7 +97,7 @@ class MemberRun(TrialRun):
     def _reopened(self, extra: Mapping[str, Any]) -> None:
         """Go on from a checkpoint of this order or the one before."""
         self._serial = int(extra["serial"])
-        if self._serial not in (self.order.serial, self.order.serial - 1):
+        if not self.order.last_reported <= self._serial <= self.order.serial:
             raise RuntimeError(f"checkpoint of order {self._serial} cannot be continued by order {self.order.serial}")
         self._until = int(extra.get("until", 0))
         self.values = json.loads(extra["values"])
@@ -151,7 +154,8 @@ class MemberRun(TrialRun):
             self._take_over(payload)
             self.collector.restart()
         if order.source is not None:
-            self._event("exploit", donor=trial_id_of(order.source.member), donor_step=decision.donor_step)
+            detail = self.values | {"reason": decision.reason} if order.abandoned else None
+            self._event("exploit", detail, donor=trial_id_of(order.source.member), donor_step=decision.donor_step)
         elif before != self.values:
             self._event("mutate")
         if decision.restart is not None:

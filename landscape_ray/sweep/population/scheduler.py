@@ -3,10 +3,14 @@
 A member is one trial from its start to its end. While every member has an actor of its own, nobody is ever paused:
 those that have to wait do so inside their actors. Where there are fewer actors than members, one that has reported
 makes room for one that has something to do, and goes on later in whatever actor is free.
+
+Ray gives a trial up that has failed too often. The book then says what becomes of the member: with its next order, if
+there is one, it is a trial anew, with as many attempts as before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,14 +30,18 @@ class PopulationScheduler(FIFOScheduler):
         book: of the sweep.
         exchange: the actor that trials ask.
         num_actors: how many trials the cluster has room for.
+        failed: told of each trial that Ray gives up; returns why it failed, in one line.
     """
 
-    def __init__(self, book: PopulationBook, exchange: Any, num_actors: int) -> None:
+    def __init__(
+        self, book: PopulationBook, exchange: Any, num_actors: int, failed: Callable[[Trial], str] = str
+    ) -> None:
         super().__init__()
-        self.book, self._exchange = book, exchange
+        self.book, self._exchange, self._note_failed = book, exchange, failed
         self._crowded = num_actors < len(book.open)
         self._launched = list(book.open)
-        self._failed: set[int] = set()
+        self._lost: dict[int, Trial] = {}
+        """Trials of members that Ray has given up and that have not been told yet how to go on."""
         self._given_up = False
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="population")
         self._error: BaseException | None = None
@@ -77,8 +85,7 @@ class PopulationScheduler(FIFOScheduler):
             return str(TrialScheduler.CONTINUE)
         orders = self.book.report(member, serial, points_from_json(result["points"]), int(result["num_tokens"]))
         if orders:
-            self._pool.submit(self._announce, self.book.draft(), orders, self.book.needed())
-        self._give_up_if_stuck()
+            self._tell(tune_controller, orders)
         if self.book.orders[member].stops or (self._given_up and self.book.waits(member)):
             return str(TrialScheduler.STOP)
         if self._crowded and self._somebody_else(tune_controller, member):
@@ -112,16 +119,26 @@ class PopulationScheduler(FIFOScheduler):
         return min(ready, key=lambda each: each[:2])[2] if ready else None
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Take note of a member that has failed for good."""
-        if not trial.should_recover():
-            self._failed.add(index_of(str(trial)))
-            self._give_up_if_stuck()
+        """Take note of a member that has used up its attempts, and let those go on that waited for it."""
+        if trial.should_recover() and trial.status != Trial.PENDING:  # Ray tries no pending one again
+            return
+        member = index_of(str(trial))
+        self._lost[member] = trial
+        self._tell(tune_controller, self.book.fail(member, self._note_failed(trial)))
 
-    def _give_up_if_stuck(self) -> None:
-        """Give the population up when all others wait for members that have failed."""
-        alive = [member for member in self.book.open if member not in self._failed]
-        if self._failed and all(self.book.waits(member) for member in alive):
-            self._give_up()
+    def _tell(self, tune_controller: Any, orders: list[Order]) -> None:
+        """Announce orders, and start members again that had none to go on with."""
+        self._pool.submit(self._announce, self.book.draft(), orders, self.book.needed())
+        for order in orders:
+            lost = self._lost.pop(order.decision.member, None)
+            if lost is None or order.stops:
+                continue
+            trial = lost.reset()
+            tune_controller.add_trial(trial)  # which sets its configuration
+            # its actor may ask before the order is published, and must not get the one that it failed of
+            news = {"serial": order.serial, "values": order.decision.values, "donor": order.decision.donor}
+            given = trial.config["trial"] | news
+            trial.set_config({**trial.config, "trial": given})
 
     def debug_string(self) -> str:
         """Return nothing: progress is shown elsewhere."""

@@ -30,7 +30,8 @@ class MemberTrainable(tune.Trainable):
     another one run it. Ray keeps no checkpoint of a member: whoever opens it asks the exchange what it is to do.
 
     Configuration keys: `sweep_path`, `num_threads`, `attempt`, `exchange` (name of the actor), `weights_limit` (bytes),
-    `max_report_seconds` (may be absent; waiting does not count), `storage` (likewise), `trial` (`trial_id`, `values`).
+    `max_report_seconds` (may be absent; waiting does not count), `storage` (likewise), `trial` (`trial_id`, `values`,
+    and of a member that goes on after a failure the `serial` of the first order to carry out, and its `donor`).
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -68,7 +69,7 @@ class MemberTrainable(tune.Trainable):
         """Return what to do, when it is known; None when the population has been given up."""
         if self._exchange is None:
             self._exchange = ray.get_actor(self._given["exchange"])
-        serial = 0 if self._run is None else self._run.order.serial + 1
+        serial = self._given["trial"].get("serial", 0) if self._run is None else self._run.order.serial + 1
         found: Handout | None = ray.get(self._exchange.next.remote(index_of(self.trial_name), serial))
         return found
 

@@ -5,6 +5,7 @@ measures.py   what is optimised or bounded
 knots.py      shapes of schedules as domains
 samplers.py   Optuna samplers by name
 proposer.py   ask and tell on domains: a study in memory
+proposals.py  asks and tells it in a thread of its own, while trials run
 journal.py    the same study in a file: what was proposed, and what became of it
 history.py    what trials have left in their folders
 guard.py      learning rates below the limit of stability

@@ -2,9 +2,7 @@
 
 Two studies of Optuna hold the same trials. The journal (`study.journal`, which optuna-dashboard reads) is the durable
 one: a line is appended when a trial is handed out and when something becomes of it, and nothing else is written there.
-The other lives in memory (`Proposer`) and is what samplers see. Proposals are computed on it in a thread of their own
-while trials run; what comes in meanwhile is kept back until the next proposal begins. So a proposal depends on what was
-known when it began, not on how long it took, and the driver never waits for a sampler while it has trials to serve.
+The other lives in memory and is what samplers see: `proposals.py` makes proposals on it while trials run.
 
 A killed driver leaves open trials. The next one reads the journal and the committed rows of the trials' folders: it
 settles those that ended, observes every evaluation again in the order in which they were made, which puts the paused
@@ -14,10 +12,8 @@ ones back on their rungs, and hands out the rest under their old numbers.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import optuna
@@ -27,11 +23,11 @@ from landscape_ray.errors import UserError
 from landscape_ray.records import RunSummary
 from landscape_ray.search import StoppingRule, Verdict
 from landscape_ray.sweep.run import trial_id_of
-from landscape_ray.sweep.searching.guard import Hold, LearningRateGuard
 from landscape_ray.sweep.searching.history import History, committed
 from landscape_ray.sweep.searching.journal import Journal, outcome_of
-from landscape_ray.sweep.searching.measures import direction, measures, objective_values, violations
-from landscape_ray.sweep.searching.proposer import Outcome, Proposal, Proposer
+from landscape_ray.sweep.searching.measures import measures, objective_values, violations
+from landscape_ray.sweep.searching.proposals import Proposals
+from landscape_ray.sweep.searching.proposer import Outcome
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.tracking.folder import SweepFolder, TrialFolder
 
@@ -80,38 +76,27 @@ class Book:
         if spec.search is None:
             raise UserError(f"sweep '{spec.name}' has no [search] table; add one")
         self.spec, self.folder, self.search = spec, folder, spec.search
-        self.proposer = Proposer(
-            spec.space,
-            sampler=self.search.sampler,
-            options=self.search.options,
-            seed=spec.seed,
-            directions=[direction(name) for name in self.search.objectives],
-        )
-        self.guard = LearningRateGuard(spec) if self.search.guard is not None else None
+        self.proposals = Proposals(spec)
         self.rule = _rule_of(spec)
         self.standing: dict[str, Standing] = {}
         """Trials that were taken off, by identifier; for whoever shows them."""
         self._entries: dict[int, _Entry] = {}
         self._settled: set[int] = set()
         """Numbers of the proposals of which is known what became of them; what it was is in the journal."""
-        self._news: dict[int, Outcome] = {}
-        """What the proposer has not been told yet."""
         self._open: set[int] = set()
         self._paused: set[int] = set()
         self._verdicts: dict[int, Verdict] = {}
         self._reissue: deque[int] = deque()
         self._alone = 0
         self._failed: set[int] = set()
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="proposals")
-        self._asked: Future[list[tuple[Proposal, dict[str, Any]]]] | None = None
         self._ready: deque[int] = deque()
         self._journal = Journal(spec, folder.study_path, tracking_uri)
         for index, trial in enumerate(self._journal.own):
             self._entries[index] = _Entry(dict(trial.params), trial.user_attrs.get("note", {}))
             if trial.state.is_finished():
                 self._settled.add(index)
-                self._news[index] = outcome_of(trial)
-        self.proposer.load(self._journal.as_asked(), self._journal.attributes())
+                self.proposals.tell(index, outcome_of(trial))
+        self.proposals.load(self._journal)
         self._catch_up()
 
     @property
@@ -119,16 +104,11 @@ class Book:
         """The durable study, to read from."""
         return self._journal.study
 
-    @property
-    def num_priors(self) -> int:
-        """How many trials of earlier sweeps stand before those of this one, for samplers and in the journal."""
-        return self._journal.num_priors
-
     def _settle(self, index: int, outcome: Outcome) -> None:
         """Append to the journal what became of a proposal; the proposer hears of it when it next begins."""
         self._journal.settle(index, outcome)
         self._settled.add(index)
-        self._news[index] = outcome
+        self.proposals.tell(index, outcome)
         self._paused.discard(index)
         self._entries[index].losses.clear()
 
@@ -160,9 +140,9 @@ class Book:
         # Those that failed come first and one by one: in a cohort, one of them took the others along.
         self._alone = len(failed)
         self._reissue.extend(failed + unfinished)
-        if self.guard is not None:
+        if self.proposals.guarded:
             for index in self._entries:
-                self.guard.learn(index, self._entries[index].values, History(self._folder(index)).first)
+                self.learn(index, History(self._folder(index)).first)
 
     def _goes_on(self, index: int, summary: RunSummary) -> bool:
         """Return whether a run that ended is only the first of several of its proposal; its level is set then."""
@@ -230,12 +210,12 @@ class Book:
         while len(again) < size and (index := self._again()) is not None:
             again.append(index)
         new = self._propose(size - len(again)) if len(again) < size and not self._all_proposed() else []
-        if again and self._asked is not None and size > 1:  # a cohort waits for all of its members
+        if again and self.proposals.under_way and size > 1:  # a cohort waits for all of its members
             self._reissue.extendleft(reversed(again))
             return []
         if again or new:
             return [self._hand_out(index) for index in again + new]
-        if self._asked is not None or (self._open and (self.rule is not None or not self._all_proposed())):
+        if self.proposals.under_way or (self._open and (self.rule is not None or not self._all_proposed())):
             return []
         if self._all_proposed() and not self._failed:  # else another driver goes on from here
             for index in sorted(self._paused):
@@ -248,7 +228,7 @@ class Book:
 
     def close(self) -> None:
         """End the thread that makes proposals."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.proposals.close()
 
     def _again(self) -> int | None:
         """Return a trial that was handed out before: promoted, or left open by a driver that is gone."""
@@ -280,57 +260,26 @@ class Book:
 
         Where no trial is running that needs the driver, they are waited for.
         """
-        if self._asked is None:
+        if not self.proposals.under_way:
             first = len(self._entries)
             count = min(size, self.search.num_trials - first)
-            if not self._tell_news(first + count - 1):
-                return []
-            hold = None if self.guard is None else self.guard.holder(self._known_before(first + count - 1))
-            self._asked = self._pool.submit(self._ask, first, count, hold)
-        if self._open and not self._asked.done():
+            known = self._known_before(first + count - 1)
+            if self.search.lag is not None and any(index not in self._settled for index in range(known)):
+                return []  # a result that is needed is outstanding
+            self.proposals.begin(first, count, known)
+        if self._open and not self.proposals.ready:
             return []
-        found, self._asked = self._asked.result(), None
         new = []
-        for proposal, note in found:
-            index = proposal.number - self.num_priors
-            self._entries[index] = _Entry(proposal.values, note)
-            trial = self.proposer.frozen(proposal.number)
-            self._journal.add(trial, note, self.proposer.study_attributes())
+        for made in self.proposals.take():
+            self._entries[made.number] = _Entry(made.values, made.note)
             if self.rule is not None and self.search.fidelity is None:
-                self._begin(self.rule, index)
-            new.append(index)
+                self._begin(self.rule, made.number)
+            new.append(made.number)
         return new
-
-    def _tell_news(self, last: int) -> bool:
-        """Tell the proposer what came in since it last began.
-
-        Args:
-            last: number of the last proposal that is going to be made.
-
-        Returns:
-            Whether it knows what it is to know; under a lag, a result that is needed may be outstanding.
-        """
-        known = self._known_before(last)
-        if self.search.lag is not None and any(index not in self._settled for index in range(known)):
-            return False
-        for index in sorted(index for index in self._news if index < known):
-            self.proposer.tell(self.num_priors + index, self._news.pop(index))
-        return True
 
     def _known_before(self, last: int) -> int:
         """Return how many of the first trials proposal `last` may know the results of."""
         return len(self._entries) if self.search.lag is None else max(last - self.search.lag + 1, 0)
-
-    def _ask(self, first: int, count: int, hold: Hold | None) -> list[tuple[Proposal, dict[str, Any]]]:
-        """Make proposals; in the thread of the pool, the only one to touch the proposer meanwhile."""
-        found = []
-        given = [*self.search.initial, *self._journal.points]
-        for index in range(first, first + count):
-            note: dict[str, Any] = {}
-            adjust = None if hold is None else functools.partial(hold, note=note)
-            point = given[index] if index < len(given) else None
-            found.append((self.proposer.ask(point, adjust), note))
-        return found
 
     # --- what comes back ------------------------------------------------------------------------------------------
 
@@ -356,8 +305,7 @@ class Book:
 
     def learn(self, index: int, probes: Mapping[str, float]) -> None:
         """Take note of what a run's probes have measured first."""
-        if self.guard is not None:
-            self.guard.learn(index, self._entries[index].values, probes)
+        self.proposals.learn(index, self._entries[index].values, probes)
 
     def taken_off(self, index: int) -> None:
         """Take note that a trial is no longer running and has not ended: by the last verdict, or interrupted."""
@@ -373,7 +321,7 @@ class Book:
         self.standing[self._trial_id(index)] = "paused"
         self._journal.write(index, self._entries[index].losses)
         # samplers may learn from what is known of it; told again when more is
-        self._news[index] = Outcome(state="pruned", intermediate=dict(self._entries[index].losses))
+        self.proposals.tell(index, Outcome(state="pruned", intermediate=dict(self._entries[index].losses)))
 
     def _stop(self, index: int) -> None:
         """Settle a trial as stopped, in its folder first: what the journal says is then true whenever this is cut."""

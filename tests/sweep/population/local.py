@@ -28,6 +28,8 @@ class Local:
         self.decisions: list[Decision] = []
         self.runs: dict[int, MemberRun] = {}
         self.contents: dict[Any, bytes] = {}
+        self.lost: dict[int, int] = {}
+        """The order that each member has failed of last."""
         self.orders: dict[int, Order] = {member: self.book.orders[member] for member in self.book.open}
         self.data: Any = None
 
@@ -39,6 +41,8 @@ class Local:
     def step(self, member: int) -> dict[str, Any] | None:
         """Let a member train to its next commit, and report; None while it waits or when it has ended."""
         order = self.orders[member]
+        if self.lost.get(member) == order.serial:
+            return None
         weights = self.contents.get(order.source) if self.memory else None
         if member not in self.runs:
             self.runs[member] = self.open(member, order, weights)
@@ -60,15 +64,26 @@ class Local:
             points = points_from_json(json.loads(json.dumps(result["points"])))
             made = self.book.report(member, result["serial"], points, result["num_tokens"])
             if made:
-                self.book.save(self.book.draft())
-            self.decisions += [each.decision for each in made]
-            self.orders |= {each.decision.member: each for each in made}
+                self.hear(made)
         return result
+
+    def hear(self, made: list[Order]) -> None:
+        """Save the book, then tell members what it says."""
+        self.book.save(self.book.draft())
+        self.decisions += [each.decision for each in made]
+        self.orders |= {each.decision.member: each for each in made}
+
+    def fail(self, member: int, why: str) -> None:
+        """Lose the process of a member that has no attempt left."""
+        self.runs.pop(member, None)
+        self.lost[member] = self.orders[member].serial
+        self.hear(self.book.fail(member, why))
 
     def run(self, after: Callable[[int], None] = lambda count: None) -> Local:
         """Go on to the end; `after` is called with the number of steps so far and may raise."""
-        count = 0
-        while self.book.open:
+        count, before = 0, -1
+        while count > before:
+            before = count
             for member in sorted(self.orders):
                 if self.step(member) is not None:
                     count += 1

@@ -21,12 +21,19 @@ Text = Callable[..., str]
 class FakeTrial:
     def __init__(self, member: int, status: str) -> None:
         self.member, self.status, self.tries_left = member, status, True
+        self.config: dict[str, Any] = {"exchange": "e", "trial": {"trial_id": f"t{member:04d}", "values": {}}}
 
     def __str__(self) -> str:
         return f"t{self.member:04d}"
 
     def should_recover(self) -> bool:
         return self.tries_left
+
+    def reset(self) -> "FakeTrial":
+        return FakeTrial(self.member, Trial.PENDING)
+
+    def set_config(self, config: dict[str, Any]) -> None:
+        self.config = config
 
 
 class FakeController:
@@ -42,6 +49,10 @@ class FakeController:
         assert not should_checkpoint
         assert trial.status == Trial.RUNNING
         trial.status = Trial.PAUSED
+
+    def add_trial(self, trial: FakeTrial) -> None:
+        trial.config = {**trial.config}  # Ray fills in what a grid search has chosen
+        self.trials.append(trial)
 
     def stop_trial(self, trial: FakeTrial) -> None:
         assert trial.status == Trial.PAUSED
@@ -131,23 +142,75 @@ def test_the_end_reaches_those_that_are_paused(text: Text, tmp_path: Path) -> No
     assert scheduler.book.open == []
 
 
+def fail(scheduler: PopulationScheduler, controller: Any, trial: FakeTrial) -> None:
+    trial.tries_left = False
+    scheduler.on_trial_error(controller, trial)  # type: ignore[arg-type]
+    trial.status = Trial.ERROR
+    scheduler._pool.submit(lambda: None).result()
+
+
 @pytest.mark.acceptance
 def test_nobody_waits_for_a_member_that_has_failed_for_good(text: Text, tmp_path: Path) -> None:
-    """The others come to the end of their orders first, so that none of their work is lost."""
+    """It goes on in a trial anew, as a copy of another; that trial must not ask for the order that it failed of."""
     scheduler, controller, exchange = population(text, tmp_path, 4, synchronous=True)
     trials: Any = controller
+    trials.trials[1].status = Trial.ERROR  # so it is while Ray puts it back into the queue
     scheduler.on_trial_error(trials, trials.trials[1])
+    trials.trials[1].status = Trial.RUNNING
     assert report(scheduler, controller, 0, 5, 0) == "CONTINUE", "it is tried again"
-    controller.trials[1].tries_left = False
-    scheduler.on_trial_error(trials, trials.trials[1])
+    fail(scheduler, trials, trials.trials[1])
+    assert exchange.calls[-1][1][0] == [], "nobody has been told anything"
     assert report(scheduler, controller, 2, 5, 0) == "CONTINUE"
-    controller.trials[2].status = Trial.PAUSED
-    assert [name for name, _ in exchange.calls] == ["publish"]
-    assert report(scheduler, controller, 3, 5, 0) == "STOP"
-    assert [name for name, _ in exchange.calls] == ["publish", "close"]
+    assert len(controller.trials) == 4
+    assert report(scheduler, controller, 3, 5, 0) == "CONTINUE"
+    assert [order.serial for order in exchange.calls[-1][1][0]] == [1] * 4
+    again = controller.trials[4]
+    order = scheduler.book.orders[1]
+    assert (str(again), again.status) == ("t0001", Trial.PENDING)
+    given = {"serial": 1, "values": order.decision.values, "donor": order.decision.donor}
+    assert again.config["trial"] == {"trial_id": "t0001", **given}
+    assert again.config["exchange"] == "e"
+    assert (order.decision.action, order.decision.reason) == ("exploit", "failed: t0001")
+    assert scheduler.choose_trial_to_run(trials) is again
+    fail(scheduler, trials, again)
+    assert [report(scheduler, controller, member, 10, 1) for member in (0, 2, 3)] == ["CONTINUE"] * 3
+    assert len(controller.trials) == 5, "it has been replaced as often as it may be tried again: once"
     assert scheduler.choose_trial_to_run(trials) is None
-    assert controller.trials[2].status == Trial.TERMINATED
     assert len(scheduler.book.open) == 4, "left for the next driver"
+
+
+def test_a_process_that_dies_while_its_member_waits_costs_nothing(text: Text, tmp_path: Path) -> None:
+    """The member has reported: it goes on by the order that it waits for, and nobody is copied in its place."""
+    scheduler, controller, _ = population(text, tmp_path, 4, synchronous=True)
+    trials: Any = controller
+    for member in range(3):
+        report(scheduler, controller, member, 5, 0)
+    fail(scheduler, trials, trials.trials[0])
+    assert len(controller.trials) == 4
+    report(scheduler, controller, 3, 5, 0)
+    assert [str(trial) for trial in controller.trials[4:]] == ["t0000"]
+    assert scheduler.book.orders[0].decision.action == "continue"
+    assert scheduler.book.strategy.failures == []
+
+
+def test_a_trial_that_ray_gives_up_before_it_runs_has_failed(text: Text, tmp_path: Path) -> None:
+    """Ray tries those again that were running only, however many attempts are left."""
+    scheduler, controller, _ = population(text, tmp_path, 4)
+    trials: Any = controller
+    trials.trials[1].status = Trial.PENDING
+    scheduler.on_trial_error(trials, trials.trials[1])
+    assert scheduler.book.strategy.members[1].failure == "t0001"
+
+
+def test_when_all_have_failed_the_population_ends(text: Text, tmp_path: Path) -> None:
+    scheduler, controller, exchange = population(text, tmp_path, 4, synchronous=True)
+    trials: Any = controller
+    for trial in list(trials.trials):
+        fail(scheduler, trials, trial)
+    assert len(controller.trials) == 4
+    assert {member.status for member in scheduler.book.strategy.members.values()} == {"failed"}
+    assert exchange.calls[-1][1][0] == []
+    scheduler.close()
 
 
 def test_a_book_that_cannot_be_saved_ends_the_population(
@@ -167,10 +230,13 @@ def test_a_book_that_cannot_be_saved_ends_the_population(
         scheduler.close()
 
 
-def test_the_others_go_on_where_nobody_waits(text: Text, tmp_path: Path) -> None:
-    scheduler, controller, exchange = population(text, tmp_path, 4)
+def test_without_synchrony_a_member_is_replaced_as_soon_as_there_is_somebody_to_copy(
+    text: Text, tmp_path: Path
+) -> None:
+    scheduler, controller, _ = population(text, tmp_path, 4)
     trials: Any = controller
-    controller.trials[1].tries_left = False
-    scheduler.on_trial_error(trials, trials.trials[1])
-    assert exchange.calls[-1][0] == "publish"
+    fail(scheduler, trials, trials.trials[1])
+    assert len(controller.trials) == 4
     assert report(scheduler, controller, 0, 5, 0) == "CONTINUE"
+    assert [str(trial) for trial in controller.trials[4:]] == ["t0001"]
+    assert scheduler.book.orders[1].decision.donor == 0

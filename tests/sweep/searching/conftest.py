@@ -103,7 +103,7 @@ class Driver:
                 else:
                     if self.running:
                         time.sleep(0.001)
-                        if self.book._asked is None:  # nothing to wait for but the trials that run
+                        if not self.book.proposals.under_way:  # nothing to wait for but the trials that run
                             break
             if not self.running:
                 break
