@@ -38,6 +38,7 @@ MEANINGS = {
     "C": "training FLOPs",
     "lr": "peak learning rate",
     "batch": "tokens an update",
+    "batch_size": "examples (sequences) an update",
     "steps": "updates",
     "loss": "final held-out loss",
     "run": "name of the run",
@@ -61,6 +62,7 @@ class RunTable:
         dropped: run to the reason why it is not in the table.
         facts: what is known of how the runs were made, for the record of a fit.
         source: where they come from, as a person would say it.
+        configs: configuration of every run, flat; none for a foreign table.
     """
 
     run_ids: tuple[str, ...]
@@ -68,6 +70,26 @@ class RunTable:
     dropped: dict[str, str]
     facts: tuple[Item, ...]
     source: str
+    configs: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def varied(self) -> tuple[str, ...]:
+        """Names of what differs between the configurations of the runs, sorted; none for a foreign table."""
+        names = {name for config in self.configs for name in config}
+        return tuple(sorted(n for n in names if len({str(config.get(n)) for config in self.configs}) > 1))
+
+    def column(self, name: str, law: str) -> Array:
+        """Return a column that a law needs.
+
+        Raises:
+            UserError: there is none.
+        """
+        if name not in self.columns:
+            raise UserError(
+                f"column '{name}' ({MEANINGS[name]}) must be there for law '{law}'; map it with --column {name}=NAME; "
+                f"there: {', '.join(self.columns) or 'none'}"
+            )
+        return self.columns[name]
 
     def points(self, law: Law) -> tuple[Points, dict[str, str]]:
         """Return the points of a law, and the runs without one with the reason.
@@ -184,6 +206,7 @@ def table_of(collected: Collected, source: str, *, count: Count = "all") -> RunT
     names: list[str] = []
     dropped: dict[str, str] = {}
     configs: list[dict[str, Any]] = []
+    mutated = 0
     for run in read_runs(collected):
         summary = run.summary
         if not run.has_result:
@@ -196,6 +219,7 @@ def table_of(collected: Collected, source: str, *, count: Count = "all") -> RunT
             "C": float(summary.flops) or math.nan,
             "lr": run.peak_lr,
             "batch": tokens_per_step,
+            "batch_size": float(summary.config.get("batch_size", math.nan)),
             "steps": float(summary.step),
             "loss": run.loss,
             "seconds": summary.elapsed_seconds - summary.probe_seconds - summary.eval_seconds,
@@ -209,6 +233,7 @@ def table_of(collected: Collected, source: str, *, count: Count = "all") -> RunT
         rows.append(row)
         names.append(run.run_id)
         configs.append(flatten(summary.config))
+        mutated += run.mutated
     if not rows:
         why = listing([f"{run}: {reason}" for run, reason in list(dropped.items())[:_FEW]]) or "there are no runs"
         raise UserError(f"{source} must hold a finished run, got none ({why}); finish some runs first")
@@ -218,12 +243,20 @@ def table_of(collected: Collected, source: str, *, count: Count = "all") -> RunT
         Item("B", "N counts", "all parameters" if count == "all" else "parameters without embeddings and head"),
         Item("B", "C counts", "exact training FLOPs of the model, evaluations and probes left out"),
         *_setup_items(configs, columns),
+        *_mutated_items(mutated, len(rows)),
         _dropped_item(dropped, len(rows) + len(dropped)),
         Item("C", "points", "one a run: its last evaluation; nothing was smoothed"),
         *(Item("C", "could not be read", warning, "warning", "its rows are missing") for warning in collected.warnings),
         *complete_compute(columns),
     ]
-    return RunTable(run_ids=tuple(names), columns=columns, dropped=dropped, facts=tuple(facts), source=source)
+    return RunTable(
+        run_ids=tuple(names),
+        columns=columns,
+        dropped=dropped,
+        facts=tuple(facts),
+        source=source,
+        configs=tuple(configs),
+    )
 
 
 def joined(tables: Sequence[RunTable], names: Sequence[str]) -> RunTable:
@@ -246,6 +279,7 @@ def joined(tables: Sequence[RunTable], names: Sequence[str]) -> RunTable:
         dropped={f"{name}/{run}": why for table, name in pairs for run, why in table.dropped.items()},
         facts=tuple(dataclasses.replace(item, name=f"{item.name} of {n}") for t, n in pairs for item in t.facts),
         source=listing([table.source for table in tables]),
+        configs=tuple(config for table in tables for config in table.configs),
     )
 
 
@@ -331,6 +365,13 @@ def _setup_items(configs: Sequence[dict[str, Any]], columns: Mapping[str, Array]
     )
     found += _tuning_items(columns)
     return found
+
+
+def _mutated_items(mutated: int, count: int) -> list[Item]:
+    if not mutated:
+        return []
+    remark = "weights were copied or the learning rate changed on the way (a population): no setting describes them"
+    return [Item("B", "changed during training", f"{mutated} of {count} runs", "warning", remark)]
 
 
 def _tuning_items(columns: Mapping[str, Array]) -> list[Item]:

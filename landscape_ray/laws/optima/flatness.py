@@ -136,7 +136,9 @@ def flat_region(law: StepLaw, N: float, D: float, within: float = WITHIN) -> Fla
     """
     window = float(law.fit.data["window"])
     if not 0 < within <= window:
-        raise UserError(f"within must be > 0 and <= {window:g}, the window of the fit, got {within:g}; {WITHIN} is usual")
+        raise UserError(
+            f"within must be > 0 and <= {window:g}, the window of the fit, got {within:g}; {WITHIN} is usual"
+        )
     p, tried, level = law.fit.parameters, law.fit.data["offsets"], float(np.log1p(within))
     log_lr, log_batch = best_point(p, *_place(law, N, D))
     open_ends: list[str] = []

@@ -27,7 +27,7 @@ from landscape_ray.laws.core.law import Law, Parameter, Variable, linear, nonlin
 
 NAME = "step_law"
 TITLE = "best learning rate and batch over size and tokens"
-FORMULA = "lr* = c N^-p D^q, B* = k N^-r D^s, at the bottom of log L = floor(N, D) + bowl(log lr/lr*, log B/B*)"
+FORMULA = "lr* = c N^-p D^q, B* = k N^-r D^s; log L = floor(N, D) + bowl(log lr/lr*, log B/B*)"
 REFERENCE = "after Li et al. 2025, arXiv 2503.04715, and Bjorck et al. 2024, arXiv 2409.19913"
 
 SIZE = Variable("N", "parameters", "model size", min_distinct=1)
