@@ -145,7 +145,7 @@ def fit_step_table(
     evidence = Evidence(
         runs_out=leave_groups_out(surface, points, objective=least) if len(kept) <= MAX_RUNS_LEFT_OUT else None,
         sizes_out=seen.by_size,
-        objectives=objective_table(surface, points),
+        objectives=_without_floors(objective_table(surface, points)),
         trends=residual_trends(surface, points, np.log(np.asarray(kept.loss) / predicted)),
         noise=seed_noise(surface, points),
     )
@@ -292,6 +292,11 @@ def _place(law: StepLaw, values: Mapping[str, float]) -> dict[str, float]:
 
 
 _REPLACED = ("held out", "candidate laws compared", "stability without one run", "error on runs left out")
+
+
+def _without_floors(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Return the parameters under each objective without the levels of the groups, which decide nothing."""
+    return {name: {k: v for k, v in row.items() if not k.startswith("floor")} for name, row in rows.items()}
 
 
 def _window_item(law: StepLaw) -> Item:

@@ -56,7 +56,7 @@ def numbers(found: ScalingFit) -> str:
         return own
     head, rows = step_tables.products(found)
     return (
-        f"{table(head, rows, texts=(0,))}"
+        f"{table(head, rows, texts=(0, 3))}"
         f"<details><summary>Parameters of the surface, the loss floor of every group among them</summary>{own}</details>"
     )
 

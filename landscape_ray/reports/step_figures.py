@@ -208,8 +208,9 @@ def _regret(found: ScalingFit) -> Figure:
     return Figure(
         key="regret",
         title="What following the law would have cost",
-        takeaway=f"In groups that it was not fitted to, the run nearest to the law's choice is {percent(float(mine.mean()))} "
-        f"above the best run on average, {percent(float(mine[worst]))} at worst ({names[worst]}).",
+        takeaway="In groups that it was not fitted to, the run nearest to the law's choice is "
+        f"{percent(float(mine.mean()))} above the best run on average, {percent(float(mine[worst]))} at worst "
+        f"({names[worst]}).",
         x=Axis(label="loss of the run nearest to the choice, above the best of its group", unit="%"),
         panels=(Panel(y=Axis(label="", categories=names), series=tuple(drawn)),),
     )

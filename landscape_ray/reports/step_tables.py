@@ -48,35 +48,42 @@ def products(found: ScalingFit) -> tuple[list[str], list[list[str]]]:
     """Return the power products with their intervals as a table: headings and rows."""
     law = StepLaw(found.fit)
     rows = []
-    for name, product in (("lr*", law.lr), ("batch* (tokens)", law.batch)):
+    for name, what, product, unit in (
+        ("lr*", "best peak learning rate", law.lr, ""),
+        ("batch*", "best batch", law.batch, " in tokens"),
+    ):
         if product is None:
             continue
         ends = dict(product.intervals)
         if "by_size" in ends:  # N^-p: shown as the exponent that stands there
             ends["by_size"] = (-ends["by_size"][1], -ends["by_size"][0])
-        values = {"factor": product.factor, "by_size": -product.by_size, "by_horizon": product.by_horizon}
-        cells = [
-            "not known" if part != "factor" and not value else _between(value, ends.get(part), 3)
-            for part, value in values.items()
-        ]
-        rows.append([name, *cells])
-    level = f" ({found.fit.confidence:.0%} interval)".replace("%", " %") if len(found.fit.samples) else ""
-    return ["", f"factor{level}", "exponent of N", "exponent of D"], rows
+        parts = (
+            ("factor", product.factor, f"{what}{unit}" + ("" if len(law.groups) == 1 else " at N = D = 1")),
+            ("by_size", -product.by_size, f"{what}: exponent of N"),
+            ("by_horizon", product.by_horizon, f"{what}: exponent of D"),
+        )
+        for part, value, meaning in parts:
+            if part != "factor" and not value:  # one size or horizon, or held at 0
+                continue
+            between = ends.get(part)
+            shown = "" if between is None else f"{number(between[0])} to {number(between[1])}"
+            rows.append([name, number(value, 4), shown, meaning])
+    return ["", "value", f"{found.fit.confidence:.0%} interval".replace("%", " %"), "meaning"], rows
 
 
 def plan_text(plan: Plan) -> str:
     """Return a plan as a piece of a sweep file, with what is known about it in comments above."""
     choice, region = plan.choice, plan.region
-    lines = [_place(plan) + ":", f"lr       {_between(choice.lr, choice.lr_interval, 3)}; {_flat_lr(plan)}"]
+    lines = [f"{_place(plan)}:", f"lr       {_between(choice.lr, choice.lr_interval, 3)}; {_flat_lr(plan)}"]
     if choice.batch is not None:
         given = choice.batch_interval is None
         value = number(choice.batch, 3) if given else _between(choice.batch, choice.batch_interval, 3)
         lines.append(f"batch    {value} tokens{' (given)' if given else ''}; {_flat_batch(plan)}")
-    if choice.batch is not None and choice.batch_interval is not None and region.batch and region.lr_at_batch:
-        if "batch high" not in region.open_ends and plan.D != 1:
+        ends, rates = region.batch, region.lr_at_batch
+        if not given and ends and rates and "batch high" not in region.open_ends and plan.D != 1:
             lines.append(
-                f"fastest  batch {number(region.batch[1], 3)} at lr {lr(region.lr_at_batch[1])}: "
-                f"{number(plan.D / region.batch[1], 3)} updates, for {percent(region.within)} more loss"
+                f"fastest  batch {number(ends[1], 3)} at lr {lr(rates[1])}: {number(plan.D / ends[1], 3)} updates, for "
+                f"{percent(region.within)} more loss"
             )
     seen = "" if plan.held_out is None else f"; {percent(plan.held_out)} on groups left out of the fit"
     lines.append(f"regret   {percent(choice.expected_regret)} of the loss by what the law leaves open{seen}")
