@@ -1,5 +1,4 @@
-"""The step law on a table of runs: fitted, held against groups it has not seen, and turned into a learning rate, a
-batch and the lines of a sweep file.
+"""The step law on a table of runs: its fit, held against groups it has not seen, and the choice for a new run.
 
 Legend: N parameters, D training tokens, lr peak learning rate, batch in the unit of D. A group is all runs of one N and
 D. What a fit of it is saved as is a :class:`landscape_ray.analysis.scaling.ScalingFit`, like that of any law.
@@ -179,6 +178,7 @@ class Plan:
         D: training tokens.
         choice: learning rate and batch, with intervals and expected regret.
         region: what costs less than a tenth of a per cent.
+        given_cost: what a batch that was given costs, with its best learning rate; None for the best batch.
         confidence: level of the intervals.
         held_out: mean regret of the law in groups that it was not fitted to; None where there is one group only.
         batch: the batch to use: that of the choice, or the one that all runs had; None where neither is known.
@@ -190,6 +190,7 @@ class Plan:
     D: float
     choice: Recommendation
     region: FlatRegion
+    given_cost: Excess | None
     confidence: float
     held_out: float | None
     batch: float | None
@@ -242,6 +243,9 @@ def plan(found: ScalingFit, values: Mapping[str, float], *, allow_extrapolation:
         D=at["D"],
         choice=choice,
         region=flat_region(law, at["N"], at["D"]),
+        given_cost=excess(law, at["N"], at["D"], choice.lr, at["batch"], allow_extrapolation=allow_extrapolation)
+        if "batch" in at
+        else None,
         confidence=found.fit.confidence,
         held_out=float(np.mean(regrets)) if regrets else None,
         batch=choice.batch if choice.batch is not None else used[0] if len(used) == 1 else None,

@@ -69,8 +69,8 @@ def load_step(path: Path) -> ScalingFit:
     Raises:
         UserError: there is none, or it is of another law.
     """
-    from landscape_ray.analysis.optima import STEP_LAW
     from landscape_ray.analysis.scaling import load
+    from landscape_ray.laws.optima.surface import NAME as STEP_LAW
 
     found = load(path)
     if found.law_path != STEP_LAW:

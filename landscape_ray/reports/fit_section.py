@@ -57,7 +57,7 @@ def numbers(found: ScalingFit) -> str:
     head, rows = step_tables.products(found)
     return (
         f"{table(head, rows, texts=(0, 3))}"
-        f"<details><summary>Parameters of the surface, the loss floor of every group among them</summary>{own}</details>"
+        f"<details><summary>Parameters of the surface, with the floor of every group</summary>{own}</details>"
     )
 
 

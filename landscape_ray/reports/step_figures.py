@@ -1,4 +1,4 @@
-"""Figures of the step law: its optimum over size and tokens, how flat it is, and what it costs where it was not fitted."""
+"""Figures of the step law: its optimum over size and tokens, how flat that is, what it costs where it is unseen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from landscape_ray.laws import StepLaw, flat_region
 from landscape_ray.laws.core.predict import samples_of
 from landscape_ray.laws.optima.flatness import WITHIN
 from landscape_ray.laws.optima.surface import best_point, centre, offsets, rise, valley
-from landscape_ray.reports.figures import Axis, ColorBar, Figure, Panel, Series, sequential, series
+from landscape_ray.reports.figures import NUM_SEQUENTIAL, Axis, ColorBar, Figure, Panel, Series, sequential, series
 from landscape_ray.text import number, percent
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -75,16 +75,17 @@ def _optimum(found: ScalingFit, law: StepLaw) -> Figure:
             hover = tuple(f"best run of N = {number(g[0], 3)}, D = {number(g[1], 3)}" for g in members)
             x = columns["D" if over_tokens else "N"][rows]
             drawn[key].append(series("points", x, columns[key][rows], color=color, size=7.0, hover=hover))
-    n, d = max(law.groups, key=lambda g: g[0] * g[1])
-    batch = "" if law.batch is None else f", batch {number(law.batch(n, d), 3)} tokens"
+    largest, longest = max(law.groups, key=lambda g: g[0] * g[1])
+    batch = "" if law.batch is None else f", batch {number(law.batch(largest, longest), 3)} tokens"
     axes = {"lr": Axis(label="best learning rate", scale="log")}
     axes["batch"] = Axis(label="best batch", unit="tokens", scale="log")
     return Figure(
         key="law",
         title="The best learning rate and batch" if law.batch is not None else "The best learning rate",
-        takeaway=f"The largest run (N = {number(n, 3)}, D = {number(d, 3)}) is best at lr {number(law.lr(n, d), 3)}{batch}.",
-        note="Points: the best run of every pair of N and D, as coarse as the grid that was swept. Lines: the law, with its "
-        f"{found.fit.confidence:.0%} interval, up to {BEYOND:g} times the fitted range.".replace("%", " %"),
+        takeaway=f"The largest run (N = {number(largest, 3)}, D = {number(longest, 3)}) is best at lr "
+        f"{number(law.lr(largest, longest), 3)}{batch}.",
+        note="Points: the best run of every pair of N and D, as coarse as the grid of the sweep. Lines: the law, with "
+        f"its {found.fit.confidence:.0%} interval, up to {BEYOND:g} times the fitted range.".replace("%", " %"),
         x=Axis(
             label="training tokens" if over_tokens else "model size",
             unit="tokens" if over_tokens else "parameters",
@@ -145,12 +146,12 @@ def _map(found: ScalingFit, law: StepLaw) -> Figure:
     u, v, loss = _around(found, law)
     worst = 100 * float(found.fit.data["window"])
     drawn: list[Series] = []
-    for level in sorted(range(32), reverse=True):
-        here = np.array([sequential(float(x), 0.0, worst) == f"seq:{level}" for x in loss])
+    for shade in reversed(range(NUM_SEQUENTIAL)):
+        here = np.array([sequential(float(x), 0.0, worst) == f"seq:{shade}" for x in loss])
         if here.any():
             hover = tuple(np.array(_hover(found))[here].tolist())
             drawn.append(
-                series("points", np.exp(u[here]), np.exp(v[here]), color=f"seq:{level}", size=7.0, hover=hover)
+                series("points", np.exp(u[here]), np.exp(v[here]), color=f"seq:{shade}", size=7.0, hover=hover)
             )
     window = float(found.fit.data["window"])
     for i, level in enumerate(one for one in LEVELS if one <= window):
@@ -175,7 +176,8 @@ def _map(found: ScalingFit, law: StepLaw) -> Figure:
     drawn.append(series("points", [1.0], [1.0], name="best", color="c1", symbol="star", size=14.0))
     n, d = centre(law.groups)
     region = flat_region(law, n, d, min(WITHIN, window))
-    assert region.batch is not None and law.batch is not None
+    assert region.batch is not None
+    assert law.batch is not None
     low, high = (number(end / law.batch(n, d), 2) for end in region.batch)
     return Figure(
         key="map",

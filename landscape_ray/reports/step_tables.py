@@ -5,11 +5,21 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from landscape_ray import text
 from landscape_ray.analysis.optima import Plan
 from landscape_ray.analysis.scaling import ScalingFit
 from landscape_ray.laws import Excess, StepLaw
 from landscape_ray.reports.terminal import STATUS_STYLE, columns
-from landscape_ray.text import lr, number, percent, plural
+from landscape_ray.text import lr, percent, plural
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Return a number with so many digits that mean something, also where it is large.
+
+    >>> number(321_057.8), number(0.00109473)
+    ('321,000', '0.00109')
+    """
+    return text.number(float(f"{value:.{digits}g}"), digits)
 
 
 def opening(found: ScalingFit) -> tuple[list[Text], Table]:
@@ -74,15 +84,22 @@ def products(found: ScalingFit) -> tuple[list[str], list[list[str]]]:
 def plan_text(plan: Plan) -> str:
     """Return a plan as a piece of a sweep file, with what is known about it in comments above."""
     choice, region = plan.choice, plan.region
-    lines = [f"{_place(plan)}:", f"lr       {_between(choice.lr, choice.lr_interval, 3)}; {_flat_lr(plan)}"]
-    if choice.batch is not None:
-        given = choice.batch_interval is None
-        value = number(choice.batch, 3) if given else _between(choice.batch, choice.batch_interval, 3)
-        lines.append(f"batch    {value} tokens{' (given)' if given else ''}; {_flat_batch(plan)}")
+    if plan.given_cost is None:
+        lines = [f"{_place(plan)}:", f"lr       {_between(choice.lr, choice.lr_interval, 3)}; {_flat_lr(plan)}"]
+    else:
+        lines = [f"{_place(plan)}:", f"lr       {_between(choice.lr, choice.lr_interval, 3)}, the best for that batch"]
+    if choice.batch is not None and plan.given_cost is not None:
+        more = "more than " if plan.given_cost.beyond else ""
+        lines.append(
+            f"batch    {number(choice.batch)} tokens, as given: {more}{percent(plan.given_cost.value)} above the "
+            f"lowest loss; {_flat_batch(plan)}"
+        )
+    elif choice.batch is not None:
+        lines.append(f"batch    {_between(choice.batch, choice.batch_interval, 3)} tokens; {_flat_batch(plan)}")
         ends, rates = region.batch, region.lr_at_batch
-        if not given and ends and rates and "batch high" not in region.open_ends and plan.D != 1:
+        if ends and rates and "batch high" not in region.open_ends and plan.D != 1:
             lines.append(
-                f"fastest  batch {number(ends[1], 3)} at lr {lr(rates[1])}: {number(plan.D / ends[1], 3)} updates, for "
+                f"fastest  batch {number(ends[1])} at lr {lr(rates[1])}: {number(plan.D / ends[1])} updates, for "
                 f"{percent(region.within)} more loss"
             )
     seen = "" if plan.held_out is None else f"; {percent(plan.held_out)} on groups left out of the fit"
@@ -97,7 +114,7 @@ def prediction_text(plan: Plan, cost: Excess | None, asked: dict[str, float]) ->
     said = f"{_place(plan)}: best lr {_best(choice.lr, choice.lr_interval, level)}"
     if choice.batch is not None:
         said += (
-            f" for batch {number(choice.batch, 4)}"
+            f" for batch {number(choice.batch)}"
             if choice.batch_interval is None
             else f", batch {_best(choice.batch, choice.batch_interval, level)} tokens"
         )
@@ -145,7 +162,7 @@ def _toml(plan: Plan) -> list[str]:
         lines.append(f"num_steps = {plan.num_steps}")
     per = plan.tokens_per_example
     if plan.batch_size is not None and per is not None:
-        unit = "examples" if per == 1 else f"sequences of {number(per)} tokens, {plan.batch_size * per:,.0f} an update"
+        unit = "examples" if per == 1 else f"sequences of {per:,g} tokens, {plan.batch_size * per:,.0f} an update"
         lines.append(f"batch_size = {plan.batch_size}  # {unit}")
     elif plan.batch is not None:
         lines.append(f"# batch_size: {number(plan.batch, 3)} tokens over the context length")

@@ -163,10 +163,11 @@ def flat_region(law: StepLaw, N: float, D: float, within: float = WITHIN) -> Fla
     else:
         batch = ends("batch", tried["v"], lambda v: np.asarray(valley(p, v)[1]))
         at = valley(p, np.array(batch))[0]
+    around = 0.0 if log_batch is None else float(log_batch)
     return FlatRegion(
         within=within,
         lr=(float(np.exp(log_lr + lr[0])), float(np.exp(log_lr + lr[1]))),
-        batch=None if batch is None else (float(np.exp(log_batch + batch[0])), float(np.exp(log_batch + batch[1]))),
+        batch=None if batch is None else (float(np.exp(around + batch[0])), float(np.exp(around + batch[1]))),
         lr_at_batch=None if at is None else (float(np.exp(log_lr + at[0])), float(np.exp(log_lr + at[1]))),
         open_ends=tuple(open_ends),
     )
