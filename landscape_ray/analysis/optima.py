@@ -237,15 +237,21 @@ def plan(found: ScalingFit, values: Mapping[str, float], *, allow_extrapolation:
         warnings.append(
             f"batch_not_swept: the learning rate is the best for the batches of the runs, {used[0]:g} to {used[-1]:g}"
         )
+    given_cost = None
+    if "batch" in at:
+        given_cost = excess(law, at["N"], at["D"], choice.lr, at["batch"], allow_extrapolation=allow_extrapolation)
+        if given_cost.beyond:
+            warnings.append(
+                f"far_batch: at batch {at['batch']:g} the loss is higher than that of all runs that were fitted; the "
+                "learning rate for it is a guess"
+            )
     regrets = data["regret"]["left_out"]
     return Plan(
         N=at["N"],
         D=at["D"],
         choice=choice,
         region=flat_region(law, at["N"], at["D"]),
-        given_cost=excess(law, at["N"], at["D"], choice.lr, at["batch"], allow_extrapolation=allow_extrapolation)
-        if "batch" in at
-        else None,
+        given_cost=given_cost,
         confidence=found.fit.confidence,
         held_out=float(np.mean(regrets)) if regrets else None,
         batch=choice.batch if choice.batch is not None else used[0] if len(used) == 1 else None,

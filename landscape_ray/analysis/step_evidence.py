@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -99,9 +100,8 @@ def gather(sweep: Sweep, law: StepLaw, *, batch_by_size: bool = True) -> StepEvi
             above = float(distinct[-1 - max(1, round(HELD_BACK * len(distinct)))])
             rest, more = sweep.take(values <= above), sweep.take(values > above)
             factor = float(distinct[-1]) / above
-            held_out(
-                f"{name} up to {factor:.3g} times the fitted range", lambda r=rest, m=more: regret(m, fitter([])(r))
-            )  # type: ignore[misc]
+            what = f"{name} up to {factor:.3g} times the fitted range"
+            held_out(what, functools.partial(_beyond, rest, more, fitter([])))
     if not sentences:
         remark = "all runs have one N and D: how the optimum changes with them is not known"
         items.append(Item("E", "held out", "nothing", "warning", remark))
@@ -119,6 +119,10 @@ def gather(sweep: Sweep, law: StepLaw, *, batch_by_size: bool = True) -> StepEvi
     else:
         items.append(Item("A", "candidate laws compared", "none"))
     return StepEvidence(sentences=tuple(sentences), items=tuple(items), regrets=regrets, by_size=by_size)
+
+
+def _beyond(rest: Sweep, more: Sweep, fitter: Callable[[Sweep], Rule]) -> Regret:
+    return regret(more, fitter(rest))
 
 
 def _candidate(mine: Regret | None, other: Callable[[], Regret]) -> Item:

@@ -10,8 +10,8 @@ from landscape_ray.analysis.annealing import SweepFit
 from landscape_ray.analysis.recommend import Recommendation
 from landscape_ray.analysis.scaling import ScalingFit
 from landscape_ray.laws import LAWS, BestSchedule
-from landscape_ray.laws.optima.batch import CRITICAL_BATCH_TOKENS
 from landscape_ray.laws.decisions import Quantity
+from landscape_ray.laws.optima.batch import CRITICAL_BATCH_TOKENS
 from landscape_ray.laws.optima.surface import FORMULA as STEP_FORMULA
 from landscape_ray.laws.optima.surface import NAME as STEP_LAW
 from landscape_ray.laws.optima.surface import REFERENCE as STEP_REFERENCE

@@ -168,8 +168,13 @@ def _map(found: ScalingFit, law: StepLaw) -> Figure:
             )
         )
     ends = found.fit.data["offsets"]["v"]
-    away = np.linspace(ends[0], ends[1], 81)
-    near = np.asarray(valley({k: np.full(81, w) for k, w in found.fit.parameters.items()}, away)[0])
+    away = np.linspace(ends[0], ends[1], 161)
+    near, height = valley({k: np.full(161, w) for k, w in found.fit.parameters.items()}, away)
+    # only as far as the runs shape it: beyond the window the third order goes astray
+    far = np.flatnonzero(height > np.log1p(window))
+    first = far[away[far] < 0].max(initial=-1) + 1
+    last = far[away[far] > 0].min(initial=len(away))
+    near, away = near[first:last], away[first:last]
     drawn.append(
         series("line", np.exp(near), np.exp(away), name="best learning rate of a batch", color="c1", weight="main")
     )
