@@ -240,9 +240,10 @@ def plan(found: ScalingFit, values: Mapping[str, float], *, allow_extrapolation:
     given_cost = None
     if "batch" in at:
         given_cost = excess(law, at["N"], at["D"], choice.lr, at["batch"], allow_extrapolation=allow_extrapolation)
-        if given_cost.beyond:
+        away = math.log(choice.lr / law.lr(at["N"], at["D"]))
+        if given_cost.beyond or not data["offsets"]["u"][0] <= away <= data["offsets"]["u"][1]:
             warnings.append(
-                f"far_batch: at batch {at['batch']:g} the loss is higher than that of all runs that were fitted; the "
+                f"far_batch: batch {at['batch']:g} is farther from the best one than the runs that were fitted; the "
                 "learning rate for it is a guess"
             )
     regrets = data["regret"]["left_out"]

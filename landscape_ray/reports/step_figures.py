@@ -171,7 +171,8 @@ def _map(found: ScalingFit, law: StepLaw) -> Figure:
     away = np.linspace(ends[0], ends[1], 161)
     near, height = valley({k: np.full(161, w) for k, w in found.fit.parameters.items()}, away)
     # only as far as the runs shape it: beyond the window the third order goes astray
-    far = np.flatnonzero(height > np.log1p(window))
+    rates = found.fit.data["offsets"]["u"]
+    far = np.flatnonzero((height > np.log1p(window)) | (near < rates[0]) | (near > rates[1]))
     first = far[away[far] < 0].max(initial=-1) + 1
     last = far[away[far] > 0].min(initial=len(away))
     near, away = near[first:last], away[first:last]
