@@ -1,4 +1,4 @@
-"""Learning rate and batch from logged runs to the lines of a sweep file: in Python, on our sweeps, by the command line."""
+"""Learning rate and batch from logged runs to the lines of a sweep file: tables, sweeps of ours, command line."""
 
 import dataclasses
 import tomllib
@@ -168,7 +168,7 @@ class TestFit:
         best = plan(found, {"N": 1.6e9, "D": 3.2e10})
         assert best.choice.lr == pytest.approx(rule(1.6e9, 3.2e10)[0], rel=0.1)
         assert any(one.startswith("one_line") for one in plan(found, {"N": 4e8, "D": 4e10}).warnings)
-        with pytest.raises(UserError, match="D must lie within 10 times the .* that go with N"):
+        with pytest.raises(UserError, match=r"D must lie within 10 times the .* that go with N"):
             plan(found, {"N": 1e8, "D": 1e12}, allow_extrapolation=False)
         held = fit_step_table(read_table(tmp_path / "a.csv"), fix={"r": 0.0}, num_bootstrap=0)
         assert "r" not in held.fit.parameters
@@ -240,7 +240,7 @@ class TestPlan:
 
 
 def make_sweep(path, mutate=None):
-    """A sweep of ours at one N: three learning rates by three batches and more, equal tokens, made through the writers."""
+    """A sweep of ours at one N and D: five learning rates by four batches, written by the real writers."""
     folder = SweepFolder.create(
         path, spec_text=SEARCH_SPEC.format(name="grid", steps=600), meta={"name": path.name, **META}
     )
@@ -291,7 +291,7 @@ class TestOurSweep:
         assert best.tokens_per_example == 128
         assert best.held_out is None
         assert any(one.startswith("one_N") for one in plan(one, {"N": 4e5}).warnings)
-        with pytest.raises(UserError, match="N must lie within 10 times the fitted range .* sweep a second N"):
+        with pytest.raises(UserError, match=r"N must lie within 10 times the fitted range .* sweep a second N"):
             plan(one, {"N": 1e8})
         drawn = [figure.key for figure in figures(one)]
         assert drawn[:2] == ["law", "map"]

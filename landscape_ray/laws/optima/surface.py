@@ -27,7 +27,7 @@ from landscape_ray.laws.core.law import Law, Parameter, Variable, linear, nonlin
 
 NAME = "step_law"
 TITLE = "best learning rate and batch over size and tokens"
-FORMULA = "lr* = c N^-p D^q, B* = k N^-r D^s; log L = floor(N, D) + bowl(log lr/lr*, log B/B*)"
+FORMULA = "lr* = c N^-p D^q, B* = k N^-r D^s"
 REFERENCE = "after Li et al. 2025, arXiv 2503.04715, and Bjorck et al. 2024, arXiv 2409.19913"
 
 SIZE = Variable("N", "parameters", "model size", min_distinct=1)
@@ -102,7 +102,7 @@ def surface(
     return Law(
         name=NAME,
         title=TITLE,
-        formula=FORMULA
+        formula=f"{FORMULA}; log L = floor(N, D) + bowl(log lr/lr*, log B/B*)"
         if batch is not None
         else "log L = floor(N, D) + a u^2/2 + third order, u = log(lr/lr*), lr* = lr0 (N/N0)^-p (D/D0)^q",
         reference=REFERENCE,
