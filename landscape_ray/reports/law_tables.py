@@ -102,6 +102,8 @@ def schedule_text(best: BestSchedule, fitted: SweepFit) -> str:
 def law_table() -> Table:
     """Return the laws that can be fitted."""
     table = columns(("law", "formula", "what it is for", "reference"))
+    for column in table.columns[1:]:  # in a narrow terminal these take more lines, and what --law takes stays whole
+        column.no_wrap = False
     for law in LAWS.values():
         table.add_row(law.name, law.formula, law.title, law.reference)
         if law is CRITICAL_BATCH_TOKENS:

@@ -274,15 +274,17 @@ def make_sweep(path, mutate=None):
     return folder
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_sweep(tmp_path_factory.mktemp("ours") / "grid")
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    return fit_step_table(table_of(collect(folder.path), "sweep grid"), num_bootstrap=20)
+
+
 class TestOurSweep:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        return make_sweep(tmp_path_factory.mktemp("ours") / "grid")
-
-    @pytest.fixture(scope="class")
-    def one(self, folder):
-        return fit_step_table(table_of(collect(folder.path), "sweep grid"), num_bootstrap=20)
-
     def test_one_size_gives_its_optimum_and_says_what_it_does_not_know(self, one):
         assert [w.split(":")[0] for w in one.fit.warnings if w.startswith("one_")] == ["one_N", "one_D"]
         best = plan(one, {})
