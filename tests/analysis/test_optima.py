@@ -9,10 +9,11 @@ from rich.console import Console
 
 from landscape_ray.analysis.optima import cost, fit_step_table, plan, sweep_of
 from landscape_ray.analysis.scaling import find_law, fit_table, load, save
+from landscape_ray.analysis.step_evidence import published
 from landscape_ray.analysis.table import joined, read_table, table_of
 from landscape_ray.cli.optima import load_step, recommend_step, refuse_options
 from landscape_ray.errors import UserError
-from landscape_ray.laws import StepLaw, excess, fit_step_law, flat_region
+from landscape_ray.laws import StepLaw, excess, fit_step_law, flat_region, regret
 from landscape_ray.laws.optima.surface import rise
 from landscape_ray.records import RunSummary
 from landscape_ray.reports.fit_page import figures, render
@@ -384,14 +385,14 @@ def test_a_foreign_table_through_the_command_line(file, tmp_path):
 @pytest.mark.acceptance
 @pytest.mark.data
 def test_the_published_dense_runs(published_data):
-    """Regret of the law on groups left out is below that of the published constants on the same runs."""
+    """Read by the columns of the file, the law has less regret than the published constants."""
     mapping = {"loss": "smooth loss", "batch_size": "bs", "steps": "ti", "run": "exp_name"}
     table = read_table(published_data / "step_law" / "dense_lr_bs_loss.csv", mapping)
     sweep, dropped, _, per_example = sweep_of(table)
     assert (len(sweep), len(sweep.groups), per_example) == (1911, 17, 2048)
     assert not dropped
     law = fit_step_law(sweep, num_bootstrap=0)
-    assert law.regret(sweep).mean <= 0.001
+    assert law.regret(sweep).mean < regret(sweep, published).mean < 0.001
 
 
 def _points(found):
