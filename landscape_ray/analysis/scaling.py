@@ -18,8 +18,9 @@ import numpy as np
 from landscape_ray.analysis.table import RunTable, complete_compute
 from landscape_ray.errors import UserError
 from landscape_ray.files import write_atomic
-from landscape_ray.laws import LAWS, FitResult, Law, Objective, fit
+from landscape_ray.laws import LAWS, FitResult, Law, Objective, StepLaw, fit
 from landscape_ray.laws.core.fit import solve
+from landscape_ray.laws.optima.surface import NAME as STEP_LAW
 from landscape_ray.laws.trust.checklist import Evidence, Item, checklist, from_plain, to_plain
 from landscape_ray.laws.trust.comparison import compare, objective_table, residual_trends, seed_noise
 from landscape_ray.laws.trust.holdout import Rollout, leave_groups_out, rollouts, sizes_of
@@ -38,7 +39,7 @@ class ScalingFit:
     """A law fitted to a table of runs.
 
     Attributes:
-        law_path: its name in `LAWS`, or the dotted path of a user's own.
+        law_path: its name in `LAWS`, "step_law", or the dotted path of a user's own.
         fit: the fit, with its record.
         source: where the runs come from.
         excluded: run to the reason why it is not in the fit.
@@ -61,8 +62,8 @@ class ScalingFit:
 
     @property
     def law(self) -> Law:
-        """The law."""
-        return find_law(self.law_path)
+        """The law; the step law is the surface over the groups of its runs."""
+        return StepLaw(self.fit).law if self.law_path == STEP_LAW else find_law(self.law_path)
 
     @property
     def record(self) -> list[Item]:
@@ -100,8 +101,10 @@ def find_law(name: str) -> Law:
     """Return a law by its name or dotted path.
 
     Raises:
-        UserError: there is none, or it is not a law.
+        UserError: there is none, or it is not a law, or the step law, which is another one for every table.
     """
+    if name == STEP_LAW:
+        raise UserError(f"law must be of points, got '{name}', a surface over the groups of a table; fit it by itself")
     law = resolve(name, LAWS, "law")
     if not isinstance(law, Law):
         raise UserError(f"law must be a landscape_ray.laws.Law, got {type(law).__name__} at '{name}'; declare one")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from landscape_ray.analysis.setup_facts import mutated_items, setup_items
 from landscape_ray.config import flatten
 from landscape_ray.errors import UserError
 from landscape_ray.laws.core.law import Law
@@ -38,6 +39,7 @@ MEANINGS = {
     "C": "training FLOPs",
     "lr": "peak learning rate",
     "batch": "tokens an update",
+    "batch_size": "examples (sequences) an update",
     "steps": "updates",
     "loss": "final held-out loss",
     "run": "name of the run",
@@ -61,6 +63,7 @@ class RunTable:
         dropped: run to the reason why it is not in the table.
         facts: what is known of how the runs were made, for the record of a fit.
         source: where they come from, as a person would say it.
+        configs: configuration of every run, flat; none for a foreign table.
     """
 
     run_ids: tuple[str, ...]
@@ -68,6 +71,26 @@ class RunTable:
     dropped: dict[str, str]
     facts: tuple[Item, ...]
     source: str
+    configs: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def varied(self) -> tuple[str, ...]:
+        """Names of what differs between the configurations of the runs, sorted; none for a foreign table."""
+        names = {name for config in self.configs for name in config}
+        return tuple(sorted(n for n in names if len({str(config.get(n)) for config in self.configs}) > 1))
+
+    def column(self, name: str, law: str) -> Array:
+        """Return a column that a law needs.
+
+        Raises:
+            UserError: there is none.
+        """
+        if name not in self.columns:
+            raise UserError(
+                f"column '{name}' ({MEANINGS[name]}) must be there for law '{law}'; map it with --column {name}=NAME; "
+                f"there: {', '.join(self.columns) or 'none'}"
+            )
+        return self.columns[name]
 
     def points(self, law: Law) -> tuple[Points, dict[str, str]]:
         """Return the points of a law, and the runs without one with the reason.
@@ -184,6 +207,7 @@ def table_of(collected: Collected, source: str, *, count: Count = "all") -> RunT
     names: list[str] = []
     dropped: dict[str, str] = {}
     configs: list[dict[str, Any]] = []
+    mutated = 0
     for run in read_runs(collected):
         summary = run.summary
         if not run.has_result:
@@ -196,6 +220,7 @@ def table_of(collected: Collected, source: str, *, count: Count = "all") -> RunT
             "C": float(summary.flops) or math.nan,
             "lr": run.peak_lr,
             "batch": tokens_per_step,
+            "batch_size": float(summary.config.get("batch_size", math.nan)),
             "steps": float(summary.step),
             "loss": run.loss,
             "seconds": summary.elapsed_seconds - summary.probe_seconds - summary.eval_seconds,
@@ -209,6 +234,7 @@ def table_of(collected: Collected, source: str, *, count: Count = "all") -> RunT
         rows.append(row)
         names.append(run.run_id)
         configs.append(flatten(summary.config))
+        mutated += run.mutated
     if not rows:
         why = listing([f"{run}: {reason}" for run, reason in list(dropped.items())[:_FEW]]) or "there are no runs"
         raise UserError(f"{source} must hold a finished run, got none ({why}); finish some runs first")
@@ -217,13 +243,21 @@ def table_of(collected: Collected, source: str, *, count: Count = "all") -> RunT
     facts = [
         Item("B", "N counts", "all parameters" if count == "all" else "parameters without embeddings and head"),
         Item("B", "C counts", "exact training FLOPs of the model, evaluations and probes left out"),
-        *_setup_items(configs, columns),
+        *setup_items(configs, columns),
+        *mutated_items(mutated, len(rows)),
         _dropped_item(dropped, len(rows) + len(dropped)),
         Item("C", "points", "one a run: its last evaluation; nothing was smoothed"),
         *(Item("C", "could not be read", warning, "warning", "its rows are missing") for warning in collected.warnings),
         *complete_compute(columns),
     ]
-    return RunTable(run_ids=tuple(names), columns=columns, dropped=dropped, facts=tuple(facts), source=source)
+    return RunTable(
+        run_ids=tuple(names),
+        columns=columns,
+        dropped=dropped,
+        facts=tuple(facts),
+        source=source,
+        configs=tuple(configs),
+    )
 
 
 def joined(tables: Sequence[RunTable], names: Sequence[str]) -> RunTable:
@@ -246,6 +280,7 @@ def joined(tables: Sequence[RunTable], names: Sequence[str]) -> RunTable:
         dropped={f"{name}/{run}": why for table, name in pairs for run, why in table.dropped.items()},
         facts=tuple(dataclasses.replace(item, name=f"{item.name} of {n}") for t, n in pairs for item in t.facts),
         source=listing([table.source for table in tables]),
+        configs=tuple(config for table in tables for config in table.configs),
     )
 
 
@@ -280,81 +315,6 @@ def complete_compute(columns: dict[str, Array]) -> list[Item]:
                 )
             ]
     return []
-
-
-def _setup_items(configs: Sequence[dict[str, Any]], columns: Mapping[str, Array]) -> list[Item]:
-    """Return what the configurations of the runs say of how they were trained."""
-    found = []
-    for title, keys in (
-        ("optimizer", ("optimizer.name",)),
-        ("schedule", ("schedule.name",)),
-        ("batch size", ("batch_size",)),
-        ("weight decay", ("optimizer.weight_decay",)),
-        ("data", ("data.name", "data.source")),
-        ("tokenizer", ("data.tokenizer",)),
-        ("context length", ("data.context_length",)),
-        ("precision", ("precision",)),
-        ("parametrisation", ("model.parametrisation", "model.parametrization")),
-    ):
-        values = {str(config[key]) for config in configs for key in keys if key in config}
-        if values:
-            found.append(Item("B", title, ", ".join(sorted(values))))
-    fractions = {
-        round(float(config["schedule.warmup_steps"]) / float(config["num_steps"]), 4)
-        for config in configs
-        if config.get("num_steps") and "schedule.warmup_steps" in config
-    }
-    if fractions:
-        several = len(fractions) > 1
-        found.append(
-            Item(
-                "B",
-                "warm-up",
-                f"{min(fractions):.1%} of the updates"
-                if not several
-                else f"{min(fractions):.1%} to {max(fractions):.1%}",
-                "warning" if several else "ok",
-                "its share differs between runs, which bends the law over D" if several else "",
-            )
-        )
-    seeds: dict[str, set[Any]] = {}
-    for config in configs:
-        key = str(sorted((k, str(v)) for k, v in config.items() if k != "seed"))
-        seeds.setdefault(key, set()).add(config.get("seed"))
-    repeated = max((len(each) for each in seeds.values()), default=1)
-    found.append(
-        Item("B", "seeds", f"up to {repeated} for one setting")
-        if repeated > 1
-        else Item(
-            "B", "seeds", "one for every setting", "warning", "the noise between seeds is not known: repeat one run"
-        )
-    )
-    found += _tuning_items(columns)
-    return found
-
-
-def _tuning_items(columns: Mapping[str, Array]) -> list[Item]:
-    """Return whether the learning rate was tuned for every size, and whether a best one lies at the edge."""
-    if "lr" not in columns or not np.isfinite(columns["N"]).any():
-        return []
-    sizes = np.unique(columns["N"][np.isfinite(columns["N"])])
-    if len(sizes) < 2:
-        return []
-    untuned, edges = [], []
-    for size in sizes:
-        here = columns["N"] == size
-        rates = np.unique(columns["lr"][here])
-        if len(rates) < 3:
-            untuned.append(f"{size:.3g}")
-        elif columns["lr"][here][np.argmin(columns["loss"][here])] in (rates[0], rates[-1]):
-            edges.append(f"{size:.3g}")
-    if untuned:
-        remark = f"fewer than three rates at N = {', '.join(untuned)}: a size with a bad rate bends the law over N"
-        return [Item("B", "learning rate tuned for every size", "no", "warning", remark)]
-    if edges:
-        remark = f"the best rate is at the edge of the sweep at N = {', '.join(edges)}: widen it"
-        return [Item("B", "learning rate tuned for every size", "yes, but", "warning", remark)]
-    return [Item("B", "learning rate tuned for every size", "yes, the best lies inside")]
 
 
 def _dropped_item(dropped: Mapping[str, str], count: int) -> Item:

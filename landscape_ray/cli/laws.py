@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
+from landscape_ray.cli.optima import load_step, predict_step, recommend_step, refuse_options
 from landscape_ray.cli.shared import (
     DEFAULT_RESULTS,
     Results,
@@ -18,6 +19,7 @@ from landscape_ray.cli.shared import (
     open_all,
     open_sweep,
     shown,
+    warn,
 )
 from landscape_ray.errors import UserError
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from landscape_ray.analysis.annealing import SweepFit
     from landscape_ray.analysis.table import RunTable
     from landscape_ray.tracking.folder import SweepFolder
+
+STEP_LAW = "step_law"
 
 FILES = (".csv", ".gz", ".parquet", ".tsv")
 """Endings of foreign tables."""
@@ -94,35 +98,40 @@ def fit(
     if law is None and (column or where or experiment or _is_file(sources)):
         raise UserError("--law must name a law for a table or an experiment; `landscape-ray list --laws` shows them")
     law = law or "annealing"
-    if find_law(law).of == "curves":
+    if law != STEP_LAW and find_law(law).of == "curves":
         given = _Curves(sources, experiment, tracking_uri, column, where, results, out)
         _fit_curves(given, law, num_bootstrap, confidence, console)
         return
+    if law == STEP_LAW:
+        refuse_options(objective, delta, compare)
+    from landscape_ray.analysis.optima import fit_step_table
     from landscape_ray.laws import Objective
     from landscape_ray.reports.fit_page import write_page
     from landscape_ray.reports.law_tables import scaling_tables
 
     with _working(console, "reading the runs") as say:
         table, folder = _table(sources, experiment, tracking_uri, column, where, results, non_embedding)
-        found = fit_table(
-            law,
-            table,
-            objective=Objective.of(objective, delta),
-            fix=_numbers("--fix", fix),
-            candidates=compare or (),
-            num_bootstrap=num_bootstrap,
-            confidence=confidence,
-            seed=seed,
-            command=_command(),
-            progress=say,
-        )
+        options: dict[str, Any] = {
+            "fix": _numbers("--fix", fix),
+            "num_bootstrap": num_bootstrap,
+            "confidence": confidence,
+            "seed": seed,
+            "command": _command(),
+            "progress": say,
+        }
+        if law == STEP_LAW:
+            found = fit_step_table(table, **options)
+        else:
+            chosen = Objective.of(objective, delta)
+            found = fit_table(law, table, objective=chosen, candidates=compare or (), **options)
         target = out if out is not None else folder / law.replace(":", ".")
         save(found, table, target)
         say("drawing the page")
         page = write_page(found, target)
     console.print(scaling_tables(found), highlight=False, crop=False)
     console.print(f"saved in {shown(target)}; page: {shown(page)}", highlight=False, soft_wrap=True)
-    console.print(f"next: landscape-ray predict {shown(target)} --set ...", highlight=False, soft_wrap=True)
+    verb = "recommend" if law == STEP_LAW else "predict"
+    console.print(f"next: landscape-ray {verb} {shown(target)} --set ...", highlight=False, soft_wrap=True)
 
 
 def predict(
@@ -164,6 +173,9 @@ def predict(
     from landscape_ray.text import number
 
     found = load(path)
+    if found.law_path == STEP_LAW:
+        predict_step(found, _numbers("--set", values), extrapolate)
+        return
     fitted = found.law
     x = query(fitted, _numbers("--set", values))
     expected = predict_points(fitted, found.fit, {k: [v] for k, v in x.items()}, allow_extrapolation=extrapolate)
@@ -177,13 +189,17 @@ def predict(
         highlight=False,
         soft_wrap=True,
     )
-    _warn(console, expected.warnings)
+    warn(console, expected.warnings)
 
 
 def recommend(
     source: Annotated[
         str | None,
-        typer.Argument(metavar="[FIT]", help="Folder of a fit over N and D, or a sweep: then the best schedule."),
+        typer.Argument(metavar="[FIT]", help="Fit over N and D, or of step_law; or a sweep: then the best schedule."),
+    ] = None,
+    values: Set = None,
+    step_law: Annotated[
+        Path | None, typer.Option("--with", metavar="FIT", help="Fit of step_law: also learning rate and batch.")
     ] = None,
     flops: Annotated[float | None, typer.Option(help="Budget of training FLOPs.")] = None,
     hours: Annotated[float | None, typer.Option(help="Budget of time, with --flops-per-second.")] = None,
@@ -197,13 +213,18 @@ def recommend(
     extrapolate: Extrapolate = False,
     results: Results = DEFAULT_RESULTS,
 ) -> None:
-    """Say what to train for a budget: size and tokens with intervals and regret; of a sweep, the best schedule."""
+    """Say what to train: size and tokens for a budget, learning rate and batch for --set N=.. D=.., or a schedule."""
     from landscape_ray.analysis.recommend import recommend_size
     from landscape_ray.analysis.scaling import load
     from landscape_ray.reports.law_tables import recommendation_text
 
     path = _fit_path(source, results)
     if path is None:
+        if values or step_law:
+            raise UserError(
+                f"--set and --with need a saved fit, got the sweep '{source or 'newest'}'; make one with "
+                "`landscape-ray fit SOURCE --law step_law`"
+            )
         if flops or hours or tokens:
             raise UserError(
                 f"a budget needs a fit over N and D, got '{source or 'newest sweep'}'; make one with "
@@ -211,8 +232,20 @@ def recommend(
             )
         _recommend_schedule(source, law, num_steps, family, results)
         return
+    fitted = load(path)
+    if fitted.law_path == STEP_LAW:
+        if flops or hours or tokens or step_law:
+            raise UserError(
+                "a budget needs a fit over N and D, with that of step_law as --with; for one N and D take --set N=.. "
+                "--set D=.."
+            )
+        recommend_step(fitted, _numbers("--set", values), extrapolate)
+        return
+    if values:
+        raise UserError(f"--set is for fits of step_law, got one of '{fitted.law_path}'; give --flops, or predict")
+    beside = None if step_law is None else load_step(step_law)
     found = recommend_size(
-        load(path),
+        fitted,
         flops=flops,
         seconds=None if hours is None else 3600 * hours,
         flops_per_second=flops_per_second,
@@ -221,7 +254,10 @@ def recommend(
     )
     console = new_console()
     console.print(recommendation_text(found), highlight=False, soft_wrap=True)
-    _warn(console, found.allocation.warnings)
+    warn(console, found.allocation.warnings)
+    if beside is not None:
+        best = found.allocation
+        recommend_step(beside, {"N": best.num_params.value, "D": best.num_tokens.value}, extrapolate)
 
 
 class _Curves(NamedTuple):
@@ -284,7 +320,7 @@ def _predict_schedule(
 
     forecast = forecast_schedule(_curve_fit(sweep, law, results)[1], schedule=schedule, **shape)
     console.print(forecast.sentence, highlight=False, soft_wrap=True)
-    _warn(console, forecast.warnings)
+    warn(console, forecast.warnings)
 
 
 def _recommend_schedule(sweep: str | None, law: str, num_steps: int | None, family: str, results: Path) -> None:
@@ -305,7 +341,7 @@ def _recommend_schedule(sweep: str | None, law: str, num_steps: int | None, fami
     )
     console = new_console()
     console.print(schedule_text(best, fitted), highlight=False, markup=False, soft_wrap=True)
-    _warn(console, best.warnings)
+    warn(console, best.warnings)
 
 
 def _curve_fit(sweep: str | None, law: str, results: Path) -> tuple[SweepFolder, SweepFit]:
@@ -409,8 +445,3 @@ def _working(console: Console, first: str) -> Iterator[Callable[[str], None]]:
     """Show what is being done."""
     with console.status(f"{first} ...") as status:
         yield lambda news: status.update(f"{news} ...")
-
-
-def _warn(console: Console, warnings: tuple[str, ...]) -> None:
-    for warning in warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False, soft_wrap=True)

@@ -155,3 +155,9 @@ def save_study(figure: Figure, numbers: Mapping[str, object], out: Path, console
     write_atomic(out / f"{figure.key}.png", render(figure))
     console.print(figure.takeaway, highlight=False, soft_wrap=True)
     console.print(f"figure: {shown(out / f'{figure.key}.png')}", highlight=False, soft_wrap=True)
+
+
+def warn(console: Console, warnings: tuple[str, ...]) -> None:
+    """Print warnings, one a line."""
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False, soft_wrap=True)

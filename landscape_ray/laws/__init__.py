@@ -46,6 +46,7 @@ from landscape_ray.laws.optima.batch import (
     stable_edge,
     steps_to_loss,
 )
+from landscape_ray.laws.optima.flatness import Excess, FlatRegion, excess, flat_region
 from landscape_ray.laws.optima.power import BATCH_POWER, LR_HORIZON, LR_HORIZON_SIZE, LR_POWER, fit_optima
 from landscape_ray.laws.optima.regret import Regret, leave_one_group_out, regret
 from landscape_ray.laws.optima.sensitivity import Sensitivity, lr_sensitivity
@@ -151,7 +152,9 @@ __all__ = [
     "CriticalBatch",
     "Curve",
     "CurveSet",
+    "Excess",
     "FitResult",
+    "FlatRegion",
     "Forecast",
     "Ladder",
     "LadderPrediction",
@@ -174,6 +177,7 @@ __all__ = [
     "best_schedule",
     "calibrate",
     "convex_bound",
+    "excess",
     "fit",
     "fit_annealing",
     "fit_critical_batch",
@@ -184,6 +188,7 @@ __all__ = [
     "fit_multi_power",
     "fit_optima",
     "fit_step_law",
+    "flat_region",
     "grid",
     "group_optima",
     "leave_one_group_out",

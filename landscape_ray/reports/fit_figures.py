@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from landscape_ray.analysis.scaling import ScalingFit
 from landscape_ray.laws import predict_points
 from landscape_ray.laws.core.predict import samples_of
+from landscape_ray.laws.optima.surface import NAME as STEP_LAW
 from landscape_ray.laws.trust.holdout import sizes_of
+from landscape_ray.reports import step_figures
 from landscape_ray.reports.figures import Axis, Figure, Panel, Series, sequential, series
 from landscape_ray.text import number, percent
 
@@ -26,7 +28,8 @@ BEYOND = 10.0
 
 def figures(found: ScalingFit) -> list[Figure]:
     """Return all figures of a law: through its points, measured against fitted, residuals over every variable."""
-    return [law_figure(found), agreement_figure(found), *residual_figures(found)]
+    of_law = step_figures.figures(found) if found.law_path == STEP_LAW else [law_figure(found)]
+    return [*of_law, agreement_figure(found), *residual_figures(found)]
 
 
 def law_figure(found: ScalingFit) -> Figure:

@@ -32,9 +32,9 @@ def render(found: ScalingFit) -> str:
     drawn = figures(found)
     by_key = {figure.key: figure for figure in drawn}
     bodies = {
-        "law": block(by_key["law"]) + fit_section.parameters(found.fit, found.law),
-        "measured": "".join(block(figure) for figure in drawn if figure.key != "law"),
-        "unseen": fit_section.beyond(found),
+        "law": block(by_key["law"]) + fit_section.numbers(found),
+        "measured": "".join(block(figure) for figure in drawn if figure.key not in ("law", "regret")),
+        "unseen": fit_section.beyond(found) + (block(by_key["regret"]) if "regret" in by_key else ""),
         "record": fit_section.record(found.fit) + fit_section.excluded(found.excluded),
     }
     facts = ["landscape_ray law", found.source, found.law.name]

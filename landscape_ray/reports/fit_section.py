@@ -8,7 +8,9 @@ from html import escape
 from landscape_ray import text
 from landscape_ray.analysis.scaling import ScalingFit
 from landscape_ray.laws import FitResult, Law
+from landscape_ray.laws.optima.surface import NAME as STEP_LAW
 from landscape_ray.laws.trust.checklist import SECTIONS, from_plain
+from landscape_ray.reports import step_tables
 from landscape_ray.reports.law_section import STATUS_SENTENCE
 from landscape_ray.reports.markup import table, warnings
 
@@ -23,7 +25,7 @@ def summary(found: ScalingFit) -> str:
     return (
         f'<p class="lead"><code>{escape(law.formula)}</code></p>'
         f"<p>{escape(law.reference)}. Fitted to {text.plural(fit.data['num_points'], 'point')} of "
-        f"{text.plural(len(fit.data['runs']), 'run')} from {escape(found.source)}, by "
+        f"{text.plural(len(set(found.run_ids)), 'run')} from {escape(found.source)}, by "
         f"{escape(objective['name'].replace('_', ' '))}{delta} of {escape(objective['of'])}.</p>"
         f"{verdict(fit)}"
     )
@@ -44,6 +46,18 @@ def verdict(fit: FitResult) -> str:
         f"<p>{counts.get('warning', 0)} warnings, {counts.get('unknown', 0)} unknowns and {counts.get('ok', 0)} items "
         "without objection in the record below.</p>"
         f"{warnings('Read before use', [*fit.reasons, *fit.warnings])}"
+    )
+
+
+def numbers(found: ScalingFit) -> str:
+    """Return what a law says in numbers: its parameters; of the step law the power products first."""
+    own = parameters(found.fit, found.law)
+    if found.law_path != STEP_LAW:
+        return own
+    head, rows = step_tables.products(found)
+    return (
+        f"{table(head, rows, texts=(0, 3))}"
+        f"<details><summary>Parameters of the surface, with the floor of every group</summary>{own}</details>"
     )
 
 
@@ -99,7 +113,7 @@ def section(found: ScalingFit) -> str:
     """Return the text of a law as a part of a report; its record unfolds."""
     title = (found.law.title or found.law.name).capitalize()
     return (
-        f"<h3>{escape(title)}</h3>{summary(found)}{parameters(found.fit, found.law)}"
+        f"<h3>{escape(title)}</h3>{summary(found)}{numbers(found)}"
         f"<p>Forecast from the other runs:</p>{beyond(found)}"
         f"<details><summary>How it was made and checked</summary>{record(found.fit)}</details>"
         f"{excluded(found.excluded)}"

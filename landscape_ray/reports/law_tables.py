@@ -10,6 +10,12 @@ from landscape_ray.analysis.recommend import Recommendation
 from landscape_ray.analysis.scaling import ScalingFit
 from landscape_ray.laws import LAWS, BestSchedule
 from landscape_ray.laws.decisions import Quantity
+from landscape_ray.laws.optima.batch import CRITICAL_BATCH_TOKENS
+from landscape_ray.laws.optima.surface import FORMULA as STEP_FORMULA
+from landscape_ray.laws.optima.surface import NAME as STEP_LAW
+from landscape_ray.laws.optima.surface import REFERENCE as STEP_REFERENCE
+from landscape_ray.laws.optima.surface import TITLE as STEP_TITLE
+from landscape_ray.reports import step_tables
 from landscape_ray.reports.terminal import STATUS_STYLE, left_out_text
 from landscape_ray.tables import TextTable
 from landscape_ray.text import duration, lr, number, percent
@@ -18,6 +24,9 @@ from landscape_ray.text import duration, lr, number, percent
 def scaling_tables(found: ScalingFit) -> RenderableType:
     """Return a fit as its parameters, its forecasts beyond the fitted range, and what to know before use."""
     fit = found.fit
+    if found.law_path == STEP_LAW:
+        head, body = step_tables.opening(found)
+        return Group(*head, body, *_remarks(found))
     headline = Text.assemble(
         (f"{found.law.name} law of {found.source}: ", "bold"),
         (fit.status, STATUS_STYLE[fit.status]),
@@ -29,6 +38,12 @@ def scaling_tables(found: ScalingFit) -> RenderableType:
         between = fit.intervals.get(name)
         text = f"{number(between[0])} to {number(between[1])}" if between else "given" if name in fit.fixed else ""
         parameters.add_row(name, number(value, 5), text, found.law.parameter(name).meaning)
+    return Group(headline, formula, parameters, *_remarks(found))
+
+
+def _remarks(found: ScalingFit) -> list[Text]:
+    """Return the forecasts beyond what was fitted, and what to know before use."""
+    fit = found.fit
     beyond = [Text(f"held out: {one}") for one in found.rollouts]
     notes = [Text(f"not certified: {reason}", style="yellow") for reason in fit.reasons]
     notes += [Text(f"warning: {warning}", style="yellow") for warning in fit.warnings]
@@ -38,7 +53,7 @@ def scaling_tables(found: ScalingFit) -> RenderableType:
         if item.verdict in ("warning", "refusal") and item.section in "BCDE" and item.name != "optimum" and item.remark
     ]
     left = [Text(left_out_text(found.excluded), style="dim")] if found.excluded else []
-    return Group(headline, formula, parameters, *beyond, *notes, *left)
+    return [*beyond, *notes, *left]
 
 
 def recommendation_text(found: Recommendation) -> str:
@@ -91,6 +106,8 @@ def law_table() -> TextTable:
     )
     for law in LAWS.values():
         table.add_row(law.name, law.formula, law.title, law.reference)
+        if law is CRITICAL_BATCH_TOKENS:
+            table.add_row(STEP_LAW, STEP_FORMULA, STEP_TITLE, STEP_REFERENCE)
     return table
 
 

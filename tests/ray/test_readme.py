@@ -93,6 +93,32 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def write_grid(path: Path) -> None:
+    """Write runs over learning rate and batch at six pairs of N and D, around a known optimum."""
+    lines = ["N,D,lr,sequences,updates,loss"]
+    for n, d in itertools.product((1e8, 3e8, 9e8), (5e9, 2e10)):
+        for i, j in itertools.product(range(-2, 3), repeat=2):
+            u, v = 0.4 * i + 0.03, 0.5 * j - 0.02
+            batch = max(1, round(0.58 * d**0.571 * 2.71828**v / 2048))
+            lr = 1.79 * n**-0.713 * d**0.307 * 2.71828**u
+            loss = (1.7 + 400 * n**-0.34 + 400 * d**-0.28) * (1 + 0.006 * u * u + 0.004 * v * v - 0.002 * u * v)
+            lines.append(
+                f"{n!r},{d!r},{lr!r},{batch},{round(d / batch / 2048)},{loss + 1e-3 * ((7 * i + 3 * j) % 5 - 2)!r}"
+            )
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_learning_rate_and_batch(tmp_path: Path) -> None:
+    """The lines of README on the step law, without Ray."""
+    write_grid(tmp_path / "grid.csv")
+    (bash,) = [text for text in blocks("bash") if "step_law" in text]
+    lines = [line for line in bash.splitlines() if "step_law" in line and "chinchilla" not in line]
+    assert [line.split()[1] for line in lines] == ["fit", "predict", "recommend"]
+    said = run([f"{line} --num-bootstrap 40" if " fit " in line else line for line in lines], tmp_path)
+    assert "peak_lr = " in said
+    assert "above the lowest loss" in said
+
+
 @pytest.mark.acceptance
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session", "ready_store")
@@ -123,6 +149,7 @@ def test_the_three_jobs(
         for i, (n, d) in enumerate((n, d) for n in sizes for d in tokens)
     ]
     (tmp_path / "runs.csv").write_text("params_m,tokens,loss\n" + "".join(f"{n!r},{d!r},{y!r}\n" for n, d, y in runs))
+    write_grid(tmp_path / "grid.csv")
     address = ray.get_runtime_context().gcs_address
     setup, *jobs = blocks("bash")
     assert [line.split()[0] for line in setup.splitlines()] == ["scripts/quickstart", "scripts/test"]

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from landscape_ray.errors import UserError
 from landscape_ray.laws.core.fit import fit
+from landscape_ray.laws.core.law import Law
 from landscape_ray.laws.core.objective import Objective
 from landscape_ray.laws.core.points import Points
 from landscape_ray.laws.core.predict import FLAG_FACTOR, REFUSE_FACTOR, samples_of
 from landscape_ray.laws.core.result import FitResult
 from landscape_ray.laws.optima.regret import Regret, Rule, regret
-from landscape_ray.laws.optima.surface import best_point, centre, rise, surface
+from landscape_ray.laws.optima.surface import best_point, centre, offsets, rise, surface, valley
 from landscape_ray.laws.optima.sweep import Sweep
 
 Array: TypeAlias = NDArray[np.float64]
@@ -36,9 +37,11 @@ WINDOW = 0.01
 MIN_GROUPS = 5
 """From this many groups on they are what the bootstrap resamples: a group is off the power product as a whole."""
 
-_VALLEY_STEPS = 8
-_NEAR = np.linspace(-0.5, 0.5, 101)
-"""How the best learning rate of a given batch is looked for: in steps from the best batch, within e^0.5 in each."""
+ON_LINE = 0.05
+"""Scatter of log D around a line over log N below which horizon and size cannot be told apart."""
+
+OFF_LINE = 1.5
+"""Factor in D off that line from which on a recommendation says so."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -91,13 +94,18 @@ class StepLaw:
     fit: FitResult
 
     def __post_init__(self) -> None:
-        if "groups" not in self.fit.data:
+        if "surface" not in self.fit.data:
             raise UserError(f"fit must be one of fit_step_law, got a fit of '{self.fit.law}'; fit the sweep")
 
     @property
     def groups(self) -> tuple[tuple[float, float], ...]:
         """The pairs (N, D) that were fitted."""
         return tuple((float(n), float(d)) for n, d in self.fit.data["groups"])
+
+    @property
+    def law(self) -> Law:
+        """The surface that was fitted."""
+        return surface(self.groups, **self.fit.data["surface"])
 
     @property
     def lr(self) -> PowerProduct:
@@ -152,8 +160,7 @@ class StepLaw:
         Raises:
             UserError: far outside what was fitted, or a batch where none was swept.
         """
-        warnings = [f"weak_fit: {'; '.join(self.fit.reasons)}"] if self.fit.status == "weak" else []
-        warnings += self._range_warnings(N, D, allow_extrapolation)
+        warnings = self.range_warnings(N, D, allow_extrapolation)
         n0, d0 = centre(self.groups)
         size, horizon = np.log(N / n0), np.log(D / d0)
         best = {name: np.array([value]) for name, value in self.fit.parameters.items()}
@@ -177,21 +184,44 @@ class StepLaw:
             warnings=tuple(warnings),
         )
 
-    def _range_warnings(self, N: float, D: float, allow_extrapolation: bool) -> list[str]:
-        warnings = []
+    def range_warnings(self, N: float, D: float, allow_extrapolation: bool = False) -> list[str]:
+        """Return in what respect a run lies outside what was fitted.
+
+        Raises:
+            UserError: far outside: 100 times, or 10 times where all runs had one value, or D off the line of the runs.
+        """
+        warnings = [f"weak_fit: {'; '.join(self.fit.reasons)}"] if self.fit.status == "weak" else []
         for name, value, fitted in zip(("N", "D"), (N, D), zip(*self.groups, strict=True), strict=True):
             if not (np.isfinite(value) and value > 0):
                 raise UserError(f"{name} must be finite and > 0, got {value}; give the run's own")
             factor = max(value / max(fitted), min(fitted) / value)
-            if factor > REFUSE_FACTOR and not allow_extrapolation:
+            one = len(set(fitted)) == 1
+            limit = FLAG_FACTOR if one else REFUSE_FACTOR
+            if factor > limit and not allow_extrapolation:
                 raise UserError(
-                    f"{name} must lie within {REFUSE_FACTOR:g} times the fitted range [{min(fitted):.4g}, "
-                    f"{max(fitted):.4g}], got {value:.4g}; sweep larger runs, or allow the extrapolation"
+                    f"{name} must lie within {limit:g} times the fitted range [{min(fitted):.4g}, {max(fitted):.4g}], "
+                    f"got {value:.4g}; "
+                    + (f"sweep a second {name}, so that an exponent is known" if one else "sweep larger runs")
+                    + ", or allow the extrapolation"
                 )
             if factor > FLAG_FACTOR:
                 warnings.append(f"extrapolation: {name} is {factor:.0f} times outside what was fitted")
-            elif factor > 1 and len(set(fitted)) == 1:
+            elif factor > 1 and one:
                 warnings.append(f"one_{name}: all runs had {name} {fitted[0]:g}; the optimum is taken to be the same")
+        if (slope := self.fit.data["line"]) is not None:
+            n0, d0 = centre(self.groups)
+            usual = d0 * (N / n0) ** slope
+            off = max(D / usual, usual / D)
+            if off > FLAG_FACTOR and not allow_extrapolation:
+                raise UserError(
+                    f"D must lie within {FLAG_FACTOR:g} times the {usual:.4g} that go with N {N:.4g} in the fitted "
+                    f"runs, got {D:.4g}; sweep a second D at one N, or allow the extrapolation"
+                )
+            if off > OFF_LINE:
+                warnings.append(
+                    f"one_line: the fitted runs have D {usual:.3g} at N {N:.3g}; the optimum of D {D:.3g} is taken to "
+                    "be the same"
+                )
         return warnings
 
     def __str__(self) -> str:
@@ -229,7 +259,8 @@ def fit_step_law(
         seed: of the bootstrap.
 
     Raises:
-        UserError: an option out of range, too few learning rates or runs, or a surface without a lowest point.
+        UserError: an option out of range, too few learning rates or runs, batches that differ between N and D only, or
+            a surface without a lowest point.
 
     >>> lr, n = (a.ravel() for a in np.meshgrid(np.geomspace(1e-4, 1e-1, 9), [1e6, 1e7, 1e8]))
     >>> best = 2.0 * n**-0.5
@@ -252,18 +283,25 @@ def fit_step_law(
             f"lr must have three different values among the runs within {window:.1%} of the best, got "
             f"{len(np.unique(lr))}; sweep more finely, or widen the window"
         )
-    law = surface(
-        groups,
-        _search_range(lr, np.asarray(sweep.excess)[sweep.excess <= window]),
-        None if batch is None else _search_range(batch, np.asarray(sweep.excess)[sweep.excess <= window]),
-        order=order,
-        batch_by_size=batch_by_size,
-    )
+    if batch is not None and not batch_varies(kept):
+        raise UserError(
+            "batch must have three different values at one N and D among the runs within "
+            f"{window:.1%} of the best, got fewer in all groups; sweep it at an equal number of tokens, or leave it out"
+        )
+    best = np.asarray(sweep.excess)[sweep.excess <= window] == 0
+    line = _line(groups)
+    shape: dict[str, Any] = {
+        "lr": _search_range(lr, best),
+        "batch": None if batch is None else _search_range(batch, best),
+        "order": order,
+        "batch_by_size": batch_by_size,
+        "by_horizon": line is None,
+    }
     by_group = resample == "groups" or (resample == "auto" and len(groups) >= MIN_GROUPS)
     names = [f"N {n:g} D {d:g}" for n, d in zip(kept.sizes, kept.horizons, strict=True)] if by_group else kept.run_ids
     columns = {"N": kept.sizes, "D": kept.horizons, "lr": lr} | ({} if batch is None else {"batch": batch})
     result = fit(
-        law,
+        surface(groups, **shape),
         Points(columns, kept.loss, names),
         objective=Objective("least_squares"),
         num_bootstrap=num_bootstrap,
@@ -277,23 +315,62 @@ def fit_step_law(
             "the loss must have a lowest point over learning rate and batch, got a surface without one; sweep wider, "
             "so that the loss rises on all sides"
         )
-    return StepLaw(
-        dataclasses.replace(
-            result,
-            warnings=(*result.warnings, *sweep.warnings(), *_outside(sweep, StepLaw(_with_groups(result, groups)))),
-            data=_with_groups(result, groups).data | {"window": window, "num_left_out": len(sweep) - len(kept)},
+    away = offsets(columns, p, *centre(groups))
+    record = {
+        "groups": [list(pair) for pair in groups],
+        "surface": shape,
+        "line": line,
+        "window": window,
+        "num_left_out": len(sweep) - len(kept),
+        "offsets": {name: [float(np.min(v)), float(np.max(v))] for name, v in zip("uv", away, strict=True)},
+    }
+    law = StepLaw(dataclasses.replace(result, data=result.data | record))
+    warnings = (*result.warnings, *sweep.warnings(), *_outside(sweep, law), *_unidentified(groups, line))
+    return StepLaw(dataclasses.replace(law.fit, warnings=warnings))
+
+
+def batch_varies(sweep: Sweep) -> bool:
+    """Return whether runs of one N and D have three different batches somewhere, which the best batch needs."""
+    if sweep.batch is None:
+        return False
+    batch = np.asarray(sweep.batch)
+    return any(len(np.unique(batch[rows])) >= 3 for rows in sweep.groups.values())
+
+
+def _line(groups: list[tuple[float, float]]) -> float | None:
+    """Return k where D goes as N^k in all groups, so that the exponents of size and horizon cannot be told apart."""
+    size, horizon = np.log(np.array(groups)).T
+    size, horizon = size - size.mean(), horizon - horizon.mean()
+    if not (size.any() and horizon.any()):
+        return None
+    slope = float(size @ horizon / (size @ size))
+    return slope if float(np.std(horizon - slope * size)) < ON_LINE else None
+
+
+def _unidentified(groups: list[tuple[float, float]], line: float | None) -> list[str]:
+    """Return what the groups cannot tell about the exponents."""
+    sizes, horizons = (sorted(set(axis)) for axis in zip(*groups, strict=True))
+    found = [
+        f"one_{name}: all runs have {name} {values[0]:g}; how the optimum changes with {name} is not known"
+        for name, values in (("N", sizes), ("D", horizons))
+        if len(values) == 1 and values[0] != 1
+    ]
+    if line is not None:
+        found.append(
+            f"one_line: D goes as N^{line:.2g} in all groups, so that the exponents of N and D cannot be told apart; "
+            "those of N stand for both, along that line only"
         )
-    )
+    if 1 < len(groups) < MIN_GROUPS:
+        found.append(
+            f"few_groups: the exponents come from {len(groups)} pairs of N and D; their intervals hold the noise of "
+            "the runs, not what the power law misses"
+        )
+    return found
 
 
-def _with_groups(result: FitResult, groups: list[tuple[float, float]]) -> FitResult:
-    return dataclasses.replace(result, data=result.data | {"groups": [list(pair) for pair in groups]})
-
-
-def _search_range(values: Array, excess: Array) -> tuple[float, float, float]:
+def _search_range(values: Array, best: NDArray[np.bool_]) -> tuple[float, float, float]:
     """Return smallest value, geometric mean of the best runs, and largest value."""
-    best = values[excess == 0]
-    return float(values.min()), float(np.exp(np.log(best).mean())), float(values.max())
+    return float(values.min()), float(np.exp(np.log(values[best]).mean())), float(values.max())
 
 
 def _choice(p: dict[str, Array], size: float, horizon: float, batch: float | None) -> tuple[Array, Any, Any]:
@@ -309,18 +386,8 @@ def _choice(p: dict[str, Array], size: float, horizon: float, batch: float | Non
     if not (np.isfinite(batch) and batch > 0):
         raise UserError(f"batch must be finite and > 0, got {batch}; give it in the unit of D")
     away = np.log(batch) - log_batch
-    # The third order turns down far out: the valley that belongs to the optimum is followed from there, step by step.
-    u = np.zeros_like(log_lr)
-    at = {name: values[:, None] for name, values in p.items()}
-    for share in np.linspace(0, 1, _VALLEY_STEPS + 1)[1:]:
-        near = u[:, None] + _NEAR
-        lowest = np.argmin(rise(at, near, share * away[:, None]), axis=1)
-        u = near[np.arange(len(u)), lowest]
-    step = _NEAR[1] - _NEAR[0]
-    left, middle, right = (rise(p, u + shift, away) for shift in (-step, 0.0, step))
-    bend = left - 2 * middle + right
-    u = u + np.where(bend > 0, 0.5 * step * (left - right) / np.where(bend > 0, bend, 1.0), 0.0)
-    return log_lr + u, np.full_like(log_lr, np.log(batch)), rise(p, u, away)
+    u, cost = valley(p, away)
+    return log_lr + u, np.full_like(log_lr, np.log(batch)), cost
 
 
 def _outside(sweep: Sweep, law: StepLaw) -> list[str]:
@@ -334,6 +401,6 @@ def _outside(sweep: Sweep, law: StepLaw) -> list[str]:
             if not tried.min() <= product(n, d) <= tried.max():
                 found.append(
                     f"outside_sweep: the best {name} of N {n:g}, D {d:g} would be {product(n, d):.3g}, outside what "
-                    f" was tried, [{tried.min():.3g}, {tried.max():.3g}]"
+                    f"was tried, [{tried.min():.3g}, {tried.max():.3g}]"
                 )
     return found

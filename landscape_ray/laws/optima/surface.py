@@ -25,6 +25,11 @@ import numpy as np
 
 from landscape_ray.laws.core.law import Law, Parameter, Variable, linear, nonlinear
 
+NAME = "step_law"
+TITLE = "best learning rate and batch over size and tokens"
+FORMULA = "lr* = c N^-p D^q, B* = k N^-r D^s"
+REFERENCE = "after Li et al. 2025, arXiv 2503.04715, and Bjorck et al. 2024, arXiv 2409.19913"
+
 SIZE = Variable("N", "parameters", "model size", min_distinct=1)
 TOKENS = Variable("D", "tokens", "number of training tokens", min_distinct=1)
 LR = Variable("lr", "", "peak learning rate", min_distinct=3)
@@ -35,6 +40,10 @@ _SHAPE = (("a", 2, 0), ("c", 1, 1), ("b", 0, 2), ("uuu", 3, 0), ("uuv", 2, 1), (
 
 _FACTORIAL = (1.0, 1.0, 2.0, 6.0)
 
+_VALLEY_STEPS = 8
+_NEAR = np.linspace(-0.5, 0.5, 101)
+"""How the best learning rate of a given batch is looked for: in steps from the best batch, within e^0.5 in each."""
+
 
 def surface(
     groups: Sequence[tuple[float, float]],
@@ -43,6 +52,7 @@ def surface(
     *,
     order: int = 3,
     batch_by_size: bool = True,
+    by_horizon: bool = True,
 ) -> Law:
     """Return the surface over these groups as a law.
 
@@ -52,15 +62,17 @@ def surface(
         batch: the same of B0; None leaves the batch out.
         order: 2 or 3.
         batch_by_size: whether the best batch may depend on the size.
+        by_horizon: whether the optimum may depend on the horizon beside the size; not where one follows the other.
     """
     pairs = [(float(n), float(d)) for n, d in groups]
     n0, d0 = centre(pairs)
     sizes, horizons = (len(set(axis)) for axis in zip(*pairs, strict=True))
     inner = [nonlinear("lr0", "best learning rate at N0, D0", lr[0], lr[2], log=True, starts=_around(lr))]
-    inner += _exponents(("p", sizes > 1, 0.5), ("q", horizons > 1, 0.2), "the best learning rate")
+    known = horizons > 1 and by_horizon
+    inner += _exponents(("p", sizes > 1, 0.5), ("q", known, 0.2), "the best learning rate")
     if batch is not None:
         inner.append(nonlinear("B0", "best batch at N0, D0", batch[0], batch[2], log=True, starts=_around(batch)))
-        inner += _exponents(("r", sizes > 1 and batch_by_size, 0.0), ("s", horizons > 1, 0.5), "the best batch")
+        inner += _exponents(("r", sizes > 1 and batch_by_size, 0.0), ("s", known, 0.5), "the best batch")
     shape = [row for row in _SHAPE if row[1] + row[2] <= order and (batch is not None or row[2] == 0)]
     # A cubic has a second stationary point with the same residuals, a top or a saddle: curvatures are not negative.
     bowl = [linear(name, "shape of the bowl", free=name not in ("a", "b"), normalised=False) for name, _, _ in shape]
@@ -88,10 +100,12 @@ def surface(
         return (*found, *({} for _ in pairs))
 
     return Law(
-        name="lr_batch_surface" if batch is not None else "lr_surface",
-        title="loss around the best learning rate and batch",
-        formula="log L = floor(N, D) + a u^2/2 + c u v + b v^2/2 + third order, u = log(lr/lr*), v = log(B/B*)",
-        reference="after Li et al. 2025, arXiv 2503.04715, and Bjorck et al. 2024, arXiv 2409.19913",
+        name=NAME,
+        title=TITLE,
+        formula=f"{FORMULA}; log L = floor(N, D) + bowl(log lr/lr*, log B/B*)"
+        if batch is not None
+        else "log L = floor(N, D) + a u^2/2 + third order, u = log(lr/lr*), lr* = lr0 (N/N0)^-p (D/D0)^q",
+        reference=REFERENCE,
         variables=(SIZE, TOKENS, LR, BATCH) if batch is not None else (SIZE, TOKENS, LR),
         parameters=(*inner, *bowl, *floors),
         columns=columns,
@@ -133,6 +147,28 @@ def offsets(x: Mapping[str, Any], p: Mapping[str, Any], n0: float, d0: float) ->
 def rise(p: Mapping[str, Any], u: Any, v: Any) -> Any:
     """Return how much higher log L is at (u, v) than at the optimum."""
     return sum(p[name] * _power(u, i) * _power(v, j) for name, i, j in _SHAPE if name in p)
+
+
+def valley(p: Mapping[str, Any], away: Any) -> tuple[Any, Any]:
+    """Return the log lr (s,), from the best, that is best at a batch away from the best, and how much log L rises.
+
+    The third order turns down far out: the valley that belongs to the optimum is followed from there, step by step.
+
+    Args:
+        p: parameters (s,) or of shapes that broadcast to it.
+        away: (s,) logarithm of the batch over the best one.
+    """
+    u = np.zeros(np.broadcast_shapes(np.shape(away), np.shape(p["a"])))
+    at = {name: np.asarray(values)[..., None] for name, values in p.items()}
+    for share in np.linspace(0, 1, _VALLEY_STEPS + 1)[1:]:
+        near = u[:, None] + _NEAR
+        lowest = np.argmin(rise(at, near, share * np.asarray(away)[..., None]), axis=1)
+        u = near[np.arange(len(u)), lowest]
+    step = _NEAR[1] - _NEAR[0]
+    left, middle, right = (rise(p, u + shift, away) for shift in (-step, 0.0, step))
+    bend = left - 2 * middle + right
+    u = u + np.where(bend > 0, 0.5 * step * (left - right) / np.where(bend > 0, bend, 1.0), 0.0)
+    return u, rise(p, u, away)
 
 
 def _power(u: Any, exponent: int) -> Any:
