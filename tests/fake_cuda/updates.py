@@ -14,6 +14,7 @@ from fake_cuda import device
 device.load(Path(sys.argv[1]))
 
 import numpy as np  # noqa: E402 - torch comes after what autograd needs
+
 from landscape_ray.config import parse  # noqa: E402
 from landscape_ray.data import TextData  # noqa: E402
 from landscape_ray.records import StepRecord  # noqa: E402
@@ -28,9 +29,7 @@ CONFIG: dict[str, Any] = {
     "schedule": {"name": "cosine", "peak_lr": 0.01, "warmup_steps": 2},
     "eval": {"every_steps": 1000, "num_batches": 1, "batch_size": 1},
 }
-OPTIMIZERS = ("adamw", "sgd", "muon")
 CLIPPINGS = ("none", "norm", "coordinate", "auto")
-PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def updates(record: device.Record, **values: Any) -> dict[str, Any]:
@@ -51,7 +50,8 @@ def updates(record: device.Record, **values: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with device.fake_cuda() as record:
-        cases = [(o, c, "bfloat16") for o in OPTIMIZERS for c in CLIPPINGS] + [("adamw", "norm", p) for p in PRECISIONS]
+        cases = [("adamw", c, "bfloat16") for c in CLIPPINGS] + [("adamw", "norm", p) for p in ("float32", "float16")]
+        cases += [("sgd", "norm", "bfloat16"), ("muon", "norm", "bfloat16"), ("muon", "auto", "float32")]
         found = {
             f"{optimizer} {clipping} {precision}": updates(
                 record, optimizer={"name": optimizer}, clipping={"name": clipping}, precision=precision
