@@ -38,7 +38,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, targets, partitions, count = ctx.saved_tensors
         scales = torch.where(targets != IGNORED, gradient / count, 0.0)[:, None]

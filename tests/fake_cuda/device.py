@@ -1,6 +1,6 @@
 """A CUDA device that is not there: code for CUDA runs on tensors without values, and what it does is written down.
 
-PyTorch's FakeTensorMode knows shape, type and device of every result and computes nothing. Operands on different devices
+PyTorch's FakeTensorMode knows shape, type and device of every result and computes nothing. Operands on two devices
 raise as on a GPU, and a read of a value on the device is seen: there the host would wait. `load` makes autograd work on
 such tensors in builds without CUDA; it must be called before torch is imported, and changes what this process takes
 for its accelerator, so that all of this runs in processes of its own.
