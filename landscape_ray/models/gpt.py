@@ -146,7 +146,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return attention of x (B, T, width), same shape; with stacked parameters of (K, B, T, width)."""
         T = x.shape[-2]
-        q, k, v = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, -1).unbind(-3)  # (..., T, heads, head_size)
+        # Cut before heads are told apart: the backward pass puts three (B, T, width) together again, and CUDA's kernel
+        # for that knows four axes at most.
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         # members and examples are one batch here: attention has no parameters

@@ -14,6 +14,10 @@ from landscape_ray.config import Model
 from landscape_ray.errors import UserError
 from landscape_ray.registry import resolve
 from landscape_ray.signature import Signature
+from landscape_ray.training.chunked import CHUNKS, mean_cross_entropy
+
+LARGE = 2**20
+"""Elements of outputs from which on a loss goes through them in chunks: smaller ones stay in caches anyway."""
 
 Losses: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Outputs and targets to one loss for each target, flat, float32."""
@@ -141,6 +145,17 @@ class Objective:
             logits = _precise(outputs).flatten(0, -2)
             return F.cross_entropy(logits, targets.flatten(), label_smoothing=self.label_smoothing)
         return self.per_target(outputs, targets).mean()
+
+    def first_order(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the same as a call, to be differentiated once: large outputs are then gone through in chunks."""
+        inputs, targets = batch
+        if self.name == "cross_entropy" and not (self.label_smoothing or self.z_loss or torch.compiler.is_compiling()):
+            outputs = module(inputs)
+            large = outputs.numel() >= LARGE and outputs.dtype == torch.bfloat16  # others need no second copy
+            if large and outputs.requires_grad and outputs.device.type in CHUNKS:
+                return mean_cross_entropy(outputs.flatten(0, -2), targets.flatten())
+            return cross_entropy(outputs, targets, "mean")
+        return self(module, batch)
 
     @torch.no_grad()
     def score(self, outputs: Tensor, targets: Tensor, num_members: int | None = None) -> Score:

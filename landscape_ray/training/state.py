@@ -91,7 +91,7 @@ class TrainState:
         self.diverged: str | None = None
 
     def _loss(self, batch: Batch) -> Tensor:
-        return self.objective(self.module, batch)
+        return self.objective.first_order(self.module, batch)
 
     def _on_device(self, batches: list[Batch]) -> list[Batch]:
         return [(inputs.to(self.device), targets.to(self.device)) for inputs, targets in self.world.part(batches)]

@@ -1,0 +1,61 @@
+"""What updates do on a CUDA device that is not there, as JSON; a process of its own: `updates.py FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fake_cuda import device
+
+device.load(Path(sys.argv[1]))
+
+import numpy as np  # noqa: E402 - torch comes after what autograd needs
+
+from landscape_ray.config import parse  # noqa: E402
+from landscape_ray.data import TextData  # noqa: E402
+from landscape_ray.records import StepRecord  # noqa: E402
+from landscape_ray.training import TrainConfig, TrainState, train  # noqa: E402
+
+CONFIG: dict[str, Any] = {
+    "num_steps": 1000,
+    "batch_size": 4,
+    "device": "cuda",
+    "data": {"context_length": 32, "vocab_size": 512},
+    "model": {"depth": 2, "width": 32, "num_heads": 2, "positions": "learned"},
+    "schedule": {"name": "cosine", "peak_lr": 0.01, "warmup_steps": 2},
+    "eval": {"every_steps": 1000, "num_batches": 1, "batch_size": 1},
+}
+CLIPPINGS = ("none", "norm", "coordinate", "auto")
+
+
+def updates(record: device.Record, **values: Any) -> dict[str, Any]:
+    """Return what the third update of a run does."""
+    config = parse(TrainConfig, {**CONFIG, **values}, "fake")
+    tokens = np.arange(20_000, dtype=np.uint16) % 512
+    state = TrainState.create(config, TextData(tokens, tokens[:2_000], 512, 32))
+    list(train(state, 2))
+    record.clear()
+    records = list(train(state, 3))
+    return {
+        "steps": sum(isinstance(each, StepRecord) for each in records),
+        "waits": record.waits.copy(),
+        "ops": record.table(),
+        "bytes": record.num_bytes,
+    }
+
+
+if __name__ == "__main__":
+    with device.fake_cuda() as record:
+        cases = [("adamw", c, "bfloat16") for c in CLIPPINGS] + [("adamw", "norm", p) for p in ("float32", "float16")]
+        cases += [("sgd", "norm", "bfloat16"), ("muon", "norm", "bfloat16"), ("muon", "auto", "float32")]
+        found = {
+            f"{optimizer} {clipping} {precision}": updates(
+                record, optimizer={"name": optimizer}, clipping={"name": clipping}, precision=precision
+            )
+            for optimizer, clipping, precision in cases
+        }
+    print(json.dumps(found))
