@@ -243,7 +243,7 @@ class SpectralDensityConfig(ProbeTable):
 
 
 class TraceConfig(ProbeTable):
-    """The table [train.probes.trace]: trace and Frobenius norm of the curvature."""
+    """The table [train.probes.trace]: trace of the curvature."""
 
     tolerance: float = Field(default=0.05, gt=0, lt=1)
     """Relative standard error to reach."""
@@ -251,9 +251,13 @@ class TraceConfig(ProbeTable):
     curvature: Curvature = "hessian"
     """Of which matrix; see eigenvalues."""
     method: Literal["auto", "hutchinson", "hutch++", "xtrace"] = "auto"
-    """The estimator; auto: what a few samples say is the cheapest."""
+    """The estimator; auto: what is found to be the cheapest along the run, the trace of the Gauss-Newton matrix and of
+    the rest for a loss that names its likelihood, or what a few samples of the whole say."""
     route: Literal["exact", "finite_difference", "auto"] = "exact"
     """How Hessian-vector products are computed."""
+    frobenius: bool = False
+    """Whether the Frobenius norm is recorded, too, as trace/frobenius, which makes SGD's trace condition of a report
+    sharper. Then the whole matrix is sampled, which takes up to twice as long."""
 
 
 class GGNTraceConfig(ProbeTable):

@@ -22,8 +22,8 @@ from landscape_ray.probes.spectrum.ghost_norms import Tape, verified
 from landscape_ray.probes.spectrum.sign_samples import random_signs, student
 
 EXACT_AT_ONCE = 7.0
-"""What the exact trace may cost, in gradients, to be taken at once: sampling would hardly be cheaper. Sixteen classes on
-a multilayer perceptron, four or five on a convolutional network."""
+"""What the exact trace may cost, in gradients, to be taken at once: sampling would hardly be cheaper. Sixteen classes
+on a multilayer perceptron, seven on most convolutional networks."""
 
 CHUNKS = 8
 """Of each micro-batch, whose gradients are taken apart."""
@@ -163,7 +163,7 @@ class GGNTraceSampling:
         self.ghosts = not without  # the processes must go the same way, and so count the same prices
         # two examples: once together and once alone, or a forward that finds a parameter of an unknown layer
         function.spent_gradients += (4.0 if self.ghosts else 2 * FORWARD) * num_processes / num_examples
-        self.price_of_norms = norms / num_processes
+        self.price_of_norms: float = norms / num_processes
         self.columns = known.shape[0] if known is not None and self.ghosts and len(known.shape) == 1 else 0
 
     @property

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 from torch.overrides import TorchFunctionMode
 
 from landscape_ray.probes.fixed_loss import FORWARD, FixedLoss
@@ -198,15 +199,17 @@ def _sides(weight: Tensor) -> tuple[int, int]:
 
 def _in_groups(x: Tensor) -> bool:
     """Return whether convolutions of many groups are fast here: in other types, torch computes one after the other."""
-    return x.device.type == "cpu" and x.dtype is torch.float32 and torch.backends.mkldnn.is_available()
+    if x.device.type != "cpu" or x.dtype is not torch.float32:
+        return False
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _of_groups(x: Tensor, shape: torch.Size, gradients: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
     """Return the squared norms of the gradients of a convolution's weight, each example being a group of its own."""
     num = len(x)
-    each = torch.nn.grad.conv2d_weight(
+    each = conv2d_weight(
         x.reshape(1, -1, *x.shape[2:]),
-        (num * shape[0], *shape[1:]),  # type: ignore[arg-type]
+        (num * shape[0], *shape[1:]),
         gradients.reshape(1, -1, *gradients.shape[2:]),
         stride,
         padding,

@@ -122,7 +122,7 @@ def test_finite_differences_are_refused_across_unknown_kinks():
 def test_probe_reports_the_frobenius_norm():
     module, batch = wide(nn.Tanh)
     matrix = HessianOperator(FixedLoss(module.eval(), cross_entropy, [batch]))
-    probe = TraceProbe([batch], tol=0.02)
+    probe = TraceProbe([batch], tol=0.02, frobenius=True)
     found = probe.measure(module, cross_entropy)
     assert list(found) == ["trace", "trace/frobenius"]
     frobenius = found["trace/frobenius"]
