@@ -207,7 +207,7 @@ def _in_groups(x: Tensor) -> bool:
 def _of_groups(x: Tensor, shape: torch.Size, gradients: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
     """Return the squared norms of the gradients of a convolution's weight, each example being a group of its own."""
     num = len(x)
-    each = conv2d_weight(
+    each = conv2d_weight(  # type: ignore[no-untyped-call]
         x.reshape(1, -1, *x.shape[2:]),
         (num * shape[0], *shape[1:]),
         gradients.reshape(1, -1, *gradients.shape[2:]),
