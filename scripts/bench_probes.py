@@ -255,8 +255,6 @@ def traces(run: Run, quick: bool) -> None:
         methods[f"curvlinops, Hutch++, {fit} products"] = curvlinops_trace(fit, "hutchpp_trace")
 
     def meets(name: str, row: Row) -> bool | None:
-        if name == OWN_STOP:  # stops at changes of a thousandth from sample to sample, whatever the error
-            return False
         if "Hutch++" in name or any(route in row.remark for route in ("split", "xtrace", "hutch++")):
             if len(row.errors) < ENOUGH:
                 return None
