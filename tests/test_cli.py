@@ -392,7 +392,7 @@ def test_a_checkpoint_is_measured(here: Path, capsys: Any) -> None:
     assert "Bulk from" in out
     fits = here / "runs" / "m" / "fits"
     numbers = json.loads((fits / "probes-t0000.json").read_text())
-    assert set(numbers["estimates"]) == {"trace", "trace/frobenius", "preconditioned_sharpness"}
+    assert set(numbers["estimates"]) == {"trace", "preconditioned_sharpness"}
     assert (fits / "spectrum-t0000.png").read_bytes()[:4] == b"\x89PNG"
 
     code, out, errors = run(capsys, "probe", "m", "--probes", "sharpness", "--batch-size", "16", "--outliers")

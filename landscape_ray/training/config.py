@@ -18,7 +18,7 @@ from landscape_ray.training.clipping import ClippingConfig
 from landscape_ray.training.loss import LossConfig
 from landscape_ray.training.optimizers import AdamWConfig, OptimizerConfig
 from landscape_ray.training.precision import SimulatedPrecisionConfig
-from landscape_ray.training.probing import ProbesConfig
+from landscape_ray.training.probe_tables import ProbesConfig
 from landscape_ray.training.sam import SAMConfig
 
 

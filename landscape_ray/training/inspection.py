@@ -20,8 +20,8 @@ from landscape_ray.probes.spectrum.batch_size import check_batch_sizes
 from landscape_ray.probes.spectrum.density import spectral_density
 from landscape_ray.probes.spectrum.quadrature import SpectralDensity
 from landscape_ray.training.loop import update
+from landscape_ray.training.probe_tables import ProbesConfig
 from landscape_ray.training.probing import (
-    ProbesConfig,
     build_monitor,
     host_of,
     probe_batches,

@@ -13,7 +13,7 @@ from landscape_ray.errors import UserError
 from landscape_ray.records import StepRecord
 from landscape_ray.training.config import EvalConfig, ScheduleConfig, TrainConfig
 from landscape_ray.training.loop import train
-from landscape_ray.training.probing import ProbesConfig
+from landscape_ray.training.probe_tables import ProbesConfig
 from landscape_ray.training.state import TrainState
 
 

@@ -18,7 +18,8 @@ from landscape_ray.probes import PROBES, Estimate, Probe
 from landscape_ray.records import ProbeRecord
 from landscape_ray.training import TrainConfig, TrainState, train
 from landscape_ray.training.cohort import Cohort
-from landscape_ray.training.probing import ProbesConfig, host_of, remember_update, weights_before
+from landscape_ray.training.probe_tables import ProbesConfig
+from landscape_ray.training.probing import host_of, remember_update, weights_before
 from tests.contracts.examples import DATA, MINE, MODEL, PROBE, SUITS
 from tests.contracts.test_contracts import assert_resumes_to_the_bit, assert_same
 

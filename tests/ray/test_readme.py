@@ -25,7 +25,7 @@ from landscape_ray.schedules import SCHEDULES
 from landscape_ray.sweep.placement import request
 from landscape_ray.sweep.spec import SweepSpec
 from landscape_ray.training.optimizers import OPTIMIZERS
-from landscape_ray.training.probing import ProbesConfig
+from landscape_ray.training.probe_tables import ProbesConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

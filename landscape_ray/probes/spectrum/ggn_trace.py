@@ -21,11 +21,9 @@ from landscape_ray.probes.probe import Host, Probe
 from landscape_ray.probes.spectrum.ghost_norms import Tape, verified
 from landscape_ray.probes.spectrum.sign_samples import random_signs, student
 
-GHOST_PRICE = 0.4
-"""Of a backward pass to the layers' outputs, with the norms; 0.35 to 0.5 on multilayer perceptrons."""
-
-MAX_COLUMNS = 16
-"""With no more classes than that the exact trace is taken at once: sampling would hardly be cheaper."""
+EXACT_AT_ONCE = 7.0
+"""What the exact trace may cost, in gradients, to be taken at once: sampling would hardly be cheaper. Sixteen classes
+on a multilayer perceptron, seven on most convolutional networks."""
 
 CHUNKS = 8
 """Of each micro-batch, whose gradients are taken apart."""
@@ -59,7 +57,7 @@ def ggn_trace(
     Routes, all unbiased:
         exact: a backward pass for each column of B, with the norms of single examples from the layers' inputs and
             output gradients (:mod:`landscape_ray.probes.spectrum.ghost_norms`). For one target for each example and
-            layers that are known there. Taken with 16 columns or fewer, or where sampling would need more passes.
+            layers that are known there. Taken with few columns, or where sampling would need more passes.
         examples: the same norms under random signs, one backward pass a sample.
         chunks: gradients of 8 parts of each micro-batch under random signs, for every other network. The parts are
             independent, which takes the variance down to an eighth at best, and tells it after one sample. In train
@@ -121,7 +119,7 @@ def measured_ggn_trace(
         return Estimate(value=value, standard_error=error, converged=error <= tol * value, route=route)
 
     exact_price = sampling.exact_price if function.spent_gradients + sampling.exact_price <= most else math.inf
-    if sampling.columns <= MAX_COLUMNS and exact_price < math.inf:
+    if exact_price <= EXACT_AT_ONCE:
         return estimate(sampling.exact(), 0.0, "exact")
     while True:
         sampling.sample()
@@ -140,6 +138,7 @@ class GGNTraceSampling:
     Attributes:
         ghosts: whether norms of single examples are to be had.
         columns: of an exact trace, 0 where that is not to be had.
+        price_of_norms: of all examples, once, in gradients; see :class:`Tape`.
     """
 
     def __init__(self, function: FixedLoss, loss: DetailedLoss, seed: int) -> None:
@@ -156,14 +155,16 @@ class GGNTraceSampling:
         self._kept: list[tuple[Tape, Tensor, float]] | None = None
         self._checked = False
         first = self.pairs[0][0]
-        shape = verified(function, first[:2]) if self.apart else None
+        known = verified(function, first[:2]) if self.apart else None
         num = sum(len(inputs) for inputs, _, _ in self.pairs)
-        sums = torch.tensor([float(shape is None), float(num), 1.0], dtype=torch.float64, device=function.device)
-        without, num_examples, num_processes = function.reduce(sums).tolist()
+        norms = known.price if known is not None else 0.0
+        sums = torch.tensor([float(known is None), float(num), 1.0, norms], dtype=torch.float64, device=function.device)
+        without, num_examples, num_processes, norms = function.reduce(sums).tolist()
         self.ghosts = not without  # the processes must go the same way, and so count the same prices
         # two examples: once together and once alone, or a forward that finds a parameter of an unknown layer
         function.spent_gradients += (4.0 if self.ghosts else 2 * FORWARD) * num_processes / num_examples
-        self.columns = shape[0] if shape is not None and self.ghosts and len(shape) == 1 else 0
+        self.price_of_norms: float = norms / num_processes
+        self.columns = known.shape[0] if known is not None and self.ghosts and len(known.shape) == 1 else 0
 
     @property
     def route(self) -> str:
@@ -179,13 +180,13 @@ class GGNTraceSampling:
     def price(self) -> float:
         """Of the next sample, in gradients."""
         if self.ghosts:
-            return GHOST_PRICE + (0.0 if self.function.single and self._kept is not None else FORWARD)
+            return self.price_of_norms + (0.0 if self.function.single and self._kept is not None else FORWARD)
         return CHUNK_PRICE if self.apart else 1.0
 
     @property
     def exact_price(self) -> float:
         """Of the exact trace, in gradients; infinite where it is not to be had."""
-        return FORWARD + self.columns * GHOST_PRICE if self.columns else math.inf
+        return FORWARD + self.columns * self.price_of_norms if self.columns else math.inf
 
     def value_and_error(self) -> tuple[float, float]:
         """Return the mean of the samples and its standard error, infinite after one sample of a single term."""
@@ -200,7 +201,7 @@ class GGNTraceSampling:
                 for tape, targets, weight in self._tapes():
                     signs = self._draw(tape.outputs)
                     terms.append(weight * tape.squared_norms(self._root(tape.outputs, targets, signs)))
-                function.spent_gradients += GHOST_PRICE
+                function.spent_gradients += self.price_of_norms
                 self._samples.add(torch.cat(terms))
             else:
                 self._samples.add(torch.stack([square for pair in self.pairs for square in self._chunks(*pair)]))
@@ -216,7 +217,7 @@ class GGNTraceSampling:
                 for column in range(unit.shape[-1]):
                     unit.zero_()[..., column] = 1
                     total += weight * tape.squared_norms(self._root(tape.outputs, targets, unit)).sum()
-        function.spent_gradients += self.columns * GHOST_PRICE
+        function.spent_gradients += self.columns * self.price_of_norms
         return float(function.reduce(total))
 
     def _root(self, outputs: Tensor, targets: Tensor, signs: Tensor) -> Tensor:

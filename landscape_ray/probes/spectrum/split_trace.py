@@ -92,6 +92,9 @@ def split_trace(
     max_matvecs: int,
     route: Products,
     seed: int,
+    *,
+    check_exactly: bool = True,
+    allowance_gradients: float = math.inf,
 ) -> Estimate:
     """Return the trace of the Hessian at finite weights; the cost is counted by `function`.
 
@@ -105,14 +108,21 @@ def split_trace(
         max_matvecs: most products with R, those of a check not counted, >= 2.
         route: how they are computed.
         seed: of all random signs.
+        check_exactly: in route auto, check by an exact product; else by a central difference, cheaper.
+        allowance_gradients: most that `function` should have spent at the end; two products and a sample of tr G are
+            always taken.
     """
     assert isinstance(function.loss, DetailedLoss)
     generator = torch.Generator().manual_seed(seed)
     signs = random_signs(rest.size, generator, rest.dtype, rest.device)
-    checked = CheckedHessian(rest, route, signs) if route != "exact" else None
+    checked = CheckedHessian(rest, route, signs, check_exactly=check_exactly) if route != "exact" else None
     product = HessianOperator(rest) if checked is None else checked
     large, small = GGNTraceSampling(function, function.loss, seed), SignSamples()
-    least = min(MIN_SAMPLES, max_matvecs)
+
+    def left() -> float:
+        return allowance_gradients - function.spent_gradients - rest.spent_gradients
+
+    least = min(MIN_SAMPLES, max_matvecs, max(2, product.most_products(left() - large.price, max_matvecs)))
     while True:
         if len(small.forms) < least:
             small.add(signs, product(signs))
@@ -130,11 +140,11 @@ def split_trace(
         if error**2 / (large.num * large.price) >= small.standard_error**2 / (
             len(small.forms) * product.matvec_gradients
         ):
-            if large.num == MOST_SAMPLES:
+            if large.num == MOST_SAMPLES or large.price > left():
                 break
             large.sample()
         else:
-            if len(small.forms) == max_matvecs:
+            if len(small.forms) == max_matvecs or product.matvec_gradients > left():
                 break
             small.add(signs, product(signs))
             signs = random_signs(rest.size, generator, rest.dtype, rest.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -21,6 +21,15 @@ from landscape_ray.probes.spectrum.eigenpairs import Curvature, check_curvature,
 from landscape_ray.probes.spectrum.sign_samples import random_signs
 from landscape_ray.probes.spectrum.split_trace import rest_of, split_trace
 from landscape_ray.probes.spectrum.trace_estimators import Method, TraceResult, check_settings, stochastic_trace
+
+Way: TypeAlias = Literal["split", "whole"]
+"""Whether the Gauss-Newton matrix and the rest are sampled apart, or the matrix as a whole."""
+
+LEAST_TO_SPLIT = 15.0
+"""Gradients; with less to spend the whole is sampled, of which two products can be had for six or seven."""
+
+EVERY = 10
+"""Of so many measurements of a run, one checks differences exactly, and one tries the way that was the dearer one."""
 
 
 def trace(
@@ -157,15 +166,19 @@ def _check(tol: float, max_matvecs: int, curvature: str, method: str, route: str
 
 
 class TraceProbe(Probe):
-    """Trace along a training run, as `trace`, and the Frobenius norm from the same products, as `trace/frobenius`.
+    """Trace along a training run, as `trace`; the Frobenius norm, too, as `trace/frobenius`, if asked for.
 
-    Every measurement draws random vectors of its own. With `route="auto"` the first and every tenth measurement check
-    finite differences by an exact product; those in between check by a central difference, or use exact products if the
-    last one had to.
+    Every measurement draws random vectors of its own. Method auto splits the trace as :func:`trace` does; the third
+    measurement, and every tenth after it, goes the other way, by products with the whole matrix, and those in between
+    the way that took less for the tolerance, counted in gradients and not by the clock. The Frobenius norm is that of
+    products with the whole matrix, which are then the only way.
+
+    With `route="auto"` the first and every tenth measurement check finite differences by an exact product; those in
+    between check by a central difference, or use exact products if the last one had to.
     """
 
     name = "trace"
-    STATE: ClassVar[tuple[str, ...]] = ("_differences_failed", "_price_gradients")
+    STATE: ClassVar[tuple[str, ...]] = ("_may_split", "_exact", "_spent", "_wanted")
 
     def __init__(
         self,
@@ -176,6 +189,7 @@ class TraceProbe(Probe):
         curvature: Curvature = "hessian",
         method: Method = "auto",
         route: Products = "exact",
+        frobenius: bool = False,
         eval_mode: bool = True,
         seed: int = 0,
     ) -> None:
@@ -188,6 +202,7 @@ class TraceProbe(Probe):
             curvature: see :func:`trace`.
             method: see :func:`trace`.
             route: see :func:`trace`.
+            frobenius: whether to give the Frobenius norm.
             eval_mode: see :func:`trace`.
             seed: of the random vectors, others at each measurement.
 
@@ -197,30 +212,76 @@ class TraceProbe(Probe):
         _check(tol, max_matvecs, curvature, method, route)
         super().__init__(batches, eval_mode=eval_mode, seed=seed)
         self.tol, self.max_matvecs, self.curvature, self.method, self.route = tol, max_matvecs, curvature, method, route
-        self._differences_failed = False
-        self._price_gradients = 20.0
+        self.frobenius = frobenius
+        self._may_split = curvature == "hessian" and method == "auto" and not frobenius
+        self._exact: dict[str, bool] = {}
+        self._spent: dict[str, float] = {}
+        self._wanted: dict[str, float] = {}
+
+    @property
+    def _way(self) -> Way:
+        """The way of the next measurement, if it can pay for it."""
+        if not self._may_split:
+            return "whole"
+        if self._num_measured < 2:  # the first checks more, so that the second tells the price
+            return "split"
+        cheaper = self._wanted.get("split", 0.0) <= self._wanted.get("whole", math.inf)
+        return "split" if cheaper != (self._num_measured % EVERY == 2) else "whole"
 
     @property
     def price_gradients(self) -> float:
-        """What the last measurement cost, in gradients on the batches of the probe; a typical price before any."""
-        return self._price_gradients
+        """What the last measurement that went the way of the next cost, in gradients on the batches of the probe.
+
+        A typical price before any.
+        """
+        typical = 1.5 * self._spent["split"] if "split" in self._spent else 20.0
+        return self._spent.get(self._way, typical)
 
     def _measure(self, function: FixedLoss, host: Host) -> dict[str, Estimate]:
-        """Return trace and Frobenius norm at the present weights."""
-        thorough = self._num_measured % 10 == 0
-        route = "exact" if self.route == "auto" and self._differences_failed and not thorough else self.route
-        found, frobenius = trace_and_frobenius(
-            function,
-            self.tol,
-            self.max_matvecs,
-            self.curvature,
-            self.method,
-            route,
-            self.seed + self._num_measured,
-            check_exactly=thorough,
-            allowance_gradients=host.allowance_gradients,
+        """Return the trace, and the Frobenius norm if asked for, at the present weights."""
+        before, way, thorough = function.spent_gradients, self._way, self._num_measured % EVERY == 0
+        rest = None
+        if way == "split":
+            if function.size <= self.max_matvecs:  # every column can be read off
+                self._may_split = False
+            elif host.allowance_gradients >= LEAST_TO_SPLIT:
+                rest = rest_of(function)
+                self._may_split = rest is not None
+        way = "whole" if rest is None else "split"
+        route = (
+            "exact"
+            if self.route == "auto" and self._exact.get(way, any(self._exact.values())) and not thorough
+            else self.route
         )
+        seed, frobenius = self.seed + self._num_measured, UNKNOWN
+        if rest is not None:
+            found = split_trace(
+                function,
+                rest,
+                self.tol,
+                self.max_matvecs,
+                route,
+                seed,
+                check_exactly=thorough,
+                allowance_gradients=host.allowance_gradients,
+            )
+        else:
+            found, frobenius = trace_and_frobenius(
+                function,
+                self.tol,
+                self.max_matvecs,
+                self.curvature,
+                self.method,
+                route,
+                seed,
+                check_exactly=thorough,
+                allowance_gradients=host.allowance_gradients,
+            )
         if math.isfinite(found.value):
-            self._differences_failed = "differences" not in found.route
-            self._price_gradients = function.spent_gradients
-        return {self.name: found, f"{self.name}/frobenius": frobenius}
+            self._exact = self._exact | {way: "differences" not in found.route}
+            self._spent = self._spent | {way: function.spent_gradients}
+            if not thorough:
+                short = found.standard_error / max(self.tol * abs(found.value), 1e-300)
+                price = (function.spent_gradients - before) * max(1.0, short * short)
+                self._wanted = self._wanted | {way: price}
+        return {self.name: found} | ({f"{self.name}/frobenius": frobenius} if self.frobenius else {})

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
+import time
 
 import pytest
 import torch
@@ -97,15 +99,18 @@ def parts(batch, first=13):
 @pytest.mark.acceptance
 @pytest.mark.parametrize("loss", [cross_entropy, half_squares])
 @pytest.mark.parametrize("name", ["mlp", "conv"])
-def test_exact_where_the_layers_are_known(name, loss):
+def test_exact_where_the_layers_are_known(name, loss, monkeypatch):
+    monkeypatch.setattr("landscape_ray.probes.spectrum.ggn_trace.EXACT_AT_ONCE", math.inf)
     module, batch = problem(name, loss)
+    norms = verified(FixedLoss(module, loss, [batch]), batch[0][:2]).price
+    assert norms == 0.4 if name == "mlp" else norms > 0.4
     truth = dense_trace(module, loss, [batch])
     for batches in ([batch], parts(batch)):
         estimate = ggn_trace(module, loss, batches)
         assert estimate.value == pytest.approx(truth, rel=1e-10)
         assert (estimate.standard_error, estimate.converged, estimate.route) == (0.0, True, "exact")
         # a check that the loss is fixed, a forward, 4 columns, and 2 x 2 examples of the check of the norms
-        assert estimate.price_gradients == pytest.approx(2 / 3 + 1 / 3 + 4 * 0.4 + 4 / 18)
+        assert estimate.price_gradients == pytest.approx(2 / 3 + 1 / 3 + 4 * norms + 4 / 18)
 
 
 @pytest.mark.acceptance
@@ -119,7 +124,7 @@ def test_exact_where_the_layers_are_known(name, loss):
     ],
 )
 def test_sampled_without_bias_and_with_honest_errors(name, route, loss, monkeypatch):
-    monkeypatch.setattr("landscape_ray.probes.spectrum.ggn_trace.MAX_COLUMNS", 0)
+    monkeypatch.setattr("landscape_ray.probes.spectrum.ggn_trace.EXACT_AT_ONCE", 0.0)
     module, batch = problem(name, loss)
     truth, num = dense_trace(module, loss, [batch]), 60
     batches = parts(batch)
@@ -219,6 +224,105 @@ def test_norms_of_sequences_by_either_way(sequence):
     a, d = torch.randn(3, sequence, 9, generator=generator), torch.randn(3, sequence, 8, generator=generator)
     expected = (d.mT @ a).square().sum((1, 2))
     assert ghost_norms._outer(a, d).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"stride": 2, "padding": 1}, {"dilation": (2, 1), "padding": (0, 2)}])
+@pytest.mark.parametrize("channels", [(2, 3), (16, 24)])  # the gradient is cheaper than products of pairs, or not
+def test_norms_of_convolutions_in_float32_are_those_in_float64(settings, channels):
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(channels[0], channels[1], 3, **settings), nn.Tanh(), nn.Flatten())
+    inputs = torch.randn(5, channels[0], 7, 8, generator=generator)
+    norms = []
+    for dtype in (torch.float32, torch.float64):
+        function = FixedLoss(module.to(dtype), half_squares, [(inputs.to(dtype), torch.zeros(5, 1, dtype=dtype))])
+        with function.surroundings():
+            tape = Tape(function, inputs.to(dtype))
+            cotangent = torch.randn(tape.outputs.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+            norms.append(tape.squared_norms(cotangent).tolist())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def price_of(module, shape):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        inputs = torch.randn(shape)
+        function = FixedLoss(module.eval(), half_squares, [(inputs, torch.zeros(shape[0], 1))])
+        return verified(function, inputs[:2]).price
+
+
+def test_norms_are_priced_by_the_shapes_of_the_layers():
+    # one vector for each example: nothing but the backward pass
+    assert price_of(nn.Linear(6, 10), (3, 6)) == 0.4
+    # 7 vectors: pairs of them, 49 (6 + 10) products, are dearer than the gradient, 7 x 6 x 10, which is half of 3 times
+    assert price_of(nn.Linear(6, 10), (3, 7, 6)) == pytest.approx(0.4 + 0.5)
+    # 2 vectors: pairs are cheaper, 4 (6 + 10) beside 2 x 6 x 10 of the forward pass
+    assert price_of(nn.Linear(6, 10), (3, 2, 6)) == pytest.approx(0.4 + 0.5 * 64 / 120)
+    # a convolution to 4 patches of 18 numbers, whose pairs are cheaper, and which are copied together
+    pairs = (1.5 * 16 * (16 + 18) + 25 * 4 * 18) / (4 * 16 * 18) / 3
+    assert price_of(nn.Sequential(nn.Conv2d(2, 16, 3), nn.Flatten()), (3, 2, 4, 4)) == pytest.approx(0.4 + pairs)
+    # what is frozen costs its part of a gradient, and no norms
+    frozen = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 5))
+    frozen[1].weight.requires_grad_(False)
+    assert price_of(frozen, (3, 7, 6)) == pytest.approx(0.4 + 0.5 * 60 / 110)
+
+
+def test_convolutions_whose_columns_are_dear_are_sampled():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(288, 12))
+        inputs = torch.randn(64, 1, 8, 8)
+    batch = inputs, torch.randint(12, (64,), generator=torch.Generator().manual_seed(0))
+    found, exact = (ggn_trace(module, cross_entropy, [batch], tol=tol) for tol in (0.1, 1e-4))
+    assert (found.route, exact.route) == ("examples", "exact")
+    assert found.price_gradients < 0.5 * exact.price_gradients
+    assert abs(found.value - exact.value) <= 3 * found.standard_error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mlp", "tokens", "narrow", "wide"])
+def test_prices_of_norms_are_what_they_take_by_the_clock(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module, shape = {
+            "mlp": lambda: (nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 256)), (256, 64)),
+            "tokens": lambda: (nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)), (32, 64, 64)),
+            "narrow": lambda: (residual(16), (128, 1, 16, 16)),
+            "wide": lambda: (residual(48), (32, 1, 16, 16)),
+        }[kind]()
+        inputs = torch.randn(shape)
+    with torch.no_grad():
+        targets = torch.zeros_like(module(inputs))
+    function = FixedLoss(module.eval(), half_squares, [(inputs, targets)])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with function.surroundings():
+            tape = Tape(function, inputs)
+            gradient, norms = taken(function.gradient, lambda: tape.squared_norms(targets + 1))
+    finally:
+        torch.set_num_threads(threads)
+    print(f"{kind}: {norms / gradient:.2f} gradients by the clock, {tape.price:.2f} by its price")
+    assert 0.4 * tape.price <= norms / gradient <= 2.5 * tape.price
+
+
+def residual(width):
+    layers = [nn.Conv2d(1, width, 3, padding=1)]
+    for _ in range(3):
+        layers += [nn.GroupNorm(4, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+def taken(*functions, repeats=9):
+    """Median CPU seconds of each, in turns."""
+    seconds = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, times in zip(functions, seconds, strict=True):
+            began = time.process_time()
+            function()
+            times.append(time.process_time() - began)
+    return [statistics.median(times) for times in seconds]
 
 
 class Masked(nn.Module):

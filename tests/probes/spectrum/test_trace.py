@@ -122,7 +122,7 @@ def test_finite_differences_are_refused_across_unknown_kinks():
 def test_probe_reports_the_frobenius_norm():
     module, batch = wide(nn.Tanh)
     matrix = HessianOperator(FixedLoss(module.eval(), cross_entropy, [batch]))
-    probe = TraceProbe([batch], tol=0.02)
+    probe = TraceProbe([batch], tol=0.02, frobenius=True)
     found = probe.measure(module, cross_entropy)
     assert list(found) == ["trace", "trace/frobenius"]
     frobenius = found["trace/frobenius"]
@@ -215,3 +215,68 @@ def test_every_curvature_has_a_trace(curvature):
     dense = curvature_operator(FixedLoss(module, cross_entropy, [batch]), curvature, seed=4).dense()
     found = trace(module, cross_entropy, [batch], curvature=curvature, seed=4)
     assert found.value == pytest.approx(float(dense.trace()), rel=1e-9)  # of 6 rows, read off
+
+
+def test_probe_takes_the_way_that_was_cheaper_and_tries_the_other():
+    module, batch = wide(nn.GELU)
+    probe = TraceProbe([batch], tol=0.1)
+    expected, found = [], []
+    for _ in range(5):
+        expected.append(probe.price_gradients)
+        estimates = probe.measure(module, cross_entropy)
+        assert list(estimates) == ["trace"]
+        found.append(estimates["trace"])
+    ways = [estimate.route.split(",")[0] for estimate in found]
+    assert ways[:2] == ["split", "split"]
+    assert ways[2] != "split"
+    assert all(estimate.converged for estimate in found)
+    cheaper = "split" if found[1].price_gradients <= found[2].price_gradients else ways[2]
+    assert ways[3:] == [cheaper, cheaper]
+    last = found[1] if cheaper == "split" else found[2]
+    assert expected[3] == last.price_gradients  # the budget is told the price of the way that comes next
+    assert abs(found[1].value - found[2].value) <= 4 * math.hypot(found[1].standard_error, found[2].standard_error)
+
+
+def test_probe_goes_the_dearer_way_at_every_tenth_measurement_only():
+    probe = TraceProbe([], tol=0.05)
+    probe._wanted, probe._spent = {"split": 5.0, "whole": 9.0}, {"split": 6.0, "whole": 10.0}
+    ways = []
+    for number in range(3, 24):
+        probe._num_measured = number
+        ways.append(probe.price_gradients)
+    assert [3 + index for index, price in enumerate(ways) if price == 10.0] == [12, 22]
+    probe._wanted = {"split": 9.0, "whole": 5.0}
+    probe._num_measured = 4
+    assert probe.price_gradients == 10.0
+
+
+def test_probe_that_splits_resumes_to_the_bit():
+    module, batch = wide(nn.GELU)
+
+    def probe():
+        return TraceProbe([batch], tol=0.1, route="auto", seed=5)
+
+    one, other = probe(), probe()
+    values = [one.measure(module, cross_entropy)["trace"].value for _ in range(5)]
+    for _ in range(3):
+        other.measure(module, cross_entropy)
+    buffer = io.BytesIO()
+    torch.save(other.state_dict(), buffer)
+    buffer.seek(0)
+    resumed = probe()
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    assert resumed.price_gradients == other.price_gradients
+    assert [resumed.measure(module, cross_entropy)["trace"].value for _ in range(2)] == values[3:]
+
+
+def test_probe_that_splits_keeps_to_its_allowance():
+    module, batch = wide(nn.GELU)
+    errors = []
+    for allowance, way in ((8.0, "whole"), (16.0, "split"), (40.0, "split")):
+        probe = TraceProbe([batch], tol=0.005)
+        found = probe.measure(module, cross_entropy, Host(allowance_gradients=allowance))["trace"]
+        assert (found.route == "split") == (way == "split")
+        assert found.price_gradients <= allowance
+        assert not found.converged
+        errors.append(found.standard_error)
+    assert errors[0] > errors[1] > errors[2] > 0
