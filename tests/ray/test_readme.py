@@ -132,14 +132,18 @@ def test_the_three_jobs(
     spaces.mkdir()
     train = {**tiny, "num_steps": 60}
     population = {"num_members": 4, "interval_steps": 20}
-    (spaces / "quickstart.toml").write_text(sweep_text(name="quickstart", train=train))
+    # one trial at a time: each more would start an interpreter of its own, and says nothing about the lines
+    alone = {"cpus_per_trial": 2}
+    (spaces / "quickstart.toml").write_text(sweep_text(name="quickstart", train=train, resources=alone))
     (spaces / "quickstart_population.toml").write_text(
-        sweep_text("population", name="quickstart_population", train=train, population=population)
+        sweep_text("population", name="quickstart_population", train=train, population=population, resources=alone)
     )
     digits = {"num_steps": 20, "data": {"name": "images"}, "model": {"name": "mlp", "width": 8}}
     digits |= {"eval": {"every_steps": 20, "num_batches": 2}, "batch_size": 8}
     digits |= {"probes": {"sharpness": {"every_steps": 5, "batch_size": 8}}, "optimizer": {"name": "sgd"}}
-    (spaces / "digits_cohort.toml").write_text(sweep_text("search", name="d", train=digits, cohort={"num_members": 3}))
+    (spaces / "digits_cohort.toml").write_text(
+        sweep_text("search", name="d", train=digits, cohort={"num_members": 3}, resources=alone)
+    )
     (spaces / "width_transfer.toml").write_text(sweep_text("search", name="w", train=digits))
     full = digits | {"data": {"name": "images", "train_size": 8}}
     (spaces / "edge_gradient_descent.toml").write_text(sweep_text("search", name="edge", train=full))

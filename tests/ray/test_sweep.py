@@ -89,8 +89,8 @@ def study_of(folder: SweepFolder) -> optuna.Study:
 
 @pytest.mark.acceptance
 def test_a_search_runs_tracks_and_ends(sweep_text: SweepText, tmp_path: Path) -> None:
-    """From nothing: here the MLflow store is made too."""
-    folder = start(sweep_text(), tmp_path)
+    """From nothing: here the MLflow store is made too. Five trials share two actors."""
+    folder = start(sweep_text(resources={"cpus_per_trial": 1}), tmp_path)
     outcome, shown = drive(folder)
     assert outcome.status == "finished"
     assert outcome.counts == {"finished": 5}
@@ -190,6 +190,7 @@ def test_a_failed_trial_is_reported_and_tried_again(sweep_text: SweepText, tmp_p
     check_mlflow(folder, 5)
 
 
+@pytest.mark.usefixtures("ready_store")
 def test_a_trial_that_fits_no_node_is_refused(sweep_text: SweepText, tmp_path: Path) -> None:
     text = sweep_text(resources={"cpus_per_trial": 64})
     with pytest.raises(UserError, match=r"resources.cpus_per_trial must fit on one node, got 64; the largest .* 2 CPU"):
@@ -230,8 +231,9 @@ COHORT_TRAIN: dict[str, Any] = {
 @pytest.mark.acceptance
 @pytest.mark.usefixtures("ready_store")
 def test_one_ray_trial_holds_a_cohort(sweep_text: SweepText, tmp_path: Path) -> None:
-    """Five trials in cohorts of three: each is told to the study and tracked as if it had been alone."""
-    folder = start(sweep_text("search", train=COHORT_TRAIN, cohort={"num_members": 3}), tmp_path)
+    """Five trials in cohorts of three, in one actor: each is told to the study and tracked as if it had been alone."""
+    resources = {"cpus_per_trial": 2}
+    folder = start(sweep_text("search", train=COHORT_TRAIN, cohort={"num_members": 3}, resources=resources), tmp_path)
     outcome, shown = drive(folder)
     assert outcome.counts == {"finished": 5}
     assert "5/5 trials ended" in shown
