@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [
+    pytest.mark.slow,  # compiles and starts an interpreter of its own
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
     pytest.mark.skipif(sys.platform != "linux" or torch.version.cuda is not None, reason="stands in for CUDA on Linux"),
 ]
