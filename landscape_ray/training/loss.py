@@ -54,8 +54,8 @@ def _precise(outputs: Tensor) -> Tensor:
 def cross_entropy(outputs: Tensor, targets: Tensor, reduction: Literal["none", "mean"] = "none") -> Tensor:
     """Return -log softmax(outputs)[target] in nats: outputs (..., num_classes), targets (...), result flat.
 
-    The softmax is computed in float32 (float64 of such outputs), as `_precise` outputs would be; but outputs of fewer
-    bits are not written out in float32 first, for the logits of a vocabulary are the largest tensor of a model.
+    The softmax is computed in float32 (float64 of such outputs), as `_precise` outputs would be. PyTorch's kernel for
+    CUDA reads float16 for it as it is; bfloat16 it first writes out in float32.
     """
     dtype = torch.float64 if outputs.dtype == torch.float64 else torch.float32
     logarithms = F.log_softmax(outputs.flatten(0, -2), -1, dtype=None if outputs.dtype == dtype else dtype)
