@@ -68,7 +68,7 @@ def status_of(folder: SweepFolder) -> tuple[str, RenderableType]:
     elif status in ("interrupted", "incomplete"):
         said.append(Text(f"to go on: landscape-ray resume {folder.path.name}", style="yellow"))
     problems = [Text(problem, style="yellow") for problem in unreadable]
-    problems += [Text(said, style="yellow") for said in _failures(folder, rows)]
+    problems += [Text(failure, style="yellow") for failure in _failures(folder, rows)]
     return status, Group(*said, trial_table(rows.values()), *problems)
 
 
