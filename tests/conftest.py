@@ -25,6 +25,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+# Before NumPy and PyTorch are loaded, and for the processes that tests start: OpenBLAS reads it once, as it is loaded.
+# On small matrices its threads wait for each other in a busy loop: beside a busy neighbour a fit takes twice as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

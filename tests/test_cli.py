@@ -50,6 +50,13 @@ def here(tmp_path: Path, monkeypatch: Any) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def stored(here: Path, store_template: Path) -> None:
+    """For tests of something else than the first run of all: the MLflow store beside the runs is there already."""
+    (here / "runs").mkdir()
+    shutil.copy(store_template, here / "runs" / "mlflow.db")
+
+
 def left_behind(here: Path) -> list[str]:
     return [p.name for p in (here / "runs").iterdir()] if (here / "runs").exists() else []
 
@@ -121,6 +128,7 @@ def test_a_results_folder_that_is_a_file_is_named(here: Path, capsys: Any) -> No
     assert "Traceback" not in err
 
 
+@pytest.mark.usefixtures("stored")
 def test_data_that_changed_since_the_launch_is_refused(here: Path, capsys: Any) -> None:
     (here / "a.txt").write_text("".join(f"paragraph {i} of a small text\n\n" for i in range(100)))
     (here / "t.toml").write_text(SPEC.replace("context_length = 16", 'context_length = 16, source = "a.txt"'))
@@ -217,6 +225,7 @@ def test_sweeps_that_are_not_there_are_named(here: Path, capsys: Any) -> None:
     assert (code, "not a sweep folder" in err) == (2, True)
 
 
+@pytest.mark.usefixtures("stored")
 def test_a_sweep_is_run_by_one_process_at_a_time(here: Path, capsys: Any) -> None:
     run(capsys, "train", "train.toml", "--name", "one")
     with SweepFolder.open(here / "runs" / "one").lock():
@@ -225,9 +234,11 @@ def test_a_sweep_is_run_by_one_process_at_a_time(here: Path, capsys: Any) -> Non
     assert f"already being run by process {os.getpid()}" in err
 
 
-def test_the_ui_needs_runs_and_a_free_port(here: Path, capsys: Any) -> None:
+def test_the_ui_needs_runs_and_a_free_port(here: Path, capsys: Any, store_template: Path) -> None:
     code, _, err = run(capsys, "ui")
     assert (code, "no tracked runs in runs" in err) == (2, True)
+    (here / "runs").mkdir(exist_ok=True)
+    shutil.copy(store_template, here / "runs" / "mlflow.db")
     run(capsys, "train", "train.toml", "--name", "one")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -238,6 +249,7 @@ def test_the_ui_needs_runs_and_a_free_port(here: Path, capsys: Any) -> None:
     assert (code, "http://***@example.org" in out) == (0, True)
 
 
+@pytest.mark.usefixtures("stored")
 def test_the_folder_says_how_it_was_made(here: Path, capsys: Any) -> None:
     run(capsys, "train", "train.toml", "--name", "one")
     folder = SweepFolder.open(here / "runs" / "one")
@@ -341,6 +353,7 @@ def test_sharpness_over_widths_is_drawn(here: Path, capsys: Any) -> None:
     assert (code, "add [train.probes.preconditioned_sharpness]" in errors) == (2, True)
 
 
+@pytest.mark.usefixtures("stored")
 def test_spectra_of_a_checkpoint_by_layer_class_and_batch_size(here: Path, capsys: Any) -> None:
     (here / "mlp.toml").write_text(MLP.replace("width = 16", "width = 4"))
     run(capsys, "train", "mlp.toml", "--name", "m")
@@ -380,6 +393,7 @@ def test_spectra_of_a_checkpoint_by_layer_class_and_batch_size(here: Path, capsy
         assert (code, message in errors) == (2, True)
 
 
+@pytest.mark.usefixtures("stored")
 def test_a_checkpoint_is_measured(here: Path, capsys: Any) -> None:
     (here / "mlp.toml").write_text(MLP)
     run(capsys, "train", "mlp.toml", "--name", "m")

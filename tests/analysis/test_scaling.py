@@ -11,6 +11,7 @@ import pytest
 from landscape_ray.analysis.recommend import recommend_size
 from landscape_ray.analysis.scaling import ScalingFit, find_law, fit_table, load, query, save
 from landscape_ray.analysis.table import read_table
+from landscape_ray.cli import main
 from landscape_ray.errors import UserError
 from landscape_ray.laws import Law, Variable, linear, nonlinear
 from landscape_ray.laws.scaling.chinchilla import CHINCHILLA
@@ -191,8 +192,17 @@ def run(*arguments, cwd):
     )
 
 
+def refused(capsys, monkeypatch, *arguments):
+    """Return what the command line says to a mistake, in this process: each other one would load all anew."""
+    monkeypatch.setattr(sys, "argv", ["landscape-ray", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.acceptance
-def test_a_foreign_table_through_the_command_line(file, tmp_path):
+def test_a_foreign_table_through_the_command_line(file, tmp_path, capsys, monkeypatch):
     """One line fits it; two more predict and recommend; mistakes are one sentence."""
     fitted = run("fit", file, "--law", "chinchilla", "-c", "N=params_m*1e6", "--num-bootstrap", 50, cwd=tmp_path)
     assert fitted.returncode == 0, fitted.stderr
@@ -206,14 +216,15 @@ def test_a_foreign_table_through_the_command_line(file, tmp_path):
     assert "90% interval" in predicted.stdout, predicted.stderr
     recommended = run("recommend", folder, "--flops", "1e20", cwd=tmp_path)
     assert "regret" in recommended.stdout, recommended.stderr
+    failed = run("fit", file, cwd=tmp_path)
+    assert failed.returncode == 2
+    assert "--law must name a law" in " ".join(failed.stderr.split())
+    monkeypatch.chdir(tmp_path)
     for arguments, message in (
-        (("fit", file), "--law must name a law"),
         (("fit", file, "--law", "chinchilla", "-c", "N"), "--column must be OURS=THEIRS, got 'N'"),
         (("fit", file, file, "--law", "chinchilla"), "a table must come alone"),
         (("fit", file, "--law", "chinchilla", "--fix", "E=low"), "--fix must be NAME=NUMBER, got 'E=low'"),
         (("predict", folder, "--set", "N=1e9"), "--set must give D"),
         (("recommend", tmp_path, "--flops", "1e20"), "a budget needs a fit over N and D"),
     ):
-        failed = run(*arguments, cwd=tmp_path)
-        assert failed.returncode == 2
-        assert message in " ".join(failed.stderr.split())
+        assert message in refused(capsys, monkeypatch, *arguments)

@@ -1,6 +1,7 @@
 """The layers of the house, read from the source: who may import whom, and what a fresh interpreter loads."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,30 +50,25 @@ def room(path: Path) -> str:
     return part.removesuffix(".py")
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Yield the imported module names, and whether each is imported when the module is (not in a function)."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    inside = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
+@functools.cache
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Return the imported module names, and whether each is imported when the module is (not in a function)."""
+
+    def visit(node: ast.AST, at_import: bool) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.name, id(node) not in inside
+                yield alias.name, at_import
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module or "", id(node) not in inside
+            yield node.module or "", at_import
+        elif isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            return
+        elif isinstance(node, ast.stmt | ast.ExceptHandler | ast.match_case | ast.Module):  # no import hides in a value
+            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            for child in ast.iter_child_nodes(node):
+                yield from visit(child, at_import and not inside)
+
+    return list(visit(ast.parse(path.read_text()), True))
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -222,8 +222,15 @@ def test_every_model_and_optimizer_resumes_to_the_bit(model: str, optimizer: str
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize("optimizer", OPTIMIZER)
-@pytest.mark.parametrize("model", MODEL)
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        # each of both by default; all pairs are resumed alone above, and in a cohort among the slow tests
+        pytest.param(model, optimizer, marks=[] if model == "mlp" or optimizer == "adamw" else pytest.mark.slow)
+        for model in MODEL
+        for optimizer in OPTIMIZER
+    ],
+)
 def test_every_model_and_optimizer_resumes_to_the_bit_in_a_cohort(model: str, optimizer: str, tmp_path: Path) -> None:
     needs(model, optimizer)
     table = {"data": DATA[SUITS[model]], "model": MODEL[model], "optimizer": OPTIMIZER[optimizer], "probes": {}}

@@ -1,5 +1,6 @@
 """What every strategy has to keep, in both modes, among members of different speed of which some diverge."""
 
+import functools
 import itertools
 import math
 
@@ -11,9 +12,27 @@ from landscape_ray.populations import STRATEGIES, Decision, Failure, Observation
 from landscape_ray.populations.simulation import LawCurves, Simulator
 from landscape_ray.populations.strategy import STATE_VERSION
 from landscape_ray.registry import resolve
-from tests.populations.conftest import NUM_STEPS, OPTIONS, SCHEDULE, SPACE, make, name, resumed, simulate, synchronous
+from tests.populations.conftest import (
+    NUM_STEPS,
+    OPTIONS,
+    SCHEDULE,
+    SPACE,
+    History,
+    make,
+    name,
+    resumed,
+    simulate,
+    synchronous,
+)
 
 __all__ = ["name", "synchronous"]
+
+
+@functools.cache
+def played(name: str, synchronous: bool, **problem: float) -> tuple[Strategy, History]:
+    """Return a population at its end and its history, which many tests look at and none changes."""
+    strategy = make(name, synchronous=synchronous)
+    return strategy, simulate(strategy, **problem)
 
 
 def test_everything_registered_is_in_the_suite() -> None:
@@ -46,7 +65,7 @@ def test_resuming_at_every_decision_gives_the_same_history(name: str, synchronou
     def fresh() -> Strategy:
         return make(name, synchronous=synchronous)
 
-    straight = simulate(fresh())
+    _, straight = played(name, synchronous)
     strategy = fresh()
     simulator = Simulator(LawCurves(SCHEDULE), strategy, seed=3, spread=0.3)
     broken = []
@@ -60,7 +79,7 @@ def test_resuming_at_every_decision_gives_the_same_history(name: str, synchronou
 
 def test_the_donor_step_is_the_step_of_the_copied_weights(name: str, synchronous: bool) -> None:
     at: dict[int, int] = {}  # the step of the weights that each member holds as its last observation
-    for observation, decisions in simulate(make(name, synchronous=synchronous)):
+    for observation, decisions in played(name, synchronous)[1]:
         at[observation.member] = observation.step
         before = dict(at)
         for decision in decisions:
@@ -75,8 +94,7 @@ def test_the_donor_step_is_the_step_of_the_copied_weights(name: str, synchronous
 def test_diverged_members_are_replaced(name: str, synchronous: bool) -> None:
     if name == "independent":
         pytest.skip("members of a random search are not replaced")
-    strategy = make(name, synchronous=synchronous)
-    history = simulate(strategy, divergence=0.01)  # a third of the initial members
+    strategy, history = played(name, synchronous, divergence=0.01)  # a third of the initial members
     state: dict[int, Observation] = {}
     num_replaced = 0
     for observation, decisions in history:
@@ -93,7 +111,7 @@ def test_diverged_members_are_replaced(name: str, synchronous: bool) -> None:
 
 def test_nobody_is_copied_once_it_has_diverged(name: str, synchronous: bool) -> None:
     losses: dict[int, float] = {}
-    for observation, decisions in simulate(make(name, synchronous=synchronous), divergence=0.01):
+    for observation, decisions in played(name, synchronous, divergence=0.01)[1]:
         losses[observation.member] = observation.loss
         before = dict(losses)
         for decision in decisions:
@@ -209,18 +227,17 @@ def test_a_population_that_diverges_whole_ends(name: str, synchronous: bool) -> 
 
 
 def test_in_synchrony_all_members_are_decided_about_together(name: str) -> None:
-    for position, (_, decisions) in enumerate(simulate(make(name, synchronous=True))):
+    for position, (_, decisions) in enumerate(played(name, True)[1]):
         assert len(decisions) == (8 if position % 8 == 7 else 0)
 
 
 def test_out_of_synchrony_nobody_waits(name: str) -> None:
-    for observation, decisions in simulate(make(name, synchronous=False)):
+    for observation, decisions in played(name, False)[1]:
         assert [decision.member for decision in decisions] == [observation.member]
 
 
 def test_every_member_has_a_lineage_that_begins_with_fresh_weights(name: str, synchronous: bool) -> None:
-    strategy = make(name, synchronous=synchronous)
-    simulate(strategy)
+    strategy, _ = played(name, synchronous)
     assert strategy.lineage.members
     for member in strategy.lineage.members:
         path = strategy.lineage.path(member)
@@ -232,8 +249,7 @@ def test_every_member_has_a_lineage_that_begins_with_fresh_weights(name: str, sy
 
 
 def test_the_longest_history_goes_to_the_horizon_with_a_finite_loss(name: str, synchronous: bool) -> None:
-    strategy = make(name, synchronous=synchronous)
-    simulate(strategy)
+    strategy, _ = played(name, synchronous)
     best = strategy.members[strategy.best()]
     assert best.step == NUM_STEPS
     assert best.loss == min(m.loss for m in strategy.members.values() if m.step == NUM_STEPS and m.sound)

@@ -132,11 +132,20 @@ def test_the_three_jobs(
     spaces.mkdir()
     train = {**tiny, "num_steps": 60}
     population = {"num_members": 4, "interval_steps": 20}
-    # one trial at a time: each more would start an interpreter of its own, and says nothing about the lines
-    alone = {"cpus_per_trial": 2}
-    (spaces / "quickstart.toml").write_text(sweep_text(name="quickstart", train=train, resources=alone))
+    # one trial at a time, with one thread: each more would start an interpreter of its own, and says nothing here
+    alone = {"cpus_per_trial": 1.5}
+    (spaces / "quickstart.toml").write_text(
+        sweep_text(name="quickstart", train=train, commit_steps=20, resources=alone)
+    )
     (spaces / "quickstart_population.toml").write_text(
-        sweep_text("population", name="quickstart_population", train=train, population=population, resources=alone)
+        sweep_text(
+            "population",
+            name="quickstart_population",
+            train=train,
+            population=population,
+            commit_steps=20,
+            resources=alone,
+        )
     )
     digits = {"num_steps": 20, "data": {"name": "images"}, "model": {"name": "mlp", "width": 8}}
     digits |= {"eval": {"every_steps": 20, "num_batches": 2}, "batch_size": 8}

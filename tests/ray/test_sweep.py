@@ -232,7 +232,7 @@ COHORT_TRAIN: dict[str, Any] = {
 @pytest.mark.usefixtures("ready_store")
 def test_one_ray_trial_holds_a_cohort(sweep_text: SweepText, tmp_path: Path) -> None:
     """Five trials in cohorts of three, in one actor: each is told to the study and tracked as if it had been alone."""
-    resources = {"cpus_per_trial": 2}
+    resources = {"cpus_per_trial": 1.5}
     folder = start(sweep_text("search", train=COHORT_TRAIN, cohort={"num_members": 3}, resources=resources), tmp_path)
     outcome, shown = drive(folder)
     assert outcome.counts == {"finished": 5}

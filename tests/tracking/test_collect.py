@@ -361,7 +361,7 @@ def test_one_pass_gives_what_a_filter_for_each_run_gives(search_folder, shuffled
         table = table.take(np.random.default_rng(0).permutation(len(table)))
     for kind in ("step", "eval", "probe", "event"):
         by_run = columns_by_run(table, kind)
-        for run in collected.runs:
+        for run in collected.runs[::3]:  # a filter of the whole table for each is what one pass spares
             expected = run_columns(table, run.run_id, kind)
             if run.run_id not in by_run:
                 assert len(expected["step"]) == 0

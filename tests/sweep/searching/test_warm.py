@@ -1,6 +1,7 @@
 """Earlier sweeps as what they are to a new one: results where they compare, points to try where they do not."""
 
 import math
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -79,8 +80,12 @@ def test_the_best_points_of_another_model_are_tried_first(spec: Any, drive: Any,
 
 
 @pytest.mark.acceptance
-def test_an_mlflow_experiment_is_a_source(spec: Any, sweep_text: Any, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_an_mlflow_experiment_is_a_source(
+    spec: Any, sweep_text: Any, tiny: dict[str, Any], tmp_path: Path, store_template: Path
+) -> None:
     results = tmp_path / "runs"
+    results.mkdir()
+    shutil.copy(store_template, results / "mlflow.db")
     text = sweep_text(train=tiny, space=SPACE, search={"num_trials": 1})
     old = parse(SweepSpec, tomllib.loads(text), "old")
     assert train_one(new_sweep(old, text, results, "old", None), Console(quiet=True)).status == "finished"
