@@ -7,18 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from fake_cuda import device
-
-device.load(Path(sys.argv[1]))
-
-import numpy as np  # noqa: E402 - torch comes after what autograd needs
-
-from landscape_ray.config import parse  # noqa: E402
-from landscape_ray.data import TextData  # noqa: E402
-from landscape_ray.records import StepRecord  # noqa: E402
-from landscape_ray.training import TrainConfig, TrainState, train  # noqa: E402
+from tests.fake_cuda import device
 
 CONFIG: dict[str, Any] = {
     "num_steps": 1000,
@@ -34,6 +23,13 @@ CLIPPINGS = ("none", "norm", "coordinate", "auto")
 
 def updates(record: device.Record, **values: Any) -> dict[str, Any]:
     """Return what the third update of a run does."""
+    import numpy as np
+
+    from landscape_ray.config import parse
+    from landscape_ray.data import TextData
+    from landscape_ray.records import StepRecord
+    from landscape_ray.training import TrainConfig, TrainState, train
+
     config = parse(TrainConfig, {**CONFIG, **values}, "fake")
     tokens = np.arange(20_000, dtype=np.uint16) % 512
     state = TrainState.create(config, TextData(tokens, tokens[:2_000], 512, 32))
@@ -48,7 +44,9 @@ def updates(record: device.Record, **values: Any) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main(folder: Path) -> None:
+    """Print what each case does; the libraries are kept in the folder."""
+    device.load(folder)  # before torch, which therefore nothing here imports at its top
     with device.fake_cuda() as record:
         cases = [("adamw", c, "bfloat16") for c in CLIPPINGS] + [("adamw", "norm", p) for p in ("float32", "float16")]
         cases += [("sgd", "norm", "bfloat16"), ("muon", "norm", "bfloat16"), ("muon", "auto", "float32")]
@@ -59,3 +57,7 @@ if __name__ == "__main__":
             for optimizer, clipping, precision in cases
         }
     print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
