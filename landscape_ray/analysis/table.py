@@ -79,16 +79,16 @@ class RunTable:
         names = {name for config in self.configs for name in config}
         return tuple(sorted(n for n in names if len({str(config.get(n)) for config in self.configs}) > 1))
 
-    def column(self, name: str, law: str) -> Array:
-        """Return a column that a law needs.
+    def column(self, name: str, law: str, meaning: str = "") -> Array:
+        """Return a column that a law needs; `meaning` is what it stands for there, where that is not the usual.
 
         Raises:
             UserError: there is none.
         """
         if name not in self.columns:
             raise UserError(
-                f"column '{name}' ({MEANINGS[name]}) must be there for law '{law}'; map it with --column {name}=NAME; "
-                f"there: {', '.join(self.columns) or 'none'}"
+                f"column '{name}' ({meaning or MEANINGS[name]}) must be there for law '{law}'; map it with "
+                f"--column {name}=NAME; there: {', '.join(self.columns) or 'none'}"
             )
         return self.columns[name]
 
@@ -99,13 +99,7 @@ class RunTable:
             UserError: a column that the law needs is missing, or no run has all of them.
         """
         needed = [*(variable.name for variable in law.variables), law.response.name]
-        missing = [name for name in needed if name not in self.columns]
-        if missing:
-            raise UserError(
-                f"column '{missing[0]}' ({_meaning(law, missing[0])}) must be there for law '{law.name}'; map it with "
-                f"--column {missing[0]}=NAME; there: {', '.join(self.columns) or 'none'}"
-            )
-        complete = np.all([np.isfinite(self.columns[name]) for name in needed], axis=0)
+        complete = np.all([np.isfinite(self.column(name, law.name, _meaning(law, name))) for name in needed], axis=0)
         without = {
             run: f"{next(n for n in needed if not np.isfinite(self.columns[n][i]))} is missing or not finite"
             for i, run in enumerate(self.run_ids)

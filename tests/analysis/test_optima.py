@@ -22,8 +22,10 @@ from landscape_ray.reports.step_tables import plan_text, prediction_text
 from landscape_ray.tracking.collect import collect
 from landscape_ray.tracking.folder import SweepFolder
 from landscape_ray.tracking.parts import PartWriter
-from tests.analysis.test_scaling import run
+from tests.analysis.test_scaling import typed
 from tests.fabricate import META, SEARCH_SPEC, config
+
+__all__ = ["typed"]
 
 BOWL = {"a": 0.015, "c": -0.004, "b": 0.014, "uuu": 0.003, "uuv": 0.0, "uvv": 0.001, "vvv": -0.001}
 PAIRS = [(1e8, 2e9), (1e8, 1e10), (4e8, 2e9), (4e8, 1e10), (1.6e9, 1e10), (1.6e9, 4e10)]
@@ -331,13 +333,13 @@ class TestOurSweep:
             excess(StepLaw(found.fit), best.N, best.D, 1e-3, 512)
 
     @pytest.mark.acceptance
-    def test_by_the_command_line(self, folder):
+    def test_by_the_command_line(self, folder, typed):
         where = folder.path.parent
-        fitted = run("fit", folder.path, "--law", "step_law", "--num-bootstrap", 10, cwd=where)
+        fitted = typed("fit", folder.path, "--law", "step_law", "--num-bootstrap", 10, cwd=where)
         assert fitted.returncode == 0, fitted.stderr
         target = folder.fits_path / "step_law"
         assert {path.name for path in target.iterdir()} == {"fit.json", "table.csv", "page.html"}
-        recommended = run("recommend", target, cwd=where)
+        recommended = typed("recommend", target, cwd=where)
         assert "peak_lr = 0.00" in recommended.stdout, recommended.stderr
 
 
@@ -355,19 +357,19 @@ def test_the_page_and_the_terminal(found):
 
 
 @pytest.mark.acceptance
-def test_a_foreign_table_through_the_command_line(file, tmp_path):
+def test_a_foreign_table_through_the_command_line(file, tmp_path, typed):
     """One line fits it; others say what a choice costs, what to train with, and size, rate and batch for a budget."""
-    fitted = run("fit", file, "--law", "step_law", "--num-bootstrap", 20, cwd=tmp_path)
+    fitted = typed("fit", file, "--law", "step_law", "--num-bootstrap", 20, cwd=tmp_path)
     assert fitted.returncode == 0, fitted.stderr
     folder = tmp_path / "fits" / "grid" / "step_law"
     at = ("--set", "N=1e9", "--set", "D=2e10")
-    predicted = run("predict", folder, *at, "--set", "lr=1e-3", "--set", "batch=5e5", cwd=tmp_path)
+    predicted = typed("predict", folder, *at, "--set", "lr=1e-3", "--set", "batch=5e5", cwd=tmp_path)
     assert "above the lowest loss" in predicted.stdout, predicted.stderr
-    recommended = run("recommend", folder, *at, cwd=tmp_path)
+    recommended = typed("recommend", folder, *at, cwd=tmp_path)
     assert tomllib.loads(recommended.stdout.split("warning:")[0])["train"]["batch_size"] > 0, recommended.stderr
-    assert run("fit", file, "--law", "chinchilla", "--num-bootstrap", 5, cwd=tmp_path).returncode == 0
+    assert typed("fit", file, "--law", "chinchilla", "--num-bootstrap", 5, cwd=tmp_path).returncode == 0
     other = tmp_path / "fits" / "grid" / "chinchilla"
-    both = run("recommend", other, "--flops", "1e20", "--with", folder, cwd=tmp_path)
+    both = typed("recommend", other, "--flops", "1e20", "--with", folder, cwd=tmp_path)
     assert "[train.schedule]" in both.stdout, both.stderr
     for arguments, message in (
         (
@@ -377,7 +379,7 @@ def test_a_foreign_table_through_the_command_line(file, tmp_path):
         (("recommend", other, *at), "--set is for fits of step_law, got one of 'chinchilla'"),
         (("recommend", tmp_path, *at), "--set and --with need a saved fit"),
     ):
-        failed = run(*arguments, cwd=tmp_path)
+        failed = typed(*arguments, cwd=tmp_path)
         assert failed.returncode == 2
         assert message in " ".join(failed.stderr.split())
 
