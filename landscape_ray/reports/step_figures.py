@@ -88,7 +88,7 @@ def _optimum(found: ScalingFit, law: StepLaw) -> Figure:
         f"its {found.fit.confidence:.0%} interval, up to {BEYOND:g} times the fitted range.".replace("%", " %"),
         x=Axis(
             label="training tokens" if over_tokens else "model size",
-            unit="tokens" if over_tokens else "parameters",
+            unit="" if over_tokens else "parameters",
             scale="log",
         ),
         panels=tuple(Panel(y=axes[name], series=tuple(drawn[name])) for name in names),

@@ -277,7 +277,7 @@ def fit(
         confidence=confidence,
         objective={
             "name": chosen.name,
-            "of": f"{'log ' if law.space == 'log' else ''}{'link of ' if law.link else ''}{law.response.name}",
+            "of": f"{_scale(law)}{law.response.name}",
             "reduction": "sum",
             "huber_delta": chosen.delta if chosen.name == "huber" else None,
             "value": chosen.value(value),
@@ -379,3 +379,9 @@ def _residual_summary(solution: Solution, best: Mapping[str, float], count: int)
         "r2": 1.0 - float((error**2).sum()) / spread if spread > 0 else 0.0,
         "quantiles": (inflation * np.quantile(solution.residual, np.linspace(0, 1, 41))).tolist(),
     }
+
+
+def _scale(law: Law) -> str:
+    """Return on what scale of the response residuals are taken, in words."""
+    link = "" if law.link is None else "log " if law.link is np.log else "link of "
+    return ("log " if law.space == "log" else "") + link
