@@ -31,6 +31,7 @@ from landscape_ray.laws import (
     flat_region,
 )
 from landscape_ray.laws.optima.step_law import batch_varies
+from landscape_ray.laws.optima.surface import LEVELLED
 from landscape_ray.laws.optima.surface import NAME as STEP_LAW
 from landscape_ray.laws.trust.checklist import Evidence, Item, checklist, to_plain
 from landscape_ray.laws.trust.comparison import objective_table, residual_trends, seed_noise
@@ -141,11 +142,12 @@ def fit_step_table(
     say("other objectives")
     surface, least = law.law, Objective("least_squares")
     predicted = np.asarray(surface.predict(points.variables, law.fit.parameters))
+    trends = residual_trends(surface, points, np.log(np.asarray(kept.loss) / predicted))
     evidence = Evidence(
         runs_out=leave_groups_out(surface, points, objective=least) if len(kept) <= MAX_RUNS_LEFT_OUT else None,
         sizes_out=seen.by_size,
         objectives=_without_floors(objective_table(surface, points)),
-        trends=residual_trends(surface, points, np.log(np.asarray(kept.loss) / predicted)),
+        trends={name: trend for name, trend in trends.items() if not set(name.split("/")) & set(LEVELLED)},
         noise=seed_noise(surface, points),
     )
     facts = [*table.facts, *items, _window_item(law), Item("F", "refit", command or "see fit.json and table.csv")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TypeAlias
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from landscape_ray.analysis.scaling import ScalingFit
 from landscape_ray.laws import predict_points
 from landscape_ray.laws.core.predict import samples_of
+from landscape_ray.laws.optima.surface import LEVELLED
 from landscape_ray.laws.optima.surface import NAME as STEP_LAW
 from landscape_ray.laws.trust.holdout import sizes_of
 from landscape_ray.reports import step_figures
@@ -28,8 +30,9 @@ BEYOND = 10.0
 
 def figures(found: ScalingFit) -> list[Figure]:
     """Return all figures of a law: through its points, measured against fitted, residuals over every variable."""
-    of_law = step_figures.figures(found) if found.law_path == STEP_LAW else [law_figure(found)]
-    return [*of_law, agreement_figure(found), *residual_figures(found)]
+    if found.law_path == STEP_LAW:
+        return [*step_figures.figures(found), agreement_figure(found), *residual_figures(found, LEVELLED)]
+    return [law_figure(found), agreement_figure(found), *residual_figures(found)]
 
 
 def law_figure(found: ScalingFit) -> Figure:
@@ -64,15 +67,15 @@ def agreement_figure(found: ScalingFit) -> Figure:
     )
 
 
-def residual_figures(found: ScalingFit) -> list[Figure]:
-    """Return the residuals over every variable: a law of the right form leaves no trend."""
+def residual_figures(found: ScalingFit, without: Collection[str] = ()) -> list[Figure]:
+    """Return the residuals over every variable but some: a law of the right form leaves no trend."""
     measured, fitted = _measured(found), np.array(found.predicted)
     off = 100 * (measured / fitted - 1) if found.law.space == "log" else measured - fitted
     unit = "%" if found.law.space == "log" else found.law.response.unit
     drawn = []
     for variable in found.law.variables:
         x = np.array(found.points[variable.name])
-        if len(np.unique(x)) < 3:
+        if variable.name in without or len(np.unique(x)) < 3:
             continue
         middle, level = _running(x, off)
         drawn.append(

@@ -43,8 +43,8 @@ def verdict(fit: FitResult) -> str:
     counts = fit.checklist.get("counts", {})
     return (
         f'<p><span class="{mark}">{escape(fit.status)}</span> {escape(STATUS_SENTENCE[fit.status])} {escape(how)}</p>'
-        f"<p>{text.plural(counts.get('warning', 0), 'warning')}, {text.plural(counts.get('unknown', 0), 'unknown')} and "
-        f"{text.plural(counts.get('ok', 0), 'item')} without objection in the record below.</p>"
+        f"<p>{text.plural(counts.get('warning', 0), 'warning')}, {text.plural(counts.get('unknown', 0), 'unknown')} "
+        f"and {text.plural(counts.get('ok', 0), 'item')} without objection in the record below.</p>"
         f"{warnings('Read before use', [*fit.reasons, *fit.warnings])}"
     )
 

@@ -346,6 +346,11 @@ class TestOurSweep:
 def test_the_page_and_the_terminal(found):
     keys = [figure.key for figure in figures(found)]
     assert keys[:4] == ["law", "bowl", "map", "regret"]
+    # each pair of N and D has a floor of its own, which leaves no trend over them whatever the form
+    assert {key for key in keys if key.startswith("residuals")} == {"residuals-lr", "residuals-batch"}
+    (trends,) = (item.value for item in found.record if item.name == "trends of the residuals")
+    assert trends.count("over log") == 2
+    assert "over log lr" in trends
     page = render(found)
     for item in found.record:
         assert item.name.replace("&", "&amp;") in page

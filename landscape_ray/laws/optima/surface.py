@@ -30,6 +30,9 @@ TITLE = "best learning rate and batch over size and tokens"
 FORMULA = "lr* = c N^-p D^q, B* = k N^-r D^s"
 REFERENCE = "after Li et al. 2025, arXiv 2503.04715, and Bjorck et al. 2024, arXiv 2409.19913"
 
+LEVELLED = ("N", "D")
+"""Variables over which residuals have no trend whatever the form: each of their pairs has a floor of its own."""
+
 SIZE = Variable("N", "parameters", "model size", min_distinct=1)
 TOKENS = Variable("D", "tokens", "number of training tokens", min_distinct=1)
 LR = Variable("lr", "", "peak learning rate", min_distinct=3)
