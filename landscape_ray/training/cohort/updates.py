@@ -224,8 +224,8 @@ class Updater:
         first = groups[0]
         _shrink(columns, [group["lr"] * group["weight_decay"] for group in groups], finite)
         device = finite.device
-        share = torch.tensor([1.0 - group["momentum"] for group in groups], device=device)[:, None, None]
-        rates = torch.tensor([group["lr"] for group in groups], device=device)[:, None, None]
+        share = _sent([1.0 - group["momentum"] for group in groups], device)[:, None, None]
+        rates = _sent([group["lr"] for group in groups], device)[:, None, None]
         keep = ~finite[:, None, None]
         for weight, gradient, velocity in columns.matrices("momentum_buffer"):
             gradient = gradient.masked_fill(keep, 0.0)
@@ -272,8 +272,13 @@ class _Columns:
 def _shrink(columns: _Columns, decays: list[float], finite: Tensor) -> None:
     """Multiply the finite rows by 1 - decay."""
     if any(decays):
-        factors = torch.tensor([1.0 - decay for decay in decays], device=finite.device)
+        factors = _sent([1.0 - decay for decay in decays], finite.device)
         columns.block.mul_(torch.where(finite, factors, 1.0)[:, None])
+
+
+def _sent(values: list[float], device: torch.device) -> Tensor:
+    """Return one value for each member on the device, for which the host does not wait."""
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def orthogonalised(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
